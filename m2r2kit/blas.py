@@ -1,0 +1,209 @@
+"""Put a real BLAS under MLX's Linux CPU wheel, without root and without a compiler.
+
+The wheel links the reference BLAS, which multiplies float32 matrices 50-90 times slower
+than the machine can. The package index's `scipy-openblas32` holds OpenBLAS with every
+symbol prefixed `scipy_`. MLX calls BLAS through a table of addresses (the ELF "global
+offset table"); we write OpenBLAS's addresses into the entries that belong to BLAS and
+LAPACK. Nothing on disk changes, and only this process is affected.
+
+Where a C compiler is found, a 20-line shim goes in between, which sends a product with one
+row to `sgemv`: decoding one token is made of such products.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# The LAPACK routines that MLX's linear algebra calls, in the types it calls them with.
+LAPACK = re.compile(
+    r"^([sdcz](geev|gesdd|geqrf|getrf|getri|potrf|trtri)|[sd](syevd|orgqr)|[cz](heevd|ungqr))_$"
+)
+
+SHIM = r"""
+typedef int blasint;
+#define MATRIX const float *, blasint
+void scipy_cblas_sgemm(int, int, int, blasint, blasint, blasint, float, MATRIX, MATRIX, float,
+                       float *, blasint);
+void scipy_cblas_sgemv(int, int, blasint, blasint, float, MATRIX, MATRIX, float, float *, blasint);
+
+/* y (1, n) = x (1, k) @ B (k, n) is a matrix-vector product: y = op(B)^T x. */
+void m2r2kit_sgemm(int order, int ta, int tb, blasint m, blasint n, blasint k, float alpha,
+                   const float *a, blasint lda, const float *b, blasint ldb, float beta,
+                   float *c, blasint ldc) {
+  enum { ROW = 101, PLAIN = 111, TRANSPOSED = 112 };
+  if (order == ROW && m == 1 && ta == PLAIN) {
+    if (tb == PLAIN)
+      scipy_cblas_sgemv(ROW, TRANSPOSED, k, n, alpha, b, ldb, a, 1, beta, c, 1);
+    else
+      scipy_cblas_sgemv(ROW, PLAIN, n, k, alpha, b, ldb, a, 1, beta, c, 1);
+    return;
+  }
+  scipy_cblas_sgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+"""
+
+
+class BlasError(RuntimeError):
+    """OpenBLAS could not be put under MLX; the message says why in one sentence."""
+
+
+# --- the ELF structures that name MLX's calls -------------------------------------------
+
+
+class _Dyn(ctypes.Structure):
+    _fields_ = [("tag", ctypes.c_int64), ("value", ctypes.c_uint64)]
+
+
+class _Rela(ctypes.Structure):
+    _fields_ = [("offset", ctypes.c_uint64), ("info", ctypes.c_uint64), ("addend", ctypes.c_int64)]
+
+
+class _Sym(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_uint32), ("info", ctypes.c_uint8), ("other", ctypes.c_uint8),
+        ("section", ctypes.c_uint16), ("value", ctypes.c_uint64), ("size", ctypes.c_uint64),
+    ]  # fmt: skip
+
+
+class _LinkMap(ctypes.Structure):
+    pass
+
+
+_LinkMap._fields_ = [
+    ("base", ctypes.c_uint64), ("path", ctypes.c_char_p), ("dynamic", ctypes.c_uint64),
+    ("next", ctypes.POINTER(_LinkMap)), ("previous", ctypes.POINTER(_LinkMap)),
+]  # fmt: skip
+
+# Tags of the dynamic section (elf.h): where strings, symbols and jump relocations lie.
+_STRTAB, _SYMTAB, _PLTRELSZ, _JMPREL = 5, 6, 2, 23
+_RTLD_NOLOAD = 4
+
+
+def got_entries(library: Path) -> dict[str, int]:
+    """Address of the offset-table entry of every function that a loaded library calls."""
+    handle = ctypes.CDLL(str(library), mode=_RTLD_NOLOAD)._handle
+    libc = ctypes.CDLL(None)
+    link = ctypes.POINTER(_LinkMap)()
+    # RTLD_DI_LINKMAP = 2: glibc's own record of where it put the library
+    if libc.dlinfo(ctypes.c_void_p(handle), 2, ctypes.byref(link)) != 0:
+        raise BlasError(f"the loader does not say where {library.name} lies in memory")
+    base, dynamic = link.contents.base, link.contents.dynamic
+    tags = {}
+    while (entry := _Dyn.from_address(dynamic)).tag != 0:
+        tags[entry.tag] = entry.value
+        dynamic += ctypes.sizeof(_Dyn)
+    if not {_STRTAB, _SYMTAB, _PLTRELSZ, _JMPREL} <= tags.keys():
+        raise BlasError(f"{library.name} has no table of calls to patch")
+    names = {}
+    for i in range(tags[_PLTRELSZ] // ctypes.sizeof(_Rela)):
+        rela = _Rela.from_address(tags[_JMPREL] + i * ctypes.sizeof(_Rela))
+        symbol = _Sym.from_address(tags[_SYMTAB] + (rela.info >> 32) * ctypes.sizeof(_Sym))
+        name = ctypes.string_at(tags[_STRTAB] + symbol.name).decode()
+        names[name] = base + rela.offset
+    return names
+
+
+def _write_pointer(address: int, value: int) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    libc = ctypes.CDLL(None, use_errno=True)
+    # PROT_READ | PROT_WRITE; an entry is 8 bytes and aligned, so it never spans two pages
+    if libc.mprotect(ctypes.c_void_p(address // page * page), ctypes.c_size_t(page), 3) != 0:
+        raise BlasError(f"the system refuses to make a page writable ({os.strerror(ctypes.get_errno())})")
+    ctypes.c_uint64.from_address(address).value = value
+
+
+# --- the shim for one-row products --------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """Where this kit keeps what it can make again (override with `M2R2KIT_CACHE`)."""
+    root = os.environ.get("M2R2KIT_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "m2r2kit"
+
+
+def compile_shim(openblas: Path) -> Path | None:
+    """Compile `SHIM` against OpenBLAS, once; None where there is no working C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    key = hashlib.sha256(f"{SHIM}{openblas}{compiler}".encode()).hexdigest()[:16]
+    target = cache_dir() / f"blas-{key}.so"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.stem}-{os.getpid()}.so")
+        subprocess.run(
+            [compiler, "-O2", "-shared", "-fPIC", "-x", "c", "-", "-x", "none", str(openblas), "-o", str(temporary)]
+            + [f"-Wl,-rpath,{openblas.parent}"],
+            input=SHIM.encode(), check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        temporary.replace(target)
+    except (OSError, subprocess.SubprocessError):
+        return None  # the shim is a luxury; OpenBLAS works without it
+    return target
+
+
+# --- the whole ----------------------------------------------------------------------------
+
+
+def openblas_path() -> Path | None:
+    """The shared library of `scipy-openblas32`, or None if it is not installed."""
+    try:
+        import scipy_openblas32
+    except ImportError:
+        return None
+    for name in ("libscipy_openblas.so",):
+        path = Path(scipy_openblas32.get_lib_dir()) / name
+        if path.exists():
+            return path
+    return None
+
+
+def install() -> str:
+    """Route MLX's BLAS and LAPACK calls to OpenBLAS; returns what was done, in words.
+
+    Raises `BlasError` with one sentence where that is not possible. Calling it twice is harmless.
+    """
+    import mlx.core  # noqa: F401  libmlx.so must be loaded before its table can be found
+
+    package = Path(mlx.core.__file__).parent
+    library = package / "lib" / "libmlx.so"
+    if not library.exists():
+        raise BlasError(f"MLX's library is not at {library}")
+    openblas = openblas_path()
+    if openblas is None:
+        raise BlasError("the package scipy-openblas32 is not installed; run `pip install scipy-openblas32`")
+    source = ctypes.CDLL(str(openblas))
+    shim_path = compile_shim(openblas)
+    shim = ctypes.CDLL(str(shim_path)) if shim_path else None
+
+    entries = got_entries(library)
+    if "cblas_sgemm" not in entries:
+        raise BlasError("this MLX does not call cblas_sgemm, so there is nothing to replace")
+    for name, address in entries.items():
+        if not (name.startswith("cblas_") or LAPACK.match(name)):
+            continue
+        if name == "cblas_sgemm" and shim is not None:
+            function = shim.m2r2kit_sgemm
+        else:
+            try:
+                function = getattr(source, f"scipy_{name}")
+            except AttributeError:
+                continue  # the reference routine stays: slower, and as right
+        _write_pointer(address, ctypes.cast(function, ctypes.c_void_p).value)
+    version = ctypes.CFUNCTYPE(ctypes.c_char_p)(("scipy_openblas_get_config", source))()
+    one_row = "one row through sgemv" if shim else "no C compiler, so no one-row path"
+    return f"{version.decode().split(' NO_')[0]} ({one_row})"
+
+
+def set_threads(count: int) -> None:
+    """Threads that OpenBLAS uses inside one product."""
+    path = openblas_path()
+    if path is not None and sys.platform == "linux":
+        ctypes.CDLL(str(path)).scipy_openblas_set_num_threads(int(count))

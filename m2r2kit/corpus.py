@@ -1,0 +1,200 @@
+"""The training text of the pocket models: three kinds, each plain or as user/assistant turns.
+
+| kind | source | licence |
+|---|---|---|
+| code | the standard library of the Python that runs this | PSF |
+| arithmetic | GSM8K training questions (openai/grade-school-math) | MIT |
+| shell | tldr-pages, English | CC BY 4.0 |
+
+The first is on every machine. The other two are two files in a folder that you name
+(`--corpus`); nothing of them is stored in this project.
+"""
+
+import ast
+import hashlib
+import json
+import random
+import re
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UserError
+
+KINDS = ("code", "arithmetic", "shell")
+EOS, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
+GSM8K, TLDR = "gsm8k_train.jsonl", "tldr_en.jsonl"
+HELD_OUT = 0.04  # share of documents, chosen by the hash of their name, that training never sees
+
+# Not prose of Python: data tables, generated parsers, and tests.
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus. `name` decides whether it is held out."""
+
+    kind: str
+    name: str
+    text: str
+
+    @property
+    def held_out(self) -> bool:
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
+
+
+def turn(prompt: str, answer: str) -> str:
+    """One user/assistant exchange, as the pocket models' chat template writes it."""
+    return f"{USER}{prompt.strip()}{ASSISTANT}{answer.strip()}"
+
+
+# --- code ---------------------------------------------------------------------------------
+
+
+def _function_turns(source: str) -> list[str]:
+    """Functions with a docstring, as 'write this function' exchanges."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    lines = source.splitlines()
+    turns = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or not (doc := ast.get_docstring(node)):
+            continue
+        body = lines[node.lineno - 1 : node.end_lineno]
+        if len(body) > 45:
+            continue
+        indent = len(body[0]) - len(body[0].lstrip())
+        code = "\n".join(line[indent:] for line in body)
+        arguments = ", ".join(a.arg for a in node.args.args if a.arg not in ("self", "cls"))
+        first = " ".join(doc.split("\n\n")[0].split())
+        turns.append(turn(f"Write a Python function {node.name}({arguments}). {first}", code))
+    return turns
+
+
+def code_documents() -> list[Document]:
+    """The standard library: each file as it is, and its documented functions as exchanges."""
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if SKIPPED_FOLDERS.intersection(name.parts) or path.stat().st_size > 150_000:
+            continue
+        source = path.read_text(encoding="utf-8", errors="replace")
+        documents.append(Document("code", f"{name}", source.strip()))
+        documents += [Document("code", f"{name}", t) for t in _function_turns(source)]
+    return documents
+
+
+# --- arithmetic and shell -----------------------------------------------------------------
+
+
+def _records(path: Path, *fields: str) -> list[dict]:
+    if not path.exists():
+        raise UserError(f"{path} is missing: give the folder that holds {GSM8K} and {TLDR} with --corpus")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records.append({field: record[field] for field in fields})
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not a JSON object with {' and '.join(fields)}") from None
+    return records
+
+
+def arithmetic_documents(folder: Path) -> list[Document]:
+    """GSM8K's questions and worked answers, without the calculator's marks (`<<48/2=24>>`)."""
+    return [
+        Document("arithmetic", r["question"], turn(r["question"], re.sub(r"<<.*?>>", "", r["answer"])))
+        for r in _records(folder / GSM8K, "question", "answer")
+    ]
+
+
+def shell_documents(folder: Path) -> list[Document]:
+    """tldr pages: the page asked for by name, and each of its examples asked for by its purpose."""
+    documents = []
+    for record in _records(folder / TLDR, "page", "text"):
+        page, text = record["page"], record["text"].strip()
+        command = page.rsplit("/", 1)[-1]
+        about = " ".join(re.findall(r"^> (.*)$", text, re.M)[:1])
+        documents.append(Document("shell", page, turn(f"How do I use the command {command}? {about}", text)))
+        # "- Remove [f]orcibly:" marks the letter of the flag; a person asking would not
+        examples = re.findall(r"^- (.+?):\n\n`(.+?)`$", re.sub(r"\[(\w)\]", r"\1", text), re.M)
+        exchanges = [turn(f"{what} with {command}.", f"`{how}`") for what, how in examples]
+        if exchanges:
+            documents.append(Document("shell", page, EOS.join(exchanges)))
+    return documents
+
+
+def documents(folder: Path) -> list[Document]:
+    """Every document of the three kinds, held-out ones included."""
+    return code_documents() + arithmetic_documents(folder) + shell_documents(folder)
+
+
+# --- tokens -------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: list[str], vocabulary: int = 4096):
+    """Byte-level BPE in which each digit is a token of its own; returns a `tokenizers.Tokenizer`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[EOS, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer, texts: list[Document], seed: int = 0) -> dict[str, np.ndarray]:
+    """Token ids (int32, one long row a kind) of shuffled documents, each closed by end-of-text."""
+    order = list(texts)
+    random.Random(seed).shuffle(order)
+    rows: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    encodings = tokenizer.encode_batch([d.text + EOS for d in order])
+    for document, encoding in zip(order, encodings, strict=True):
+        rows[document.kind] += encoding.ids
+    return {kind: np.array(ids, dtype=np.int32) for kind, ids in rows.items()}
+
+
+class Batches:
+    """Random windows of the corpus, the same for the same seed and step (so a run can resume).
+
+    Args:
+        tokens: token ids a kind, each of shape (tokens,).
+        weights: share of the windows that each kind gets.
+    """
+
+    def __init__(self, tokens: dict[str, np.ndarray], weights: dict[str, float], seed: int = 0):
+        self.tokens, self.seed = tokens, seed
+        self.kinds = [k for k in KINDS if len(tokens[k])]
+        share = np.array([weights[k] for k in self.kinds], dtype=np.float64)
+        self.share = share / share.sum()
+
+    def __call__(self, step: int, rows: int, length: int) -> np.ndarray:
+        """Windows of step `step`: int32 of shape (rows, length)."""
+        random_ = np.random.default_rng((self.seed, step))
+        # the same number of each kind in every batch, up to one: less noise than drawing kinds
+        edges = np.floor(np.cumsum(self.share) * rows + random_.random()).astype(int)
+        counts = np.diff(np.concatenate([[0], np.minimum(edges, rows)]))
+        counts[-1] += rows - counts.sum()
+        windows = []
+        for kind, count in zip(self.kinds, counts, strict=True):
+            ids = self.tokens[kind]
+            starts = random_.integers(0, max(1, len(ids) - length), count)
+            windows += [ids[s : s + length] for s in starts]
+        return np.stack(windows)

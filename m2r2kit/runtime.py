@@ -1,0 +1,83 @@
+"""What this machine is, and what must be true before anything is computed on it.
+
+`prepare()` runs when `m2r2kit` is imported. On Linux it puts OpenBLAS under MLX (`blas.py`)
+and asks the allocator to keep freed memory; on macOS and in conda it changes nothing.
+
+Environment: `M2R2KIT_BLAS=stock` leaves MLX's BLAS alone.
+"""
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import blas
+
+
+@dataclass(frozen=True)
+class BlasState:
+    """Which BLAS computes MLX's products: `kind` is openblas, stock or native."""
+
+    kind: str
+    detail: str
+
+
+_state: BlasState | None = None
+
+
+def prepare() -> BlasState:
+    """Make MLX fast on this machine, once a process; never raises for a missing BLAS."""
+    global _state
+    if _state is None:
+        if sys.platform == "linux":
+            _keep_freed_memory()
+        _state = _prepare_blas()
+    return _state
+
+
+def _prepare_blas() -> BlasState:
+    if sys.platform != "linux":
+        return BlasState("native", "Accelerate and Metal, as MLX ships them")
+    if os.environ.get("M2R2KIT_BLAS") == "stock":
+        return BlasState("stock", "left alone, because M2R2KIT_BLAS=stock")
+    if os.path.isdir(os.path.join(sys.prefix, "conda-meta")):
+        return BlasState("native", "conda's own BLAS")
+    if os.environ.get("M2R2KIT_BLAS") == "failed":
+        return BlasState("stock", "OpenBLAS gave wrong results here; MLX's own is used, which is slow")
+    try:
+        detail = blas.install()
+    except blas.BlasError as error:
+        return BlasState("stock", str(error))
+    if not _product_is_right():
+        # the old addresses are gone, so this process must end; the next one will not try
+        raise SystemExit("OpenBLAS gives wrong products on this machine; set M2R2KIT_BLAS=stock and start again.")
+    return BlasState("openblas", detail)
+
+
+def _product_is_right() -> bool:
+    import mlx.core as mx
+
+    numbers = np.random.default_rng(0)
+    for rows in (1, 7):  # one row takes the path of its own
+        a = numbers.standard_normal((rows, 33), dtype=np.float32)
+        b = numbers.standard_normal((33, 21), dtype=np.float32)
+        for right in (mx.array(b), mx.array(np.ascontiguousarray(b.T)).T):
+            product = mx.matmul(mx.array(a), right, stream=mx.cpu)
+            if not np.allclose(np.array(product), a @ b, atol=1e-4):
+                return False
+    return True
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc reuse what was freed. By default glibc gives large blocks back to the system
+    at once, and each new array then pays a page fault for every 4 KiB (2-3x for large ones)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return  # not glibc
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
+    mallopt(m_arena_max, 1)
+    mallopt(m_mmap_threshold, 32 << 20)
+    mallopt(m_trim_threshold, 1 << 30)
