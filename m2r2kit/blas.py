@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .paths import cache_dir
+
 # The LAPACK routines that MLX's linear algebra calls, in the types it calls them with.
 LAPACK = re.compile(
     r"^([sdcz](geev|gesdd|geqrf|getrf|getri|potrf|trtri)|[sd](syevd|orgqr)|[cz](heevd|ungqr))_$"
@@ -118,12 +120,6 @@ def _write_pointer(address: int, value: int) -> None:
 
 
 # --- the shim for one-row products --------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """Where this kit keeps what it can make again (override with `M2R2KIT_CACHE`)."""
-    root = os.environ.get("M2R2KIT_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "m2r2kit"
 
 
 def compile_shim(openblas: Path) -> Path | None:
