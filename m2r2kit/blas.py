@@ -4,7 +4,13 @@ The wheel links the reference BLAS, which multiplies float32 matrices 50-90 time
 than the machine can. The package index's `scipy-openblas32` holds OpenBLAS with every
 symbol prefixed `scipy_`. MLX calls BLAS through a table of addresses (the ELF "global
 offset table"); we write OpenBLAS's addresses into the entries that belong to BLAS and
-LAPACK. Nothing on disk changes, and only this process is affected.
+LAPACK. Nothing on disk changes, and only this process is affected; `uninstall()` writes the
+old addresses back.
+
+The x86-64 and the arm64 wheel are alike in all that matters here: both bundle reference BLAS
+3.10 as a library of its own, and both call it through jump slots (R_X86_64_JUMP_SLOT,
+R_AARCH64_JUMP_SLOT) of the same 64-bit ELF layout. For arm64 this was read from the wheel
+and not run.
 
 Where a C compiler is found, a 20-line shim goes in between, which sends a product with one
 row to `sgemv`: decoding one token is made of such products.
@@ -13,6 +19,7 @@ row to `sgemv`: decoding one token is made of such products.
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -113,7 +120,8 @@ def got_entries(library: Path) -> dict[str, int]:
 def _write_pointer(address: int, value: int) -> None:
     page = os.sysconf("SC_PAGE_SIZE")
     libc = ctypes.CDLL(None, use_errno=True)
-    # PROT_READ | PROT_WRITE; an entry is 8 bytes and aligned, so it never spans two pages
+    # PROT_READ | PROT_WRITE, for a library whose table the loader made read-only ("full RELRO");
+    # an entry is 8 bytes and aligned, so it never spans two pages
     if libc.mprotect(ctypes.c_void_p(address // page * page), ctypes.c_size_t(page), 3) != 0:
         raise BlasError(f"the system refuses to make a page writable ({os.strerror(ctypes.get_errno())})")
     ctypes.c_uint64.from_address(address).value = value
@@ -127,22 +135,32 @@ def compile_shim(openblas: Path) -> Path | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    key = hashlib.sha256(f"{SHIM}{openblas}{compiler}".encode()).hexdigest()[:16]
+    # a home folder may be shared by machines of two kinds, hence the machine in the name
+    key = hashlib.sha256(f"{SHIM}{openblas}{compiler}{platform.machine()}".encode()).hexdigest()[:16]
     target = cache_dir() / f"blas-{key}.so"
     if target.exists():
         return target
+    command = [compiler, "-O2", "-shared", "-fPIC", "-x", "c", "-", "-x", "none", str(openblas)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.stem}-{os.getpid()}.so")
         subprocess.run(
-            [compiler, "-O2", "-shared", "-fPIC", "-x", "c", "-", "-x", "none", str(openblas), "-o", str(temporary)]
-            + [f"-Wl,-rpath,{openblas.parent}"],
+            [*command, f"-Wl,-rpath,{openblas.parent}", "-o", str(temporary)],
             input=SHIM.encode(), check=True, capture_output=True, timeout=60,
         )  # fmt: skip
         temporary.replace(target)
     except (OSError, subprocess.SubprocessError):
         return None  # the shim is a luxury; OpenBLAS works without it
     return target
+
+
+def _load_shim(openblas: Path) -> ctypes.CDLL | None:
+    path = compile_shim(openblas)
+    try:
+        return ctypes.CDLL(str(path)) if path else None
+    except OSError:  # a damaged file is made again next time; a `noexec` home never loads
+        path.unlink(missing_ok=True)
+        return None
 
 
 # --- the whole ----------------------------------------------------------------------------
@@ -154,11 +172,11 @@ def openblas_path() -> Path | None:
         import scipy_openblas32
     except ImportError:
         return None
-    for name in ("libscipy_openblas.so",):
-        path = Path(scipy_openblas32.get_lib_dir()) / name
-        if path.exists():
-            return path
-    return None
+    path = Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"
+    return path if path.exists() else None
+
+
+_old: dict[int, int] = {}  # entry's address -> what stood there: the function, or the loader's stub
 
 
 def install() -> str:
@@ -166,36 +184,50 @@ def install() -> str:
 
     Raises `BlasError` with one sentence where that is not possible. Calling it twice is harmless.
     """
-    import mlx.core  # noqa: F401  libmlx.so must be loaded before its table can be found
+    try:
+        import mlx.core  # libmlx.so must be loaded before its table can be found
+    except ImportError as error:
+        raise BlasError(f'MLX cannot be loaded ({error}); run `pip install "mlx[cpu]"`') from None
 
-    package = Path(mlx.core.__file__).parent
-    library = package / "lib" / "libmlx.so"
+    library = Path(mlx.core.__file__).parent / "lib" / "libmlx.so"
     if not library.exists():
         raise BlasError(f"MLX's library is not at {library}")
     openblas = openblas_path()
     if openblas is None:
         raise BlasError("the package scipy-openblas32 is not installed; run `pip install scipy-openblas32`")
-    source = ctypes.CDLL(str(openblas))
-    shim_path = compile_shim(openblas)
-    shim = ctypes.CDLL(str(shim_path)) if shim_path else None
+    try:
+        source = ctypes.CDLL(str(openblas))
+    except OSError as error:
+        raise BlasError(f"OpenBLAS cannot be loaded ({error})") from None
+    shim = _load_shim(openblas)
 
     entries = got_entries(library)
     if "cblas_sgemm" not in entries:
         raise BlasError("this MLX does not call cblas_sgemm, so there is nothing to replace")
-    for name, address in entries.items():
-        if not (name.startswith("cblas_") or LAPACK.match(name)):
-            continue
-        if name == "cblas_sgemm" and shim is not None:
-            function = shim.m2r2kit_sgemm
-        else:
-            try:
-                function = getattr(source, f"scipy_{name}")
-            except AttributeError:
+    try:
+        for name, address in entries.items():
+            if not (name.startswith("cblas_") or LAPACK.match(name)):
+                continue
+            function = getattr(source, f"scipy_{name}", None)
+            if name == "cblas_sgemm" and shim is not None:
+                function = shim.m2r2kit_sgemm
+            if function is None:
                 continue  # the reference routine stays: slower, and as right
-        _write_pointer(address, ctypes.cast(function, ctypes.c_void_p).value)
+            _old.setdefault(address, ctypes.c_uint64.from_address(address).value)
+            _write_pointer(address, ctypes.cast(function, ctypes.c_void_p).value)
+    except BlasError:
+        uninstall()
+        raise
     version = ctypes.CFUNCTYPE(ctypes.c_char_p)(("scipy_openblas_get_config", source))()
     one_row = "one row through sgemv" if shim else "no C compiler, so no one-row path"
     return f"{version.decode().split(' NO_')[0]} ({one_row})"
+
+
+def uninstall() -> None:
+    """Give MLX its own BLAS back, in this process."""
+    while _old:
+        address, value = _old.popitem()
+        ctypes.c_uint64.from_address(address).value = value  # its page is writable by now
 
 
 def set_threads(count: int) -> None:

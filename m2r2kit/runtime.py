@@ -1,7 +1,8 @@
 """What this machine is, and what must be true before anything is computed on it.
 
 `prepare()` runs when `m2r2kit` is imported. On Linux it puts OpenBLAS under MLX (`blas.py`)
-and asks the allocator to keep freed memory; on macOS and in conda it changes nothing.
+and asks the allocator to keep freed memory; on macOS, and where conda built MLX, it leaves
+the BLAS as it is.
 
 Environment: `M2R2KIT_BLAS=stock` leaves MLX's BLAS alone.
 """
@@ -10,6 +11,7 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -42,17 +44,16 @@ def _prepare_blas() -> BlasState:
         return BlasState("native", "Accelerate and Metal, as MLX ships them")
     if os.environ.get("M2R2KIT_BLAS") == "stock":
         return BlasState("stock", "left alone, because M2R2KIT_BLAS=stock")
-    if os.path.isdir(os.path.join(sys.prefix, "conda-meta")):
+    # pip inside conda installs the wheel with the slow BLAS: only conda's own MLX is left alone
+    if any(Path(sys.prefix, "conda-meta").glob("mlx-[0-9]*.json")):
         return BlasState("native", "conda's own BLAS")
-    if os.environ.get("M2R2KIT_BLAS") == "failed":
-        return BlasState("stock", "OpenBLAS gave wrong results here; MLX's own is used, which is slow")
     try:
         detail = blas.install()
     except blas.BlasError as error:
         return BlasState("stock", str(error))
     if not _product_is_right():
-        # the old addresses are gone, so this process must end; the next one will not try
-        raise SystemExit("OpenBLAS gives wrong products on this machine; set M2R2KIT_BLAS=stock and start again.")
+        blas.uninstall()
+        return BlasState("stock", "OpenBLAS gave wrong products on this machine, so MLX uses its own BLAS")
     return BlasState("openblas", detail)
 
 
