@@ -170,7 +170,15 @@ def _engine():
     class ThisPython(KernelSpecManager):
         def get_kernel_spec(self, kernel_name):
             return KernelSpec(
-                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                # its log tells of the transport at each start, and of its own end as an error
+                argv=[
+                    sys.executable,
+                    "-m",
+                    "ipykernel_launcher",
+                    "-f",
+                    "{connection_file}",
+                    "--log-level=50",
+                ],
                 display_name="Python 3 (ipykernel)",
                 language="python",
                 env={
@@ -247,6 +255,7 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
             failed = [f"cell {error.exec_count}: {error.ename}: {error.evalue}"]
         except CellTimeoutError:
             failed = [f"a cell took more than {cell_seconds} s"]
+            heard.clear()  # the interrupt that ended it
         except DeadKernelError:
             failed = ["the kernel died"]
     # what failed a cell was heard as well; only the rest comes from callbacks

@@ -1,0 +1,105 @@
+"""The command line: what it promises to people and programs that call it, no model needed."""
+
+import json
+
+import pytest
+
+from m2r2kit import __main__ as cli
+from m2r2kit.errors import UserError
+
+COMMANDS = (
+    ("doctor",),
+    ("notebooks",),
+    ("generate",),
+    ("bench",),
+    ("bench", "speculation"),
+    ("train",),
+    ("train", "backbone"),
+    ("train", "stream"),
+    ("report",),
+)
+
+
+@pytest.mark.parametrize("command", [(), *COMMANDS], ids=" ".join)
+def test_help_describes_every_command(command, capsys):
+    assert cli.main([*command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: m2r2kit {' '.join(command)}".rstrip())
+    if not command:
+        assert all(name in text for name in ("doctor", "notebooks", "generate", "bench", "train", "report"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "required: COMMAND"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["generate"], "one of the arguments --prompt --prompts is required"),
+        (["generate", "--prompt", "a", "--prompts", "b"], "not allowed with argument"),
+        (["generate", "--prompt", "a", "--draft", "-1"], "'-1' is not a whole number from 0"),
+        (["generate", "--prompt", "a", "--max-tokens", "0"], "'0' is not a whole number from 1"),
+        (["generate", "--prompt", "a", "--temp", "nan"], "'nan' is not a number from 0"),
+        (["generate", "--prompt", "a", "--top-p", "0"], "'0' is not a number above 0 to 1"),
+        (["generate", "--prompt", "a", "--method", "magic"], "invalid choice: 'magic'"),
+        (["bench", "speculation", "--methods", "plain,magic"], "magic is no method"),
+        (["bench", "speculation", "--methods", ","], "an empty list is no method"),
+        (["train", "backbone"], "required: --out"),
+        (["train", "stream", "--form", "cube"], "invalid choice: 'cube'"),
+        (["notebooks", "eat"], "invalid choice: 'eat'"),
+        (["report", "--json", "--markdown"], "not allowed with argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(arguments, sentence, capsys):
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and sentence in err and err.startswith("m2r2kit")
+
+
+def test_defaults_are_those_that_programs_rely_on():
+    generate = cli.parser().parse_args(["generate", "--prompt", "a"])
+    assert (generate.method, generate.max_tokens, generate.temp) == ("m2r2", 128, 0.0)
+    assert generate.model.endswith("data/pocket-dense")
+    bench = cli.parser().parse_args(["bench", "speculation", "--methods", "plain, m2r2"])
+    assert (bench.methods, bench.repeats, bench.max_tokens) == (["plain", "m2r2"], 5, 128)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "sentence"),
+    [
+        (UserError("the model\nis missing"), 2, "m2r2kit: the model is missing\n"),
+        (KeyboardInterrupt(), 130, "m2r2kit: interrupted; nothing half-written is left\n"),
+        (OSError(28, "No space left on device"), 2, "m2r2kit: the disk is full; make room and start again\n"),
+    ],
+    ids=["bad input", "interrupt", "full disk"],
+)
+def test_what_a_command_raises_becomes_one_line(raised, code, sentence, monkeypatch, capsys):
+    def fail(args):
+        raise raised
+
+    monkeypatch.setattr(cli, "_run_report", fail)
+    assert cli.main(["report"]) == code
+    assert capsys.readouterr().err == sentence
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_run_report", lambda args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["report"])
+
+
+def test_a_failed_check_is_exit_code_1(monkeypatch):
+    monkeypatch.setattr(cli, "_run_report", lambda args: 1)
+    assert cli.main(["report"]) == 1
+
+
+def test_report_speaks_json(capsys):
+    assert cli.main(["report", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"id", "claim", "paper", "ours", "verdict", "reason", "command"} <= rows[0].keys()
+
+
+def test_an_unknown_notebook_is_named(capsys):
+    assert cli.main(["notebooks", "run", "99"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

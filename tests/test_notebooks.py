@@ -1,0 +1,252 @@
+"""The notebook runner finds what papermill lets pass. Each test has a notebook that must fail."""
+
+import json
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from m2r2kit import notebooks
+from m2r2kit.errors import UserError
+
+PARAMETERS = "steps: int = 3  # how many steps"
+WIDGET = """\
+import ipywidgets as widgets
+out = widgets.Output()
+slider = widgets.IntSlider(value=1)
+
+@out.capture(clear_output=True)
+def moved(change):
+    if change["new"] == 5:
+        raise ValueError("five is too many")
+
+slider.observe(moved, "value")
+slider.value = {value}
+slider.value = 6  # wipes what the Output widget showed
+display(slider, out)"""
+
+
+def notebook(*sources, ci=None, executed=True):
+    """A notebook within the budgets: prose, the parameters, then cells with these sources."""
+    cells = [new_markdown_cell("# Test a runner\n" + "word " * 1300)]
+    parameters = new_code_cell(PARAMETERS)
+    parameters.metadata["tags"] = ["parameters"]
+    cells += [parameters, *(new_code_cell(source) for source in sources)]
+    nb = new_notebook(cells=cells, metadata={"m2r2kit": {"ci": {} if ci is None else ci}})
+    if executed:
+        for i, cell in enumerate(cells[1:], 1):
+            cell.execution_count = i
+    return nb
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def write(folder, nb, name="07_test.ipynb"):
+    nbformat.write(nb, folder / name)
+    return folder / name
+
+
+def check(folder, nb, capsys):
+    write(folder, nb)
+    code = notebooks.check()
+    return code, capsys.readouterr().out
+
+
+# --- with a kernel ------------------------------------------------------------------------
+
+
+def test_a_good_notebook_passes_with_its_ci_parameters(folder, capsys):
+    nb = notebook(
+        "import sys, os, m2r2kit\nassert steps == 1",
+        f"assert sys.executable == {notebooks.sys.executable!r}",
+        "assert os.path.exists('07_test.ipynb')  # as in JupyterLab: the notebook's own folder",
+        ci={"steps": 1},
+    )
+    code, text = check(folder, nb, capsys)
+    assert code == 0, text
+    assert text.splitlines()[-1] == "notebooks: 1 passed, 0 failed"
+
+
+def test_an_unknown_parameter_is_refused(folder, capsys):
+    code, text = check(folder, notebook(ci={"stepz": 1}), capsys)
+    assert code == 1 and "unknown parameter stepz" in text
+    assert text.splitlines()[-1] == "notebooks: 0 passed, 1 failed"
+
+
+def test_a_failing_cell_is_found(folder, capsys):
+    code, text = check(folder, notebook("1 / (steps - 3)"), capsys)
+    assert code == 1 and "cell 2: ZeroDivisionError" in text
+    assert text.count("ZeroDivisionError") == 1  # told once
+
+
+@pytest.mark.parametrize(("value", "expected"), [(5, 1), (4, 0)])
+def test_an_error_in_a_widget_callback_is_found(value, expected, folder, capsys):
+    code, text = check(folder, notebook(WIDGET.format(value=value)), capsys)
+    assert code == expected, text
+    assert ("five is too many" in text) == bool(expected)
+
+
+def test_a_traceback_in_the_log_is_found(folder):
+    source = "import sys\nprint('Traceback (most recent call last):\\nKeyError: 3', file=sys.stderr)"
+    _, problems, _ = notebooks.execute(write(folder, notebook(source)))
+    assert len(problems) == 1 and "KeyError: 3" in problems[0]
+
+
+def test_a_slow_cell_is_ended(folder):
+    _, problems, seconds = notebooks.execute(write(folder, notebook("import time\ntime.sleep(60)")), None, 2)
+    assert problems == ["a cell took more than 2 s"] and seconds < 50
+
+
+def test_build_writes_a_clean_notebook_and_run_leaves_it_alone(folder, capsys):
+    nb = notebook(WIDGET.format(value=4), "print(__import__('m2r2kit').__file__)", executed=False)
+    path = write(folder, nb)
+    assert notebooks.structure(notebooks.load(path), 0) != []
+    assert notebooks.build() == 0
+    built = notebooks.load(path)
+    assert notebooks.structure(built, 0) == []
+    assert built.cells[-1].outputs[0].text == "m2r2kit/__init__.py\n"
+    assert notebooks.WIDGET_VIEW not in path.read_text() and "papermill" not in path.read_text()
+    assert [p.name for p in folder.iterdir()] == [path.name]
+
+    before = path.read_bytes()
+    assert notebooks.run(["07"]) == 0
+    assert path.read_bytes() == before
+    assert capsys.readouterr().out.splitlines()[-1] == "notebooks: 1 passed, 0 failed"
+
+
+def test_build_writes_nothing_that_failed_or_names_the_machine(folder, capsys):
+    for source, problem in (("1 / 0", "ZeroDivisionError"), ("print('/home/someone/x')", "/home/someone/x")):
+        path = write(folder, notebook(source))
+        before = path.read_bytes()
+        assert notebooks.build() == 1
+        assert problem in capsys.readouterr().out
+        assert path.read_bytes() == before
+
+
+# --- without a kernel ---------------------------------------------------------------------
+
+
+def printed(text):
+    nb = notebook("print(1)")
+    nb.cells[-1].outputs = [new_output("stream", text=text)]
+    return nb
+
+
+def tag_nothing(nb):
+    nb.cells[1].metadata["tags"] = []
+
+
+def skip_a_count(nb):
+    nb.cells[-1].execution_count = 7
+
+
+def fail(nb):
+    nb.cells[-1].outputs = [new_output("error", ename="E", evalue="e", traceback=[])]
+
+
+def keep_widgets(nb):
+    nb.metadata["widgets"] = {}
+
+
+def forget_ci(nb):
+    del nb.metadata["m2r2kit"]
+
+
+def untyped(nb):
+    nb.cells[1].source = "steps = 3  # how many"
+
+
+def computed(nb):
+    nb.cells[1].source = "steps: int = 3 * len('ab')  # how many"
+
+
+def uncommented(nb):
+    nb.cells[1].source = "steps: int = 3"
+
+
+def long_cell(nb):
+    nb.cells[-1].source = "a = 1\n" * 41
+
+
+def long_cells(nb):
+    for cell in nb.cells[1:]:
+        cell.source = PARAMETERS if cell is nb.cells[1] else "a = 1\n" * 20
+
+
+def many_cells(nb):
+    nb.cells += [new_markdown_cell("") for _ in range(60)]
+
+
+def few_words(nb):
+    nb.cells[0].source = "# Short\n\n```\n" + "code " * 2000 + "\n```"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (tag_nothing, "0 cells are tagged 'parameters'"),
+        (skip_a_count, "not executed from top to bottom"),
+        (fail, "an output is an error"),
+        (keep_widgets, "widget state"),
+        (forget_ci, "the parameters for CI"),
+        (untyped, "not of the form"),
+        (computed, "is computed"),
+        (uncommented, "'steps' has no comment"),
+        (long_cell, "a code cell of 41 lines"),
+        (long_cells, "at the median"),
+        (many_cells, "at most 60"),
+        (few_words, "1 words; 1200 to 2500"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_structure_finds(spoil, problem):
+    nb = notebook("a = 1", "b = 2")
+    assert notebooks.structure(nb, 1000) == []
+    spoil(nb)
+    assert any(problem in found for found in notebooks.structure(nb, 1000))
+
+
+def test_structure_finds_a_large_file():
+    assert any("MB" in problem for problem in notebooks.structure(notebook(), 1_000_000))
+
+
+@pytest.mark.parametrize(
+    "path", ["/work/main/x.py", "/home/a", "see '/root/.cache'", "(/tmp/x)", "/Users/a/b"]
+)
+def test_a_path_of_a_machine_is_found(path):
+    assert any("a path of a machine" in problem for problem in notebooks.outputs(printed(path)))
+
+
+@pytest.mark.parametrize("text", ["data/pocket-dense", "https://a.org/home/x", "tokens/work", "3/tmp"])
+def test_other_text_is_no_path_of_a_machine(text):
+    assert notebooks.outputs(printed(text)) == []
+
+
+def test_pictures_are_not_searched_for_paths():
+    nb = notebook("draw()")
+    nb.cells[-1].outputs = [new_output("display_data", data={"image/png": "iVBOR+/tmp/aaaa"})]
+    assert notebooks.outputs(nb) == []
+
+
+def test_a_comment_above_a_parameter_counts():
+    assert notebooks.parameter_problems("# how many\nsteps: int = 3\nx: float = 1.0  # why") == []
+
+
+def test_notebooks_are_found_by_number_name_and_file(folder):
+    for name in ("00_a.ipynb", "04_b.ipynb", "draft.ipynb"):
+        write(folder, notebook(), name)
+    assert [p.name for p in notebooks.find()] == ["00_a.ipynb", "04_b.ipynb"]
+    for name in ("04", "04_b", "notebooks/04_b.ipynb"):
+        assert [p.name for p in notebooks.find([name])] == ["04_b.ipynb"]
+    with pytest.raises(UserError, match="there is no notebook '05'"):
+        notebooks.find(["05"])
+
+
+def test_a_broken_file_is_named(folder):
+    (folder / "07_test.ipynb").write_text(json.dumps({"cells": 3}))
+    with pytest.raises(UserError, match="07_test"):
+        notebooks.load(folder / "07_test.ipynb")

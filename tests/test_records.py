@@ -1,0 +1,197 @@
+"""Records: whole or not at all, without a machine's paths; and the table drawn from them."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from m2r2kit import records, report
+from m2r2kit.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def add(subject="speculation", figures=None, **settings):
+    return records.append(subject, command="m2r2kit report", settings=settings, figures=figures or {"x": 1})
+
+
+# --- records ------------------------------------------------------------------------------
+
+
+def test_a_record_says_where_it_was_made():
+    written = add(exit=3)
+    assert records.read("speculation") == [written]
+    assert {"date", "commit", "versions", "machine", "command", "prompts_sha256"} <= written.keys()
+    assert written["machine"]["cores"] >= 1 and written["versions"]["mlx"]
+
+
+def test_latest_selects_by_settings():
+    add(exit=3, draft=4)
+    add(exit=3, draft=5)
+    add(exit=4, draft=4)
+    assert records.latest("speculation")["settings"] == {"exit": 4, "draft": 4}
+    assert records.latest("speculation", exit=3)["settings"]["draft"] == 5
+    assert records.latest("speculation", exit=9) is None
+    assert records.latest("pretrain") is None
+
+
+def test_no_path_of_a_machine_is_stored():
+    model = str(records.ROOT / "data" / "pocket-dense")
+    elsewhere = "/home/someone/secret/prompts.jsonl"
+    written = records.append(
+        "speculation",
+        command=f"m2r2kit bench speculation --model {model} --prompts={elsewhere}",
+        settings={"model": model, "page": "https://arxiv.org/abs/2502.02040", "unit": "tokens/s"},
+        figures={"files": [elsewhere]},
+    )
+    text = json.dumps(written)
+    assert "someone" not in text and str(records.ROOT) not in text
+    assert written["command"] == "m2r2kit bench speculation --model data/pocket-dense --prompts=prompts.jsonl"
+    assert written["settings"] == {
+        "model": "data/pocket-dense",
+        "page": "https://arxiv.org/abs/2502.02040",
+        "unit": "tokens/s",
+    }
+
+
+def test_numpy_scalars_are_stored_and_what_is_not_a_number_is_not():
+    assert add(figures={"x": np.float32(0.5)})["figures"] == {"x": 0.5}
+    with pytest.raises(ValueError):
+        add(figures={"x": float("nan")})
+    assert len(records.read("speculation")) == 1
+
+
+@pytest.mark.parametrize("broken", ['{"settings": {}, "fig', "[1]", '{"figures": {}}', ""])
+def test_a_broken_line_is_named_and_nothing_is_added_to_it(broken, folder):
+    add()
+    with open(folder / "speculation.jsonl", "a") as stream:
+        stream.write(broken + "\n")
+    before = (folder / "speculation.jsonl").read_bytes()
+    for work in (lambda: records.read("speculation"), add):
+        with pytest.raises(UserError, match=r"speculation\.jsonl, line 2"):
+            work()
+    assert (folder / "speculation.jsonl").read_bytes() == before
+
+
+def test_a_line_cut_off_at_its_end_is_broken(folder):
+    add()
+    file = folder / "speculation.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="line 1"):
+        records.read("speculation")
+
+
+def test_a_failed_write_leaves_the_old_records(folder, monkeypatch):
+    add()
+    before = (folder / "speculation.jsonl").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        add()
+    assert (folder / "speculation.jsonl").read_bytes() == before
+
+
+def test_a_subject_cannot_leave_the_folder():
+    with pytest.raises(UserError):
+        records.read("../secrets")
+
+
+# --- the table ----------------------------------------------------------------------------
+
+
+def speculation(speed=1.7, equal=True):
+    spread = {"median": speed, "min": speed - 0.1, "max": speed + 0.1}
+    arm = {"equal": equal, "seconds": [1.0] * 5, "speedup_vs_plain": spread}
+    arm |= {"acceptance": [0.6, 0.5], "tau": 2.2, "predicted_speedup": speed}
+    return {"arms": {"m2r2": arm, "early-exit": {"equal": True, "acceptance": [0.3], "tau": 1.4}}}
+
+
+def row(name):
+    return next(r for r in report.table() if r["id"] == name)
+
+
+def test_without_records_nothing_is_tested():
+    rows = report.table()
+    assert {r["verdict"] for r in rows} == {"not tested"}
+    assert all(r["reason"] for r in rows)
+    assert [r["group"] for r in rows] == sorted((r["group"] for r in rows), key=list(report.GROUPS).index)
+
+
+@pytest.mark.parametrize(
+    ("speed", "verdict"), [(2.8, "reproduced"), (1.7, "direction only"), (1.01, "differs"), (0.9, "differs")]
+)
+def test_a_speed_up_gets_its_verdict(speed, verdict):
+    add(figures=speculation(speed))
+    found = row("speculation-speedup")
+    assert found["verdict"] == verdict and found["n"] == 5
+    assert found["ratio"] == pytest.approx(speed / 2.8, abs=1e-3)
+
+
+def test_unequal_output_has_no_speed():
+    add(figures=speculation(3.0, equal=False))
+    assert row("speculation-lossless")["verdict"] == "differs"
+    found = row("speculation-speedup")
+    assert (found["verdict"], found["ours"]) == ("not tested", None)
+    assert "not equal" in found["reason"]
+
+
+def test_a_later_record_of_other_arms_hides_nothing():
+    add(figures=speculation(1.7))
+    add(figures={"arms": {"plain": {"equal": True}}})
+    assert row("speculation-speedup")["ours"] == 1.7
+
+
+def test_alignment_is_judged_against_its_controls():
+    rows = [
+        {"form": "bare", "exit": 3, "agreement": 0.28},
+        {"form": "block", "exit": 3, "agreement": 0.51},
+        {"form": "extra block", "exit": 3, "agreement": 0.53},
+        {"form": "R=1 block", "exit": 3, "agreement": 0.505},
+    ]
+    add("alignment", {"rows": rows})
+    assert row("early-alignment")["verdict"] == "direction only"
+    assert row("alignment-equal-size")["verdict"] == "differs"
+    assert row("velocity")["verdict"] == "differs"  # better by less than the margin
+
+
+def test_the_baseline_is_fair_if_mlx_lm_is_not_faster():
+    for speed, verdict in ((1.0, "direction only"), (1.3, "differs")):
+        arm = {
+            "equal": True,
+            "speedup_vs_plain": {"median": speed, "min": speed, "max": speed},
+            "seconds": [1],
+        }
+        add(figures={"arms": {"mlx_lm": arm}})
+        assert row("speculation-over-mlx-lm")["verdict"] == verdict
+
+
+def test_every_form_of_the_table_holds_every_row():
+    add(figures=speculation())
+    rows = report.table()
+    text = report.as_text(80)
+    assert max(map(len, text.splitlines())) <= 90
+    for claim in rows:
+        assert claim["claim"].split(" (")[0] in report.as_markdown()
+    assert report.as_html().count("<details>") == len(rows)
+    assert "1.70x (1.60 to 1.80, n = 5, baseline 1.00x)" in report.as_markdown()
+
+
+def test_claims_and_choices_are_complete():
+    names = [r["id"] for r in report.table()]
+    assert len(names) == len(set(names))
+    for choice in report.choices():
+        assert choice.keys() == {"what", "open", "ours", "alternative", "switch", "why"}
+        assert all(choice[name] for name in choice if name != "switch")
+
+
+def test_only_two_numbers_are_the_papers():
+    numbers = {r["paper"] for r in report.table() if r["unit"] != "yes"}
+    assert numbers == {None, 2.8, 2.9}
