@@ -7,19 +7,20 @@
 | shell | tldr-pages, English | CC BY 4.0 |
 
 The first is on every machine. The other two are two files in a folder that you name
-(`--corpus`); nothing of them is stored in this project.
+(`--corpus`) or that `download.py` fills; nothing of them is stored in this project.
+
+Documents are held out by the hash of their name. A name stands for all that is made from one
+file or page, so a held-out function is never seen inside its file. Pages of one command on two
+systems have two names: held-out figures for shell are a little kind.
 """
 
 import ast
 import hashlib
 import json
-import random
 import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from .errors import UserError
 
@@ -54,19 +55,22 @@ def turn(prompt: str, answer: str) -> str:
 # --- code ---------------------------------------------------------------------------------
 
 
+LONGEST = 45  # lines of a function that is asked for: what fits the model's window
+
+
 def _function_turns(source: str) -> list[str]:
     """Functions with a docstring, as 'write this function' exchanges."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return []
+        return []  # templates of other tools' code end in .py too
     lines = source.splitlines()
     turns = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or not (doc := ast.get_docstring(node)):
             continue
         body = lines[node.lineno - 1 : node.end_lineno]
-        if len(body) > 45:
+        if len(body) > LONGEST:
             continue
         indent = len(body[0]) - len(body[0].lstrip())
         code = "\n".join(line[indent:] for line in body)
@@ -94,15 +98,22 @@ def code_documents() -> list[Document]:
 
 
 def _records(path: Path, *fields: str) -> list[dict]:
+    """The objects of a JSONL file, each with text in `fields`."""
     if not path.exists():
-        raise UserError(f"{path} is missing: give the folder that holds {GSM8K} and {TLDR} with --corpus")
+        raise UserError(f"{path} is missing; give the folder that holds {GSM8K} and {TLDR} with --corpus")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            records.append({field: record[field] for field in fields})
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: not a JSON object with {' and '.join(fields)}") from None
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                texts = [record[field] for field in fields]
+            except (ValueError, KeyError, TypeError):
+                texts = [None]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"{path}, line {number}: not a JSON object with text in {' and '.join(fields)}"
+                )
+            records.append(record)
     return records
 
 
@@ -133,68 +144,3 @@ def shell_documents(folder: Path) -> list[Document]:
 def documents(folder: Path) -> list[Document]:
     """Every document of the three kinds, held-out ones included."""
     return code_documents() + arithmetic_documents(folder) + shell_documents(folder)
-
-
-# --- tokens -------------------------------------------------------------------------------
-
-
-def train_tokenizer(texts: list[str], vocabulary: int = 4096):
-    """Byte-level BPE in which each digit is a token of its own; returns a `tokenizers.Tokenizer`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[EOS, USER, ASSISTANT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def encode(tokenizer, texts: list[Document], seed: int = 0) -> dict[str, np.ndarray]:
-    """Token ids (int32, one long row a kind) of shuffled documents, each closed by end-of-text."""
-    order = list(texts)
-    random.Random(seed).shuffle(order)
-    rows: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    encodings = tokenizer.encode_batch([d.text + EOS for d in order])
-    for document, encoding in zip(order, encodings, strict=True):
-        rows[document.kind] += encoding.ids
-    return {kind: np.array(ids, dtype=np.int32) for kind, ids in rows.items()}
-
-
-class Batches:
-    """Random windows of the corpus, the same for the same seed and step (so a run can resume).
-
-    Args:
-        tokens: token ids a kind, each of shape (tokens,).
-        weights: share of the windows that each kind gets.
-    """
-
-    def __init__(self, tokens: dict[str, np.ndarray], weights: dict[str, float], seed: int = 0):
-        self.tokens, self.seed = tokens, seed
-        self.kinds = [k for k in KINDS if len(tokens[k])]
-        share = np.array([weights[k] for k in self.kinds], dtype=np.float64)
-        self.share = share / share.sum()
-
-    def __call__(self, step: int, rows: int, length: int) -> np.ndarray:
-        """Windows of step `step`: int32 of shape (rows, length)."""
-        random_ = np.random.default_rng((self.seed, step))
-        # the same number of each kind in every batch, up to one: less noise than drawing kinds
-        edges = np.floor(np.cumsum(self.share) * rows + random_.random()).astype(int)
-        counts = np.diff(np.concatenate([[0], np.minimum(edges, rows)]))
-        counts[-1] += rows - counts.sum()
-        windows = []
-        for kind, count in zip(self.kinds, counts, strict=True):
-            ids = self.tokens[kind]
-            starts = random_.integers(0, max(1, len(ids) - length), count)
-            windows += [ids[s : s + length] for s in starts]
-        return np.stack(windows)

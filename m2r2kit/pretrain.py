@@ -1,8 +1,7 @@
 """Train a pocket model from nothing: a small `llama` that mlx-lm loads like any other.
 
 The forward pass here computes what `mlx_lm.models.llama` computes (a test holds them
-together); it is written again because training on a CPU spends most of its time in `exp`,
-which MLX evaluates one element at a time. `fast_exp` is 3-5x faster.
+together); it is written again on `numerics.py`, which makes training on a CPU 3-5x faster.
 
 Three things make few tokens go far:
 - Muon for the matrices of the blocks (Jordan 2024), AdamW for embeddings and norms;
@@ -16,17 +15,20 @@ import json
 import math
 import signal
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import llama
 
-from .corpus import Batches
+from .errors import UserError
+from .numerics import attention_weights, cross_entropy, swiglu
+from .tokens import Batches
 
 
 @dataclass
@@ -53,78 +55,11 @@ class PretrainConfig:
     seed: int = 0
 
 
-# --- numerics -----------------------------------------------------------------------------
-
-
-def fast_exp(x: mx.array) -> mx.array:
-    """e^x = (e^(x/128))^128 with four terms of the series; relative error < 2e-5 for |x| < 10.
-
-    Only products and sums, so the compiler turns it into vector instructions: 1.5 ns an
-    element where `mx.exp` takes 17. Larger x are less exact: e^20 to 1e-3.
-    """
-    y = mx.maximum(x, -100.0) * (1 / 128)
-    p = 1 + y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24))))
-    for _ in range(7):
-        p = p * p
-    return p
-
-
-@mx.custom_function
-def masked_exp(scores, mask):
-    return fast_exp(scores) * mask
-
-
-@masked_exp.vjp
-def _(primals, cotangent, output):
-    return cotangent * output, mx.zeros_like(primals[1])
-
-
-@mx.custom_function
-def swiglu(gate, up):
-    return gate * up / (1.0 + fast_exp(-gate))
-
-
-@swiglu.vjp
-def _(primals, cotangent, output):
-    gate, up = primals
-    s = 1.0 / (1.0 + fast_exp(-gate))
-    silu = gate * s
-    return cotangent * up * (s + silu * (1.0 - s)), cotangent * silu
-
-
-ROWS = 1024  # of logits at a time: 4,096 x 4,096 numbers would come fresh from the system each time
-
-
-@mx.custom_function
-def cross_entropy(hidden, embedding, targets):
-    """-log softmax(hidden @ embedding.T)[targets]; (n, D), (V, D), (n,) -> (n,), in nats."""
-    losses = []
-    for i in range(0, hidden.shape[0], ROWS):
-        logits = hidden[i : i + ROWS] @ embedding.T
-        right = mx.take_along_axis(logits, targets[i : i + ROWS, None], 1)[:, 0]
-        losses.append(mx.log(fast_exp(logits).sum(-1)) - right)
-    return mx.concatenate(losses)
-
-
-@cross_entropy.vjp
-def _(primals, cotangent, output):
-    hidden, embedding, targets = primals
-    d_embedding = mx.zeros_like(embedding).at[targets].add(-hidden * cotangent[:, None])
-    d_hidden = []
-    for i in range(0, hidden.shape[0], ROWS):
-        h, c = hidden[i : i + ROWS], cotangent[i : i + ROWS]
-        e = fast_exp(h @ embedding.T)  # again: cheaper than keeping the numbers
-        weight = (c / e.sum(-1))[:, None]
-        d_hidden.append((e @ embedding) * weight)
-        d_embedding = d_embedding + e.T @ (h * weight)
-    d_hidden = mx.concatenate(d_hidden) - embedding[targets] * cotangent[:, None]
-    return d_hidden, d_embedding, mx.zeros_like(targets)
-
-
 # --- the model, for training --------------------------------------------------------------
 
 
-def _block(p: dict, x: mx.array, mask: mx.array, config: PretrainConfig) -> mx.array:
+def _block(p: dict, x: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
+    """One transformer block: (B, T, D) -> (B, T, D)."""
     B, T, D = x.shape
     H, K = config.heads, config.kv_heads
     hd = D // H
@@ -139,7 +74,7 @@ def _block(p: dict, x: mx.array, mask: mx.array, config: PretrainConfig) -> mx.a
     k = rope(heads(y, attention["k_proj"], K))
     v = heads(y, attention["v_proj"], K)
     # query heads of one key head side by side: (B, K, H/K * T, hd)
-    e = masked_exp(q.reshape(B, K, H // K * T, hd) @ k.swapaxes(-1, -2), mask)
+    e = attention_weights(q.reshape(B, K, H // K * T, hd) @ k.swapaxes(-1, -2), bias)
     # a column of ones beside v sums the weights in the same product
     o = e @ mx.concatenate([v, mx.ones((B, K, T, 1))], -1)
     o = (o[..., :hd] / o[..., hd:]).reshape(B, H, T, hd).transpose(0, 2, 1, 3).reshape(B, T, D)
@@ -149,26 +84,29 @@ def _block(p: dict, x: mx.array, mask: mx.array, config: PretrainConfig) -> mx.a
     return x + y @ mlp["down_proj"]["weight"].T
 
 
-def causal_mask(rows: int, length: int, config: PretrainConfig) -> mx.array:
-    """Ones at and below the diagonal, in full: (rows, kv heads, H/K * length, length)."""
+def causal_bias(rows: int, length: int, config: PretrainConfig) -> mx.array:
+    """0 at and below the diagonal, -1e9 above: (rows, kv heads, H/K * length, length).
+
+    In full, because the compiled kernels read it faster than they broadcast it.
+    """
     group = config.heads // config.kv_heads
-    tri = mx.tril(mx.ones((length, length)))
+    bias = mx.where(mx.tri(length) > 0, 0.0, -1e9)
     shape = (rows, config.kv_heads, group, length, length)
-    return mx.contiguous(mx.broadcast_to(tri, shape).reshape(rows, config.kv_heads, group * length, length))
+    return mx.contiguous(mx.broadcast_to(bias, shape).reshape(rows, config.kv_heads, group * length, length))
 
 
-def hidden_states(parameters: dict, tokens: mx.array, mask: mx.array, config: PretrainConfig) -> mx.array:
+def hidden_states(parameters: dict, tokens: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
     """Final normalised states of a pocket model: (B, T) -> (B, T, D)."""
     p = parameters["model"]
     x = p["embed_tokens"]["weight"][tokens]
     for layer in p["layers"]:
-        x = _block(layer, x, mask, config)
+        x = _block(layer, x, bias, config)
     return mx.fast.rms_norm(x, p["norm"]["weight"], 1e-5)
 
 
-def mean_loss(parameters: dict, windows: mx.array, mask: mx.array, config: PretrainConfig) -> mx.array:
+def mean_loss(parameters: dict, windows: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
     """Mean cross-entropy of predicting each next token, in nats; windows: (B, T + 1)."""
-    x = hidden_states(parameters, windows[:, :-1], mask, config)
+    x = hidden_states(parameters, windows[:, :-1], bias, config)
     embedding = parameters["model"]["embed_tokens"]["weight"]
     return cross_entropy(x.reshape(-1, x.shape[-1]), embedding, windows[:, 1:].reshape(-1)).mean()
 
@@ -238,17 +176,27 @@ def rate(seen: int, config: PretrainConfig) -> float:
 
 
 class Run:
-    """A training run in a folder; opening the folder again goes on where it stopped."""
+    """A training run in a folder; opening the folder again goes on where it stopped.
 
-    def __init__(self, folder: Path, config: PretrainConfig, batches: Batches):
-        self.folder, self.config, self.batches = Path(folder), config, batches
+    Args:
+        folder: holds `run.json` and `state-STEP.safetensors`; made by the first save.
+        config: None takes that of the folder. A run that exists may be given other values of
+            `tokens` and `decay_share` (the end may be moved), and of nothing else.
+        batches: may be None where nothing is trained.
+    """
+
+    MOVABLE = ("tokens", "decay_share")
+
+    def __init__(self, folder: Path, config: PretrainConfig | None = None, batches: Batches | None = None):
+        self.folder, self.batches = Path(folder), batches
         self.step = self.seen = 0
         self.seconds, self.stopped = 0.0, False
-        self.blocks = config.grow_from
         if (self.folder / "run.json").exists():
-            self._load()
+            self._load(config)
         else:
-            self.parameters = new_parameters(config, self.blocks)
+            self.config = config or PretrainConfig()
+            self.blocks = self.config.grow_from
+            self.parameters = new_parameters(self.config, self.blocks)
             self._new_optimizer()
         self._compile()
 
@@ -256,85 +204,146 @@ class Run:
         self.optimizer = optimizer(self.config)
         self.optimizer.init(self.parameters)
 
-    def _load(self):
-        state = json.loads((self.folder / "run.json").read_text())
-        self.step, self.seen, self.blocks = state["step"], state["seen"], state["blocks"]
-        self.seconds = state["seconds"]
-        arrays = mx.load(str(self.folder / state["arrays"]))
-        part = lambda head: tree_unflatten([(k[len(head) :], v) for k, v in arrays.items() if k.startswith(head)])  # noqa: E731
-        self.parameters = part("p.")
+    def _load(self, config: PretrainConfig | None):
+        again = f"copy the folder again, whole, or start anew in another one than {self.folder}"
+        try:
+            state = json.loads((self.folder / "run.json").read_text())
+            self.step, self.seen, self.blocks = state["step"], state["seen"], state["blocks"]
+            self.seconds, old = state["seconds"], PretrainConfig(**state["config"])
+            file = self.folder / state["arrays"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"run.json cannot be read as a training run; {again}") from None
+        self.config = config or old
+        for name, value in asdict(old).items():
+            wanted = getattr(self.config, name)
+            if wanted != value and name not in self.MOVABLE:
+                here = f"the run in {self.folder} has {name} = {value}, not {wanted}"
+                raise UserError(f"{here}; start anew in another folder")
+        if not is_whole(file):
+            raise UserError(f"{file.name} is missing or not whole; {again}")
+        arrays = mx.load(str(file))
+        self.parameters = _part(arrays, "p.")
         self._new_optimizer()
-        self.optimizer.state = part("o.")
+        self.optimizer.state = _part(arrays, "o.")
 
     def save(self):
         """Write the whole state; the old one stays until the new one is complete."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"state-{self.step}.safetensors"
         arrays = {f"p.{k}": v for k, v in tree_flatten(self.parameters)}
         arrays |= {f"o.{k}": v for k, v in tree_flatten(self.optimizer.state)}
-        mx.save_safetensors(str(self.folder / name), arrays)
-        state = {"step": self.step, "seen": self.seen, "blocks": self.blocks, "seconds": self.seconds, "arrays": name}
-        temporary = self.folder / "run.json.tmp"
-        temporary.write_text(json.dumps(state | {"config": asdict(self.config)}, indent=1))
-        temporary.replace(self.folder / "run.json")
+        state = {
+            "step": self.step,
+            "seen": self.seen,
+            "blocks": self.blocks,
+            "seconds": self.seconds,
+            "arrays": name,
+            "config": asdict(self.config),
+        }
+        new_arrays, new_state = self.folder / "new.safetensors", self.folder / "run.json.new"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            mx.save_safetensors(str(new_arrays), arrays)
+            new_state.write_text(json.dumps(state, indent=1))
+            new_arrays.replace(self.folder / name)
+            new_state.replace(self.folder / "run.json")
+        except (OSError, RuntimeError) as error:  # MLX reports a full disk as RuntimeError
+            new_arrays.unlink(missing_ok=True)
+            new_state.unlink(missing_ok=True)
+            raise UserError(
+                f"step {self.step} cannot be saved in {self.folder} ({error}); free some space and "
+                "start again, from the state that was saved before"
+            ) from None
         for old in self.folder.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink()
 
     def _compile(self):
+        """The step, for the number of blocks and the window of this phase."""
         config = self.config
         self.window = config.window if self.blocks == config.blocks else config.first_window
         self.rows = config.batch_tokens // self.window
-        mask = causal_mask(self.rows, self.window, config)
+        bias = causal_bias(self.rows, self.window, config)
         gradient = mx.value_and_grad(mean_loss)
 
         def update(parameters, state, rates, windows):
             self.optimizer.state = state
             for o, r in zip(self.optimizer.optimizers, rates, strict=True):
                 o.learning_rate = r
-            loss, gradients = gradient(parameters, windows, mask, config)
+            loss, gradients = gradient(parameters, windows, bias, config)
             return loss, self.optimizer.apply_gradients(gradients, parameters), self.optimizer.state
 
         self._update = mx.compile(update)
 
-    def train(self, seconds: float = math.inf, report=print, save_every: float = 300.0):
-        """Train until the tokens are used up, `seconds` have passed, or an interrupt; then save."""
+    def _grow(self):
+        self.parameters, self.blocks = grow(self.parameters, self.config.blocks), self.config.blocks
+        self._new_optimizer()
+        self._compile()
+
+    def train_step(self) -> float:
+        """Grow if it is time, take one step, and return its loss in nats."""
         config = self.config
+        if self.blocks < config.blocks and self.seen >= config.grow_at:
+            self._grow()
+        share = rate(self.seen, config)
+        rates = [mx.array(share * config.muon_rate), mx.array(share * config.adam_rate)]
+        windows = mx.array(self.batches(self.step, self.rows, self.window + 1))
+        loss, self.parameters, state = self._update(self.parameters, self.optimizer.state, rates, windows)
+        self.optimizer.state = state
+        mx.eval(loss, self.parameters, state)
+        self.step += 1
+        self.seen += self.rows * self.window
+        return loss.item()
+
+    def train(self, seconds: float = math.inf, report: Callable | None = None, save_every: float = 300.0):
+        """Train until the tokens are used up, `seconds` have passed, or an interrupt; then save.
+
+        Args:
+            report: called after each step with the run, the mean loss of the last 50 steps
+                (nats) and this step's tokens/s.
+            save_every: seconds between two saves.
+        """
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         begun = saved = time.perf_counter()
-        losses: list[float] = []
+        losses: deque[float] = deque(maxlen=50)
         try:
-            while self.seen < config.tokens and not self.stopped:
-                if self.blocks < config.blocks and self.seen >= config.grow_at:
-                    self.parameters, self.blocks = grow(self.parameters, config.blocks), config.blocks
-                    self._new_optimizer()
-                    self._compile()
-                started = time.perf_counter()
-                share = rate(self.seen, config)
-                rates = [mx.array(share * config.muon_rate), mx.array(share * config.adam_rate)]
-                windows = mx.array(self.batches(self.step, self.rows, self.window + 1))
-                loss, self.parameters, state = self._update(
-                    self.parameters, self.optimizer.state, rates, windows
-                )
-                self.optimizer.state = state
-                mx.eval(loss, self.parameters, state)
-                losses = (losses + [loss.item()])[-50:]
+            while self.seen < self.config.tokens and not self.stopped:
+                started, seen = time.perf_counter(), self.seen
+                losses.append(self.train_step())
                 if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(f"the loss is not a number at step {self.step}; lower --rate")
+                    raise UserError(
+                        f"the loss is not a number at step {self.step}; start anew with a smaller muon_rate, "
+                        "or copy an earlier state back"
+                    )
                 now = time.perf_counter()
-                self.step += 1
-                self.seen += self.rows * self.window
                 self.seconds += now - started
-                report(self, float(np.mean(losses)), self.rows * self.window / (now - started))
+                if report is not None:
+                    report(self, sum(losses) / len(losses), (self.seen - seen) / (now - started))
                 if now - saved > save_every:
                     self.save()
                     saved = time.perf_counter()
                 if now - begun > seconds:
                     break
+            self.save()
         finally:
             for s, handler in previous.items():
                 signal.signal(s, handler)
-        self.save()
 
     def _stop(self, *_):
-        self.stopped = True
+        self.stopped = True  # after the step that runs; the state between two steps is what can be saved
+
+
+def _part(arrays: dict, head: str) -> dict:
+    return tree_unflatten([(k.removeprefix(head), v) for k, v in arrays.items() if k.startswith(head)])
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says. `mx.load` reads lazily and
+    would find out in the middle of the training."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return file.stat().st_size == 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+        return False

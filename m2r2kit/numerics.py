@@ -1,0 +1,84 @@
+"""What training spends its time in, written so that a CPU does it in vector instructions.
+
+MLX evaluates `exp` on a CPU one element at a time, and attention, SiLU and cross-entropy are
+made of it. Here they stand on `fast_exp`, each with its gradient by hand: what autodiff would
+keep between the passes is large, and comes fresh from the system every step.
+"""
+
+import mlx.core as mx
+
+
+def fast_exp(x: mx.array) -> mx.array:
+    """e^x = (e^(x/128))^128 with four terms of the series; relative error < 2e-5 for |x| < 10.
+
+    Only products and sums, so the compiler turns it into vector instructions: 1.5 ns an
+    element where `mx.exp` takes 17. Larger |x| are less exact (e^20 to 2e-4), and below -80
+    it stays at e^-80, before numbers become denormal and slow.
+    """
+    y = mx.maximum(x, -80.0) * (1 / 128)
+    p = 1 + y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24))))
+    for _ in range(7):
+        p = p * p
+    return p
+
+
+@mx.custom_function
+def attention_weights(scores, bias):
+    """exp(scores + bias - its row's largest): softmax over the last axis, not yet divided by the sum.
+
+    The largest must go before `fast_exp`: scores grow beyond 88 in training, where e^x overflows.
+    """
+    scores = scores + bias
+    return fast_exp(scores - scores.max(-1, keepdims=True))
+
+
+@attention_weights.vjp
+def _(primals, cotangent, output):
+    # the row's largest cancels in the division by the sum, so it may be taken as a constant
+    return cotangent * output, mx.zeros_like(primals[1])
+
+
+@mx.custom_function
+def swiglu(gate, up):
+    """silu(gate) * up."""
+    return gate * up / (1.0 + fast_exp(-gate))
+
+
+@swiglu.vjp
+def _(primals, cotangent, output):
+    gate, up = primals
+    s = 1.0 / (1.0 + fast_exp(-gate))
+    silu = gate * s
+    return cotangent * up * (s + silu * (1.0 - s)), cotangent * silu
+
+
+ROWS = 1024  # of logits at a time: 4,096 x 4,096 numbers would come fresh from the system each time
+
+
+@mx.custom_function
+def cross_entropy(hidden, embedding, targets):
+    """-log softmax(hidden @ embedding.T)[targets]; (n, D), (V, D), (n,) -> (n,), in nats.
+
+    For logits below 80, which a normalised state and small embeddings keep to.
+    """
+    losses = []
+    for i in range(0, hidden.shape[0], ROWS):
+        logits = hidden[i : i + ROWS] @ embedding.T
+        right = mx.take_along_axis(logits, targets[i : i + ROWS, None], 1)[:, 0]
+        losses.append(mx.log(fast_exp(logits).sum(-1)) - right)
+    return mx.concatenate(losses)
+
+
+@cross_entropy.vjp
+def _(primals, cotangent, output):
+    hidden, embedding, targets = primals
+    d_embedding = mx.zeros_like(embedding).at[targets].add(-hidden * cotangent[:, None])
+    d_hidden = []
+    for i in range(0, hidden.shape[0], ROWS):
+        h, c = hidden[i : i + ROWS], cotangent[i : i + ROWS]
+        e = fast_exp(h @ embedding.T)  # again: cheaper than keeping the numbers
+        weight = (c / e.sum(-1))[:, None]
+        d_hidden.append((e @ embedding) * weight)
+        d_embedding = d_embedding + e.T @ (h * weight)
+    d_hidden = mx.concatenate(d_hidden) - embedding[targets] * cotangent[:, None]
+    return d_hidden, d_embedding, mx.zeros_like(targets)
