@@ -277,6 +277,7 @@ def _each(paths, work) -> int:
         tqdm.write(f"{path.stem:{width}}  {seconds:6.1f} s  {'failed' if problems else 'passed'}")
         for problem in problems:
             tqdm.write(f"    {problem}")
+        sys.stdout.flush()  # ci/kit.py reads along
     print(f"total {time.perf_counter() - begun:.1f} s")
     print(f"notebooks: {len(paths) - failed} passed, {failed} failed", flush=True)
     return 1 if failed else 0

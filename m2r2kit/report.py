@@ -104,6 +104,7 @@ def _row(claim: dict) -> dict:
         "paper_setting": claim["paper_setting"],
         "ours_setting": claim["ours_setting"],
         "unit": claim["unit"],
+        "better": claim.get("better", "higher"),
         "paper": paper,
         "ours": ours,
         "low": number("low"),
