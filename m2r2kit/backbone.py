@@ -1,0 +1,234 @@
+"""One view of a language model from mlx-lm: embedding, blocks one by one, final norm and head.
+
+The model itself is never changed. Every wing of the kit goes through this view, so whatever
+works on a pocket model works on any model of the families below.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.base import create_attention_mask
+
+from .errors import UserError
+
+DENSE = ("llama", "qwen3", "phi3", "gemma", "olmo2")
+MOE = ("olmoe", "qwen3_moe", "mixtral")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a block keeps its parts, by mlx-lm's attribute names.
+
+    `norm_after` marks families (olmo2) that normalise what a sub-layer gives, not what it takes.
+    """
+
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    ffn: str = "mlp"
+    ffn_norm: str = "post_attention_layernorm"
+    norm_after: bool = False
+
+
+PARTS = {
+    "olmo2": Parts(attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm", norm_after=True),
+    "mixtral": Parts(ffn="block_sparse_moe"),
+}  # fmt: skip
+
+
+class Backbone:
+    """A model of mlx-lm, seen as `embed -> blocks -> head`.
+
+    Shapes: B sequences, T tokens, D width, V vocabulary, N blocks.
+    Make one with `Backbone.load(folder_or_repo)`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, config: dict, sha256: str):
+        self.family = config.get("model_type", "")
+        if self.family not in DENSE + MOE:
+            raise UserError(
+                f"Models of type '{self.family}' are not served; use one of {', '.join(DENSE + MOE)}."
+            )
+        if any(kind == "sliding_attention" for kind in config.get("layer_types") or ()):
+            raise UserError("This model slides its attention window, and a rolled cache cannot be cut back.")
+        self.model, self.tokenizer, self.config, self.sha256 = model, tokenizer, config, sha256
+        self.parts = PARTS.get(self.family, Parts())
+        self.blocks: list[nn.Module] = list(model.layers)
+
+    @classmethod
+    def load(cls, path_or_repo: str | Path, dtype: mx.Dtype | None = None) -> "Backbone":
+        """Load a Hugging Face folder or repository with mlx-lm.
+
+        Args:
+            dtype: arithmetic of the weights; by default float32 on a CPU, as stored elsewhere.
+
+        Raises:
+            UserError: the folder is missing, incomplete, or of a family that is not served.
+        """
+        folder = _model_folder(path_or_repo)
+        from mlx_lm import utils  # imports transformers: seconds that `--help` should not cost
+
+        try:
+            model, config = utils.load_model(folder)
+            tokenizer = utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+        except Exception as error:  # mlx-lm raises whatever its parts raise; the user needs one sentence
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole.") from error
+        if dtype is None and mx.default_device() == mx.Device(mx.cpu):
+            dtype = mx.float32
+        if dtype is not None:
+            model.set_dtype(dtype)
+        mx.eval(model.parameters())
+        return cls(model, tokenizer, config, weights_sha256(folder))
+
+    # --- sizes ---
+
+    @property
+    def depth(self) -> int:
+        """N, the number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """D, the width of the residual stream."""
+        return self.config["hidden_size"]
+
+    @property
+    def context(self) -> int:
+        """The most tokens (prompt and answer) that the model was made for."""
+        return self.config.get("max_position_embeddings", 1 << 30)
+
+    @property
+    def is_moe(self) -> bool:
+        return self.family in MOE
+
+    # --- the forward pass, in pieces ---
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """h_0, what enters the first block: (B, T) token ids -> (B, T, D)."""
+        h = self.model.model.embed_tokens(tokens)
+        return h * (self.width**0.5) if self.family == "gemma" else h
+
+    def run(self, h: mx.array, cache: list | None = None, start: int = 0, stop: int | None = None) -> mx.array:
+        """Blocks start..stop-1: h_start -> h_stop, (B, T, D) -> (B, T, D).
+
+        `cache` has one entry a block and grows by T positions in the blocks that run.
+        """
+        stop = self.depth if stop is None else stop
+        if start == stop:
+            return h
+        cache = [None] * self.depth if cache is None else cache
+        mask = create_attention_mask(h, cache[start])
+        for block, c in zip(self.blocks[start:stop], cache[start:stop], strict=True):
+            h = block(h, mask, cache=c)
+        return h
+
+    def states(self, tokens: mx.array, cache: list | None = None) -> list[mx.array]:
+        """All residual states [h_0, .., h_N] of a sequence; each (B, T, D)."""
+        states = [self.embed(tokens)]
+        for l in range(self.depth):
+            states.append(self.run(states[-1], cache, l, l + 1))
+        return states
+
+    def norm(self, h: mx.array) -> mx.array:
+        """The final norm (nu in the notebooks)."""
+        return self.model.model.norm(h)
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits of a residual state: final norm, then the head; (.., D) -> (.., V)."""
+        return self.unembed(self.norm(h))
+
+    def unembed(self, x: mx.array) -> mx.array:
+        """The head (H in the notebooks) on an already normalised state."""
+        if "lm_head" in self.model:
+            return self.model.lm_head(x)
+        return self.model.model.embed_tokens.as_linear(x)
+
+    def logits(self, tokens: mx.array, cache: list | None = None) -> mx.array:
+        """The model's own logits, computed through this view: (B, T) -> (B, T, V)."""
+        return self.head(self.run(self.embed(tokens), cache))
+
+    def new_cache(self) -> list:
+        """An empty KV cache, one entry a block."""
+        cache = make_prompt_cache(self.model)
+        if not all(type(c) is KVCache for c in cache):
+            raise UserError("This model's cache cannot be cut back after a rejected draft; it is not served.")
+        return cache
+
+    # --- text ---
+
+    @property
+    def eos(self) -> set[int]:
+        """Token ids that end a text."""
+        return set(self.tokenizer.eos_token_ids)
+
+    def encode(self, text: str, chat: bool = True) -> list[int]:
+        """Token ids of a prompt, as a user's turn where the model has a chat template.
+
+        Raises:
+            UserError: the prompt is empty, or leaves no room in the model's context.
+        """
+        if not text.strip():
+            raise UserError("The prompt is empty; write something to continue.")
+        if chat and self.tokenizer.has_chat_template:
+            turns = [{"role": "user", "content": text.strip()}]
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+            ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+        else:
+            ids = list(self.tokenizer.encode(text))
+        if len(ids) >= self.context:
+            raise UserError(f"The prompt has {len(ids)} tokens and the model reads {self.context}; shorten it.")
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, without the end-of-text mark."""
+        return self.tokenizer.decode([i for i in ids if i not in self.eos])
+
+
+def crop(cache: list, length: int) -> None:
+    """Cut every entry of a KV cache back to `length` positions; shorter entries stay."""
+    for c in cache:
+        c.trim(max(0, c.offset - length))
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash of a model's weight files: what a trained stream is bound to."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _model_folder(path_or_repo: str | Path) -> Path:
+    """The folder of a model, complete as far as can be seen without loading it."""
+    folder = Path(path_or_repo)
+    if not folder.exists():
+        name = str(path_or_repo)
+        if name.count("/") != 1 or name.startswith((".", "/", "~", "data/")):
+            raise UserError(f"There is no model folder {name}; give a folder or a Hugging Face repository.")
+        from mlx_lm.utils import _download
+
+        try:
+            folder = Path(_download(name))
+        except Exception as error:
+            raise UserError(f"There is no folder {name}, and fetching it as a repository failed.") from error
+    config = folder / "config.json"
+    if not config.exists():
+        raise UserError(f"{folder} has no config.json; copy the model's folder again, whole.")
+    try:
+        json.loads(config.read_text())
+    except json.JSONDecodeError:
+        raise UserError(f"{config} is not valid JSON; copy the model's folder again, whole.") from None
+    if not list(folder.glob("model*.safetensors")):
+        raise UserError(f"{folder} has no model*.safetensors; copy the model's folder again, whole.")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(n for n in named if not (folder / n).exists()):
+            raise UserError(f"{folder} lacks {missing[0]}; copy the model's folder again, whole.")
+    return folder

@@ -1,0 +1,157 @@
+"""One loop for all: draft, verify, accept. With 0 drafts it is plain decoding.
+
+A step begins with one pending token, emitted but not yet in the cache:
+
+    draft    K tokens, running the blocks below the exit E on each        (drafters.py)
+    verify   the K + 1 rows through blocks E..N, in one pass
+    accept   the longest right prefix and one token of the model's own    (accept.py)
+    crop     the cache to what was accepted
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ..backbone import Backbone, crop
+from ..errors import UserError
+from .accept import Sampler, accept_greedy, accept_sampled
+from .drafters import Plain
+
+MOST_DRAFTS = 16
+
+
+@dataclass
+class Generation:
+    """What came out of one prompt.
+
+    Attributes:
+        tokens: emitted ids, the end-of-text mark included if it was reached.
+        drafted: drafts offered in each step.
+        accepted: drafts accepted in each step (before the text ended).
+        from_draft: for each emitted token, whether it was a draft.
+        seconds: from the first pass over the prompt to the last token.
+        stopped: `eos` or `length`.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    from_draft: list[bool] = field(default_factory=list)
+    seconds: float = 0.0
+    stopped: str = "length"
+
+    @property
+    def steps(self) -> int:
+        """Verification passes."""
+        return len(self.drafted)
+
+
+def generate(
+    backbone: Backbone,
+    prompt: list[int],
+    drafter=None,
+    drafts: int = 4,
+    max_tokens: int = 128,
+    sampler: Sampler | None = None,
+    on_tokens: Callable[[list[int], list[bool]], None] | None = None,
+    cache: list | None = None,
+) -> Generation:
+    """Continue a prompt; the tokens are those of plain decoding whatever the drafter is.
+
+    Args:
+        prompt: token ids, at least one.
+        drafter: who drafts; None is plain decoding.
+        drafts: K, tokens drafted in a step, 0..16.
+        max_tokens: emit at most this many (and no more than the context holds).
+        on_tokens: called after each step with the new tokens and which of them were drafts.
+        cache: an empty cache to fill, for who wants to look at it afterwards.
+
+    Raises:
+        UserError: an empty or over-long prompt, or a draft count out of range.
+    """
+    if not prompt:
+        raise UserError("The prompt is empty; write something to continue.")
+    if not 0 <= drafts <= MOST_DRAFTS:
+        raise UserError(f"The number of drafts must lie between 0 and {MOST_DRAFTS}; got {drafts}.")
+    if max_tokens < 1:
+        raise UserError(f"At least one token must be asked for; got {max_tokens}.")
+    room = backbone.context - len(prompt)
+    if room < 1:
+        raise UserError(f"The prompt has {len(prompt)} tokens and the model reads {backbone.context}; shorten it.")
+    drafter, sampler = drafter or Plain(), sampler or Sampler()
+    cache = backbone.new_cache() if cache is None else cache
+    out, begun = Generation(), time.perf_counter()
+    limit = min(max_tokens, room)
+
+    verified = len(prompt) - 1  # positions of the cache that hold the model's own states
+    if verified:
+        backbone.run(backbone.embed(mx.array([prompt[:-1]])), cache)
+        mx.eval([(c.keys, c.values) for c in cache])
+    pending, ahead = prompt[-1], None
+    while len(out.tokens) < limit and out.stopped != "eos":
+        k = min(drafts, limit - len(out.tokens) - 1)  # the pass itself adds one token
+        if k == 0 or isinstance(drafter, Plain):
+            more = len(out.tokens) + 1 < limit
+            emitted, ahead = _one(backbone, pending, ahead, more, sampler, cache)
+            k = 0
+        else:
+            emitted = draft_and_verify(backbone, drafter, pending, k, sampler, cache, verified)
+            crop(cache, verified + len(emitted))
+        verified += len(emitted)
+        pending = emitted[-1]
+        new = _keep(out, emitted, k, backbone.eos)
+        if on_tokens:
+            on_tokens(out.tokens[-new:], out.from_draft[-new:])
+    crop(cache, len(prompt) + len(out.tokens) - 1)
+    out.seconds = time.perf_counter() - begun
+    return out
+
+
+def _one(backbone, pending, ahead, more, sampler, cache):
+    """A step without drafts: one token. While it is read, the next is already being computed,
+    as mlx-lm does; with drafts that is not possible, since the next step starts where they fail."""
+
+    def first_choice(token):
+        return mx.argmax(backbone.logits(token, cache), axis=-1)  # (1, 1)
+
+    if not sampler.greedy:
+        return [sampler.draw(sampler.probabilities(backbone.logits(mx.array([[pending]]), cache)[0])[0])], None
+    choice = first_choice(mx.array([[pending]])) if ahead is None else ahead
+    ahead = first_choice(choice) if more else None
+    mx.async_eval(choice) if ahead is None else mx.async_eval(choice, ahead)
+    return [choice.item()], ahead
+
+
+def draft_and_verify(backbone: Backbone, drafter, pending: int, k: int, sampler: Sampler, cache, verified: int):
+    """One step with k >= 1 drafts: the tokens that it emits, 1..k + 1 of them.
+
+    The cache grows by k + 1 positions, of which the caller keeps as many as were emitted.
+    """
+    E = drafter.exit
+    draft = drafter(pending, k, sampler, cache, verified)
+    # the last draft has not been through the blocks below the exit yet
+    last = draft.tokens[-1]
+    last = mx.array([[last]]) if isinstance(last, int) else last
+    states = [*draft.states, backbone.run(backbone.embed(last), cache, 0, E)]
+    rows = backbone.run(mx.concatenate(states, axis=1), cache, E)  # (1, k + 1, D)
+    logits = backbone.head(rows)[0]
+    if sampler.greedy:
+        choices = mx.argmax(logits, axis=-1)
+        ids = mx.concatenate([*(t[0] for t in draft.tokens), choices]).tolist()
+        return accept_greedy(ids[:k], ids[k:])
+    return accept_sampled(draft.tokens, draft.q, sampler.probabilities(logits), sampler)
+
+
+def _keep(out: Generation, emitted: list[int], k: int, eos: set[int]) -> int:
+    """Add a step's tokens to the result, cut after an end of text; returns how many were kept."""
+    out.drafted.append(k)
+    out.accepted.append(len(emitted) - 1)
+    for i, token in enumerate(emitted):
+        out.tokens.append(token)
+        out.from_draft.append(i < len(emitted) - 1)
+        if token in eos:
+            out.stopped = "eos"
+            return i + 1
+    return len(emitted)

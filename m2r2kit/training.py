@@ -1,0 +1,174 @@
+"""Distil a small module against the frozen model: the model is its own teacher.
+
+The teacher is asked once for each window of text (its states, keys and values are kept in
+memory), and the small module then learns from the same windows for several rounds: a
+forward pass through all blocks costs far more than one step of what is trained.
+
+Loss, for each exit E (notebook 02):
+
+    KL(softmax H nu(h_N) || softmax H nu(p_E))  +  weight * mean over l of 1 - cos(p_l, h_tau(l))
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from .backbone import Backbone
+from .numerics import fast_exp
+from .residuals import AcceleratedStream, intervals, tau
+
+
+@dataclass
+class DistilConfig:
+    """Settings of `train stream`."""
+
+    steps: int = 2000
+    rows: int = 16  # windows in one step
+    rate: float = 2e-3  # peak learning rate of AdamW
+    warmup: int = 50
+    align_weight: float = 0.1
+    max_unverified: int = 6  # deep keys are hidden for 0..this many of the newest tokens
+    seed: int = 0
+
+
+# --- the teacher ----------------------------------------------------------------------------
+
+
+class KeptKV:
+    """Keys and values of one block, as the stream reads them (`keys_and_values`, `offset`)."""
+
+    def __init__(self, keys, values):
+        self.keys, self.values = keys, values
+        self.offset = keys.shape[2]
+
+    def keys_and_values(self):
+        return self.keys, self.values
+
+
+@dataclass
+class Lesson:
+    """What the teacher says of one batch of windows (B, T)."""
+
+    tokens: mx.array  # (B, T)
+    states: dict[int, mx.array]  # slow states by depth, each (B, T, D)
+    cache: dict[int, KeptKV]  # slow keys and values by block
+
+
+def teach(backbone: Backbone, windows: np.ndarray, depths: set[int], blocks: set[int]) -> Lesson:
+    """Run the frozen model over windows (B, T) and keep the states and keys that are asked for."""
+    tokens = mx.array(windows)
+    cache = backbone.new_cache()
+    states = backbone.states(tokens, cache)
+    kept = {l: KeptKV(*map(mx.contiguous, cache[l].keys_and_values())) for l in blocks}
+    lesson = Lesson(tokens, {d: states[d] for d in depths}, kept)
+    mx.eval(lesson.states, [(k.keys, k.values) for k in kept.values()])
+    return lesson
+
+
+def needs(stream: AcceleratedStream) -> tuple[set[int], set[int]]:
+    """Depths of the states, and blocks of the keys, that training a stream asks the teacher for."""
+    depth, config = stream._backbone.depth, stream.config
+    depths, blocks = {depth, *range(config.exits[-1] + 1)}, set(range(config.exits[-1]))
+    for a, b in intervals(config):
+        depths |= {tau(l, a, b, depth, config.rate) for l in range(a, b + 1)}
+    if config.deep:
+        blocks |= {f.read for f in stream.fast}
+    return depths, blocks
+
+
+# --- losses ---------------------------------------------------------------------------------
+
+
+@mx.custom_function
+def distance(student, teacher):
+    """KL(softmax teacher || softmax student) of logits (n, V), without the teacher's entropy; (n,)."""
+    t = fast_exp(teacher)
+    mean = (t * student).sum(-1) / t.sum(-1)
+    return mx.log(fast_exp(student).sum(-1)) - mean
+
+
+@distance.vjp
+def _(primals, cotangent, output):
+    s, t = fast_exp(primals[0]), fast_exp(primals[1])
+    left, right = (cotangent / s.sum(-1))[:, None], (cotangent / t.sum(-1))[:, None]
+    return s * left - t * right, mx.zeros_like(primals[1])
+
+
+def cosine(x: mx.array, y: mx.array) -> mx.array:
+    """Cosine of the last axis."""
+    return (x * y).sum(-1) * mx.rsqrt((x * x).sum(-1) * (y * y).sum(-1) + 1e-12)
+
+
+def stream_loss(stream: AcceleratedStream, lesson: Lesson, verified: mx.array, weight: float) -> mx.array:
+    """The loss above, summed over the exits; one number."""
+    backbone, config = stream._backbone, stream.config
+    depth, D = backbone.depth, backbone.width
+    teacher = mx.stop_gradient(backbone.head(lesson.states[depth])).reshape(-1, backbone.config["vocab_size"])
+    total = 0.0
+    for a, b in intervals(config):
+        p = stream(lesson.states, lesson.cache, verified, exit=b)
+        student = backbone.head(p[-1]).reshape(teacher.shape)
+        total = total + distance(student, teacher).mean()
+        if weight:
+            targets = [lesson.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
+            total = total + weight * sum((1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True)) / (b - a)
+    return total
+
+
+# --- the run --------------------------------------------------------------------------------
+
+
+@dataclass
+class History:
+    """Losses of a run, and what it took."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def unverified(rng: np.random.Generator, B: int, T: int, most: int) -> mx.array:
+    """For each token, how many positions before it the model has verified: (B, T)."""
+    behind = rng.integers(0, most + 1, (B, T))
+    return mx.array(np.maximum(np.arange(T) - behind, 0))
+
+
+def distil(module: nn.Module, loss, lessons: list[Lesson], config: DistilConfig, report=None, seconds=math.inf) -> History:
+    """Train a small module on lessons, in rounds, with AdamW and a cosine rate.
+
+    Args:
+        module: its trainable parameters change in place.
+        loss: (module, lesson, verified) -> one number.
+        report: called with (step, loss) after each step.
+        seconds: stop early after this long; the rate falls with time as with steps.
+
+    Raises:
+        FloatingPointError: the loss became infinite or not a number.
+    """
+    rng = np.random.default_rng(config.seed)
+    optimizer = optim.AdamW(learning_rate=config.rate, betas=[0.9, 0.98], weight_decay=0.0)
+    optimizer.init(module.trainable_parameters())
+    gradient = nn.value_and_grad(module, loss)
+    history, begun, order = History(), time.perf_counter(), []
+    for step in range(config.steps):
+        done = max(step / config.steps, (time.perf_counter() - begun) / seconds)
+        if done >= 1:
+            break
+        optimizer.learning_rate = config.rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        order = order or list(rng.permutation(len(lessons)))
+        lesson = lessons[order.pop()]
+        verified = unverified(rng, *lesson.tokens.shape, config.max_unverified)
+        value, gradients = gradient(module, lesson, verified)
+        optimizer.update(module, gradients)
+        mx.eval(value, module.parameters(), optimizer.state)
+        if not math.isfinite(value.item()):
+            raise FloatingPointError(f"the loss is not a number at step {step}; lower the rate")
+        history.losses.append(value.item())
+        if report:
+            report(step, value.item())
+    history.seconds = time.perf_counter() - begun
+    return history
