@@ -46,13 +46,26 @@ class PretrainConfig:
     batch_tokens: int = 4096
     window: int = 256  # tokens of one training window, once grown
     grow_from: int = 8  # blocks at the start; equal to `blocks` switches growth off
-    grow_at: int = 9_000_000  # tokens after which the blocks are stacked
+    grow_at: int = 7_500_000  # tokens after which the blocks are stacked
     first_window: int = 128  # window before growing
-    muon_rate: float = 0.01
+    muon_rate: float = 0.012
     adam_rate: float = 3e-3
     warmup_tokens: int = 400_000
     decay_share: float = 0.2
     seed: int = 0
+
+    def __post_init__(self):
+        for whole, part in (
+            ("width", "heads"),
+            ("heads", "kv_heads"),
+            ("batch_tokens", "window"),
+            ("batch_tokens", "first_window"),
+            ("blocks", "grow_from"),
+        ):
+            if getattr(self, part) < 1 or getattr(self, whole) % getattr(self, part):
+                raise UserError(f"{whole} must be a multiple of {part}; change one of the two settings")
+        if self.width // self.heads % 2:
+            raise UserError("width / heads must be even, because positions turn pairs of numbers")
 
 
 # --- the model, for training --------------------------------------------------------------

@@ -64,7 +64,9 @@ def encode(tokenizer: Tokenizer, documents: list[Document], seed: int = 0) -> di
     return {kind: np.array(ids, dtype=np.int32) for kind, ids in rows.items()}
 
 
-def prepare(folder: Path, documents: Callable[[], list[Document]]) -> tuple[Tokenizer, dict[str, np.ndarray]]:
+def prepare(
+    folder: Path, documents: Callable[[], list[Document]], vocabulary: int = 4096
+) -> tuple[Tokenizer, dict[str, np.ndarray]]:
     """The tokenizer and the training tokens of a run, made once and kept in its folder.
 
     A run that goes on must read the very tokens it began with, whatever became of the corpus;
@@ -74,7 +76,7 @@ def prepare(folder: Path, documents: Callable[[], list[Document]]) -> tuple[Toke
     try:
         if not (tokenizer_file.exists() and tokens_file.exists()):
             seen = [d for d in documents() if not d.held_out]
-            tokenizer = train_tokenizer(sample(seen))
+            tokenizer = train_tokenizer(sample(seen), vocabulary)
             tokens = encode(tokenizer, seen)
             folder.mkdir(parents=True, exist_ok=True)
             _write(tokens_file, lambda file: np.savez(file, **tokens))

@@ -1,0 +1,97 @@
+"""`m2r2kit train backbone`: the pocket model from nothing, and `m2r2kit train stream`."""
+
+import hashlib
+import json
+import math
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from .. import download, pocket, records
+from ..corpus import KINDS, documents
+from ..errors import UserError
+from ..pretrain import PretrainConfig, Run
+from ..tokens import Batches, prepare
+
+# --- the base model -----------------------------------------------------------------------
+
+
+def backbone(args) -> int:
+    """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
+
+    Args:
+        args: out, corpus, tokens, minutes, to, config: as in `m2r2kit train backbone --help`.
+
+    Returns:
+        0, or 1 if it was interrupted (what was learnt is saved).
+    """
+    folder = Path(args.out)
+    command = _command(args)
+    run = Run(folder, _settings(args.config) if args.config else None)
+    if args.tokens:
+        run.config = replace(run.config, tokens=args.tokens)
+    tokenizer, tokens = prepare(folder, lambda: documents(_corpus(args.corpus)), run.config.vocabulary)
+    run.batches = Batches(tokens)
+    _train(run, 60 * args.minutes if args.minutes else math.inf)
+    if run.stopped or (run.seen < run.config.tokens and not args.to):
+        print(f"Saved after {run.seen:,} of {run.config.tokens:,} tokens; go on with: {command}")
+        return 1 if run.stopped else 0
+    target = pocket.export(run, tokenizer, Path(args.to) if args.to else folder / "model")
+    print(f"{target}: {run.blocks} blocks, {run.seen:,} tokens seen. Held-out documents:")
+    figures = pocket.evaluate(target, documents(_corpus(args.corpus)), window=run.config.window)
+    print(f"{'':10} {'nats':>6} {'bits/byte':>9} {'next token right':>16}")
+    for kind, f in figures.items():
+        print(f"{kind:10} {f['loss']:6.3f} {f['bits_per_byte']:9.3f} {f['accuracy']:16.1%}")
+    records.append("pretrain", command=command, settings=_facts(run, target), figures=figures)
+    return 0
+
+
+def _settings(file: Path) -> PretrainConfig:
+    try:
+        return PretrainConfig(**json.loads(Path(file).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is not a JSON object of PretrainConfig's settings ({error})") from None
+
+
+def _corpus(folder: Path | None) -> Path:
+    return Path(folder) if folder else download.corpus_folder()
+
+
+def _train(run: Run, seconds: float) -> None:
+    total = run.config.tokens
+    with tqdm(total=total, initial=min(run.seen, total), unit=" tokens", unit_scale=True) as bar:
+
+        def report(run, loss, rate):
+            bar.set_postfix(loss=f"{loss:.3f}", blocks=run.blocks, refresh=False)
+            bar.update(min(run.seen, total) - bar.n)
+
+        run.train(seconds, report)
+
+
+def _facts(run: Run, folder: Path) -> dict:
+    """What a record says of how a model came to be."""
+    weights = (folder / "model.safetensors").read_bytes()
+    return {
+        "model": folder.name,
+        "model_sha256": hashlib.sha256(weights).hexdigest(),
+        "parameters": sum(w.size for _, w in tree_flatten(run.parameters)),
+        "blocks_now": run.blocks,
+        "tokens_seen": run.seen,
+        "training_seconds": round(run.seconds),
+        "kinds": list(KINDS),
+        **asdict(run.config),
+    }
+
+
+def _command(args) -> str:
+    words = ["m2r2kit", "train", "backbone"]
+    for name in ("out", "corpus", "tokens", "minutes", "to", "config"):
+        if getattr(args, name, None) is not None:
+            words += [f"--{name}", str(getattr(args, name))]
+    return shlex.join(words)
+
+
+# --- the accelerated stream ---------------------------------------------------------------
