@@ -1,8 +1,9 @@
 """Make `.venv` in the project's folder and install the locked packages into it.
 
 `ensure()` does nothing when the stamp in `.venv` names the present lock file; the stamp is
-written last. An environment whose making was cut short is made again from nothing (pip
-keeps what it has downloaded); one that was whole for an older lock file is brought up to date.
+written last. An environment whose making was cut short, or which belongs to an older lock
+file, is brought up to date; one with a half-copied package in it, or without a working
+Python, is made again from nothing (pip keeps what it has downloaded).
 
 pip does the work, because its own configuration (index mirrors, proxies, certificates) is
 then honoured. Measured on two busy cores: 80 s with an empty cache; uv needs 20 s, but does
@@ -30,10 +31,10 @@ VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 LOCK = os.path.join(ROOT, "requirements.lock")
 STAMP = os.path.join(VENV, "m2r2kit-stamp.json")
-UNFINISHED = os.path.join(VENV, "m2r2kit-unfinished")
+INSTALLED = os.path.join(VENV, "lib", "python*", "site-packages", "*.dist-info")
 LOG = os.path.join(VENV, "m2r2kit-setup.log")
 OLDEST, NEWEST = (3, 11), (3, 13)
-NEEDED_BYTES = 3 << 30  # 1.3 GB installed, as much in pip's cache, and some room
+NEEDED_BYTES = 2 << 30  # 0.7 GB installed, as much again in passing, and room for the work
 
 
 class SetupError(Exception):
@@ -125,6 +126,14 @@ def ensure():
     check_machine()
     if _stamp() == _wanted():
         return
+    try:
+        _ensure_alone()
+    except OSError as error:  # a folder that cannot be written, a full disk
+        where = f" ({error.filename})" if error.filename else ""
+        raise SetupError(f"set-up cannot go on: {error.strerror or error}{where}.") from None
+
+
+def _ensure_alone():
     folder = os.open(ROOT, os.O_RDONLY)
     try:
         try:
@@ -162,18 +171,14 @@ def _stamp():
 
 def _make(folder):
     started = time.monotonic()
-    finished_once = os.path.exists(STAMP) or not os.path.exists(UNFINISHED)
-    whole = finished_once and _supported(VENV_PYTHON) and _runs([VENV_PYTHON, "-m", "pip", "--version"])
-    if not whole or not _same_folder():
+    if not _sound():
         if shutil.disk_usage(ROOT).free < NEEDED_BYTES:
-            raise SetupError(f"{ROOT} needs 3 GB of free disk space for the packages; make room there.")
+            raise SetupError(f"{ROOT} needs 2 GB of free disk space for the packages; make room there.")
         python = find_python()
         print(f"Making .venv with {python} ...", flush=True)
         _make_empty(python)
     if os.path.exists(STAMP):
         os.remove(STAMP)
-    with open(UNFINISHED, "w") as file:
-        file.write("Set-up is at work here, or was cut short.\n")
 
     arguments = ["--no-compile", "--only-binary", ":all:", "--require-hashes", "-r", LOCK]
     _pip(arguments, folder, total=_locked_packages())
@@ -183,7 +188,6 @@ def _make(folder):
     with open(STAMP + ".tmp", "w") as file:
         json.dump(_wanted(), file)
     os.replace(STAMP + ".tmp", STAMP)
-    os.remove(UNFINISHED)
     print(f"Set-up took {time.monotonic() - started:.0f} s.", flush=True)
 
 
@@ -202,13 +206,19 @@ def _make_empty(python):
             raise SetupError(f".venv could not be made: {lines[-1]}")
 
 
-def _same_folder():
-    """Whether .venv was made for this folder; pyvenv.cfg's `command` ends with where it was."""
+def _sound():
+    """Whether pip can go on in `.venv`: it runs, and no package in it is half copied."""
+    if not (_supported(VENV_PYTHON) and _runs([VENV_PYTHON, "-m", "pip", "--version"])):
+        return False
+    # pip writes INSTALLER when all other files of a package are there
+    if not all(os.path.exists(os.path.join(folder, "INSTALLER")) for folder in glob.glob(INSTALLED)):
+        return False
     try:
         with open(os.path.join(VENV, "pyvenv.cfg")) as file:
             command = re.search(r"^command = .*$", file.read(), re.MULTILINE)
     except OSError:
         return False
+    # the command line that made it ends with its folder: a moved or copied .venv does not work
     return command is None or command.group().endswith(VENV)
 
 
@@ -267,7 +277,6 @@ def _pip(arguments, folder, total):
 def _show_progress(process, log_start, total):
     """A line that is drawn over on a terminal, and a new line every 10 s elsewhere."""
     started, shown = time.monotonic(), 0.0
-    site_packages = os.path.join(VENV, "lib", "python*", "site-packages", "*.dist-info")
     on_terminal = sys.stdout.isatty()
     while process.poll() is None:
         time.sleep(0.25)
@@ -276,9 +285,9 @@ def _show_progress(process, log_start, total):
             continue
         shown = now
         text = _read_log(log_start)
-        found = len(re.findall(r"^Collecting ", text, re.MULTILINE))
+        found = len(re.findall(r"^(?:Collecting|Requirement already satisfied:) ", text, re.MULTILINE))
         if "Installing collected packages" in text:
-            what, done = "installing", len(glob.glob(site_packages))
+            what, done = "installing", len(glob.glob(INSTALLED))
         else:
             what, done = "downloading", found
         if "Retrying (" in text[-600:]:
@@ -301,7 +310,7 @@ def _reason(text):
     """pip's failure in one sentence."""
     where = f"the whole output is in {os.path.relpath(LOG, ROOT)}"
     if re.search(r"No space left on device|Errno 28|Disk quota exceeded", text):
-        return "the disk is full; make room (3 GB) and run the same command again."
+        return "the disk is full; make room (2 GB) and run the same command again."
     if re.search(r"Failed to establish a new connection|name resolution|timed out|Connection refused"
                  r"|Retrying \(|ProxyError|SSLError|Network is unreachable", text):  # fmt: skip
         return (
