@@ -40,9 +40,19 @@ def test_a_page_is_asked_for_by_name_and_by_purpose(folder):
     assert page.name == examples.name  # held out together or not at all
 
 
+METHOD = '''
+class A:
+    def add(self, a, b):
+        """Add two
+        numbers.
+
+        More."""
+        return a + b
+'''
+
+
 def test_functions_become_exchanges():
-    source = 'class A:\n    def add(self, a, b):\n        """Add two\n        numbers.\n\n        More."""\n        pass\n'
-    (turn,) = corpus._function_turns(source)
+    (turn,) = corpus._function_turns(METHOD)
     prompt, answer = turn.split("<|assistant|>")
     assert prompt == "<|user|>Write a Python function add(a, b). Add two numbers."
     assert answer.startswith("def add(self, a, b):\n    ")

@@ -1,0 +1,50 @@
+"""The figures in data/README.md are those of the newest record."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from m2r2kit import records
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("pretrain_table", ROOT / "ci" / "pretrain_table.py")
+pretrain_table = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pretrain_table)
+
+RECORD = {
+    "date": "2030-01-02T03:04:05+00:00",
+    "figures": {"code": {"loss": 2.34567, "bits_per_byte": 1.1, "accuracy": 0.5432, "tokens": 59904}},
+    "settings": {
+        "blocks_now": 24,
+        "width": 160,
+        "parameters": 6_200_000,
+        "tokens_seen": 15_000_000,
+        "training_seconds": 7200,
+    },
+    "machine": {"cores": 2, "chip": "Some Chip"},
+}
+
+
+def test_the_table_is_the_newest_records():
+    text = pretrain_table.README.read_text()
+    record = records.latest("pretrain", model="pocket-dense")
+    assert pretrain_table.draw(text, record) == text, "run `python ci/pretrain_table.py`"
+
+
+def test_a_table_of_another_record_is_another_text():
+    text = pretrain_table.README.read_text()
+    drawn = pretrain_table.draw(text, RECORD)
+    assert drawn != text and "| code | 2.346 | 1.100 | 54.3% | 59,904 |" in drawn
+    assert "6.2 M parameters, 15.0 M tokens in 2.0 hours on 2 cores of Some Chip; 2030-01-02." in drawn
+    record = records.latest("pretrain", model="pocket-dense")
+    assert pretrain_table.draw(drawn, record) == text
+
+
+def test_the_record_is_of_the_model_that_lies_here():
+    record = records.latest("pretrain", model="pocket-dense")
+    weights = ROOT / "data" / "pocket-dense" / "model.safetensors"
+    if record is None or not weights.exists():
+        pytest.skip("the pocket model is not there or not measured yet")
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == record["settings"]["model_sha256"]
