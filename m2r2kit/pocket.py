@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from .corpus import ASSISTANT, EOS, KINDS, USER, Document
 from .errors import UserError
-from .pretrain import Run, hf_config
+from .pretrain import Run
+from .small_llama import hf_config
 from .tokens import encode
 
 FILES = {

@@ -1,10 +1,8 @@
-"""Train a pocket model from nothing: a small `llama` that mlx-lm loads like any other.
+"""Train a pocket model from nothing, in a folder that can be left and taken up again at any step.
 
-The forward pass here computes what `mlx_lm.models.llama` computes (a test holds them
-together); it is written again on `numerics.py`, which makes training on a CPU 3-5x faster.
-
-Three things make few tokens go far:
+Four things make few tokens go far:
 - Muon for the matrices of the blocks (Jordan 2024), AdamW for embeddings and norms;
+- a cap on query and key matrices, without which Muon lets attention scores grow without end;
 - a constant rate that falls to nothing over the last part (warm-up, stable, decay), so the
   end of training may be moved while it runs;
 - depth growth: start with a third of the blocks, then stack three copies of what was
@@ -17,158 +15,18 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.models import llama
+from mlx.utils import tree_flatten, tree_unflatten
 
 from .errors import UserError
-from .numerics import attention_weights, cross_entropy, swiglu
+from .small_llama import PretrainConfig, causal_bias, grow, mean_loss, new_parameters
 from .tokens import Batches
 
-
-@dataclass
-class PretrainConfig:
-    """Settings of `train backbone`; the defaults made `data/pocket-dense`."""
-
-    blocks: int = 24
-    width: int = 160
-    heads: int = 4
-    kv_heads: int = 2
-    ffn_width: int = 320
-    vocabulary: int = 4096
-    context: int = 512
-    tokens: int = 15_000_000
-    batch_tokens: int = 4096
-    window: int = 256  # tokens of one training window, once grown
-    grow_from: int = 8  # blocks at the start; equal to `blocks` switches growth off
-    grow_at: int = 7_500_000  # tokens after which the blocks are stacked
-    first_window: int = 128  # window before growing
-    muon_rate: float = 0.012
-    adam_rate: float = 3e-3
-    warmup_tokens: int = 400_000
-    decay_share: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self):
-        for whole, part in (
-            ("width", "heads"),
-            ("heads", "kv_heads"),
-            ("batch_tokens", "window"),
-            ("batch_tokens", "first_window"),
-            ("blocks", "grow_from"),
-        ):
-            if getattr(self, part) < 1 or getattr(self, whole) % getattr(self, part):
-                raise UserError(f"{whole} must be a multiple of {part}; change one of the two settings")
-        if self.width // self.heads % 2:
-            raise UserError("width / heads must be even, because positions turn pairs of numbers")
-
-
-# --- the model, for training --------------------------------------------------------------
-
-
-def _block(p: dict, x: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
-    """One transformer block: (B, T, D) -> (B, T, D)."""
-    B, T, D = x.shape
-    H, K = config.heads, config.kv_heads
-    hd = D // H
-    attention, mlp = p["self_attn"], p["mlp"]
-    rope = partial(mx.fast.rope, dims=hd, traditional=False, base=10000.0, scale=1.0, offset=0)
-
-    def heads(y, w, n):
-        return (y @ w["weight"].T).reshape(B, T, n, hd).transpose(0, 2, 1, 3)  # (B, n, T, hd)
-
-    y = mx.fast.rms_norm(x, p["input_layernorm"]["weight"], 1e-5)
-    q = rope(heads(y, attention["q_proj"], H)) * hd**-0.5
-    k = rope(heads(y, attention["k_proj"], K))
-    v = heads(y, attention["v_proj"], K)
-    # query heads of one key head side by side: (B, K, H/K * T, hd)
-    e = attention_weights(q.reshape(B, K, H // K * T, hd) @ k.swapaxes(-1, -2), bias)
-    # a column of ones beside v sums the weights in the same product
-    o = e @ mx.concatenate([v, mx.ones((B, K, T, 1))], -1)
-    o = (o[..., :hd] / o[..., hd:]).reshape(B, H, T, hd).transpose(0, 2, 1, 3).reshape(B, T, D)
-    x = x + o @ attention["o_proj"]["weight"].T
-    y = mx.fast.rms_norm(x, p["post_attention_layernorm"]["weight"], 1e-5)
-    y = swiglu(y @ mlp["gate_proj"]["weight"].T, y @ mlp["up_proj"]["weight"].T)
-    return x + y @ mlp["down_proj"]["weight"].T
-
-
-def causal_bias(rows: int, length: int, config: PretrainConfig) -> mx.array:
-    """0 at and below the diagonal, -1e9 above: (rows, kv heads, H/K * length, length).
-
-    In full, because the compiled kernels read it faster than they broadcast it.
-    """
-    group = config.heads // config.kv_heads
-    bias = mx.where(mx.tri(length) > 0, 0.0, -1e9)
-    shape = (rows, config.kv_heads, group, length, length)
-    return mx.contiguous(mx.broadcast_to(bias, shape).reshape(rows, config.kv_heads, group * length, length))
-
-
-def hidden_states(parameters: dict, tokens: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
-    """Final normalised states of a pocket model: (B, T) -> (B, T, D)."""
-    p = parameters["model"]
-    x = p["embed_tokens"]["weight"][tokens]
-    for layer in p["layers"]:
-        x = _block(layer, x, bias, config)
-    return mx.fast.rms_norm(x, p["norm"]["weight"], 1e-5)
-
-
-def mean_loss(parameters: dict, windows: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
-    """Mean cross-entropy of predicting each next token, in nats; windows: (B, T + 1)."""
-    x = hidden_states(parameters, windows[:, :-1], bias, config)
-    embedding = parameters["model"]["embed_tokens"]["weight"]
-    return cross_entropy(x.reshape(-1, x.shape[-1]), embedding, windows[:, 1:].reshape(-1)).mean()
-
-
-def hf_config(config: PretrainConfig, blocks: int) -> dict:
-    """The `config.json` of a pocket model: a standard `llama`."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.width,
-        "num_hidden_layers": blocks,
-        "intermediate_size": config.ffn_width,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.width // config.heads,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": config.vocabulary,
-        "max_position_embeddings": config.context,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-
-
-def new_parameters(config: PretrainConfig, blocks: int) -> dict:
-    """Random weights in mlx-lm's own tree."""
-    mx.random.seed(config.seed)
-    model = llama.Model(llama.ModelArgs.from_dict(hf_config(config, blocks)))
-    p = model.parameters()
-    embedding = p["model"]["embed_tokens"]["weight"]
-    p["model"]["embed_tokens"]["weight"] = mx.random.normal(embedding.shape) * 0.02
-    for layer in p["model"]["layers"]:  # residual branches start at zero: each block starts as identity
-        for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
-            layer[part][name]["weight"] = mx.zeros_like(layer[part][name]["weight"])
-    return p
-
-
-def grow(parameters: dict, blocks: int) -> dict:
-    """Stack copies of the blocks until there are `blocks` (G_stack of arXiv 2405.15319)."""
-    layers = parameters["model"]["layers"]
-    stacked = [tree_map(mx.array, layers[i % len(layers)]) for i in range(blocks)]
-    return {"model": {**parameters["model"], "layers": stacked}}
-
-
-# --- the run ------------------------------------------------------------------------------
+SCORE_CAP = 0.08  # root mean square of a query or key matrix; 0.046 at the start (width 160)
 
 
 def optimizer(config: PretrainConfig):
@@ -180,6 +38,19 @@ def optimizer(config: PretrainConfig):
         ],
         [lambda name, weight: "layers" in name and weight.ndim == 2],
     )
+
+
+def cap_scores(parameters: dict) -> dict:
+    """Scale each query and key matrix back to a root mean square of at most `SCORE_CAP`.
+
+    Without it Muon lets attention scores grow without end, and the loss breaks away after
+    some hundred steps (the cure of Kimi K2's MuonClip, on the weights instead of the scores).
+    """
+    for layer in parameters["model"]["layers"]:
+        for name in ("q_proj", "k_proj"):
+            w = layer["self_attn"][name]["weight"]
+            layer["self_attn"][name]["weight"] = w * mx.minimum(1.0, SCORE_CAP * mx.rsqrt((w * w).mean()))
+    return parameters
 
 
 def rate(seen: int, config: PretrainConfig) -> float:
@@ -283,7 +154,8 @@ class Run:
             for o, r in zip(self.optimizer.optimizers, rates, strict=True):
                 o.learning_rate = r
             loss, gradients = gradient(parameters, windows, bias, config)
-            return loss, self.optimizer.apply_gradients(gradients, parameters), self.optimizer.state
+            parameters = cap_scores(self.optimizer.apply_gradients(gradients, parameters))
+            return loss, parameters, self.optimizer.state
 
         self._update = mx.compile(update)
 

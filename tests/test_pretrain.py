@@ -14,11 +14,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import load
 from mlx_lm.models import llama
 
-from m2r2kit import pocket, pretrain, tokens
+from m2r2kit import pocket, pretrain, small_llama, tokens
 from m2r2kit.corpus import Document
 from m2r2kit.errors import UserError
 from m2r2kit.numerics import attention_weights, cross_entropy, fast_exp, swiglu
-from m2r2kit.pretrain import PretrainConfig, Run
+from m2r2kit.pretrain import Run
+from m2r2kit.small_llama import PretrainConfig, causal_bias, mean_loss, new_parameters
 
 TINY = PretrainConfig(
     blocks=4, width=16, heads=4, kv_heads=2, ffn_width=24, vocabulary=64, context=32, tokens=64 * 6,
@@ -92,28 +93,39 @@ def test_attention_weights_do_not_overflow():
 
 
 def test_the_loss_is_that_of_mlx_lm():
-    parameters = noisy(pretrain.new_parameters(TINY, 4))
+    parameters = noisy(new_parameters(TINY, 4))
     windows = mx.array(batches()(0, 4, 17))
-    mine = pretrain.mean_loss(parameters, windows, pretrain.causal_bias(4, 16, TINY), TINY)
-    model = llama.Model(llama.ModelArgs.from_dict(pretrain.hf_config(TINY, 4)))
+    mine = mean_loss(parameters, windows, causal_bias(4, 16, TINY), TINY)
+    model = llama.Model(llama.ModelArgs.from_dict(small_llama.hf_config(TINY, 4)))
     model.load_weights(tree_flatten(parameters))
     logits = model(windows[:, :-1])
     right = mx.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]
     assert abs(mine.item() - (mx.logsumexp(logits, -1) - right).mean().item()) < 1e-4
     # and not for a model that looks ahead
-    ahead = pretrain.mean_loss(parameters, windows, 0 * pretrain.causal_bias(4, 16, TINY), TINY)
+    ahead = mean_loss(parameters, windows, 0 * causal_bias(4, 16, TINY), TINY)
     assert abs(mine.item() - ahead.item()) > 1e-3
 
 
 def test_growth_stacks_copies():
-    small = pretrain.new_parameters(TINY, 2)
-    large = pretrain.grow(small, 4)
+    small = new_parameters(TINY, 2)
+    large = small_llama.grow(small, 4)
     assert len(large["model"]["layers"]) == 4
     for i, layer in enumerate(large["model"]["layers"]):
         for (name, a), (_, b) in zip(
             tree_flatten(layer), tree_flatten(small["model"]["layers"][i % 2]), strict=True
         ):
             assert mx.array_equal(a, b) and a is not b, name
+
+
+def test_scores_are_capped_and_nothing_else():
+    parameters = noisy(new_parameters(TINY, 2))
+    parameters["model"]["layers"][1]["self_attn"]["q_proj"]["weight"] *= 0.001
+    before = {k: mx.array(v) for k, v in tree_flatten(parameters)}
+    for name, weight in tree_flatten(pretrain.cap_scores(parameters)):
+        size = mx.sqrt((before[name] ** 2).mean()).item()
+        capped = ("q_proj" in name or "k_proj" in name) and size > pretrain.SCORE_CAP
+        wanted = before[name] * (pretrain.SCORE_CAP / size if capped else 1)
+        assert mx.allclose(weight, wanted, rtol=1e-5), name
 
 
 def test_the_rate_warms_up_stays_and_falls():
@@ -292,7 +304,7 @@ def test_held_out_figures_are_those_of_the_float16_weights(exported):
     rows = ids[: count * 16 + 1]
     windows = mx.array(np.stack([rows[i * 16 : i * 16 + 17] for i in range(count)]))
     half = tree_unflatten([(k, v.astype(mx.float16).astype(mx.float32)) for k, v in weights(run).items()])
-    loss = pretrain.mean_loss(half, windows, pretrain.causal_bias(count, 16, run.config), run.config).item()
+    loss = mean_loss(half, windows, causal_bias(count, 16, run.config), run.config).item()
     assert abs(figures["code"]["loss"] - loss) < 1e-3
     assert figures["code"]["tokens"] == count * 16
     text = tokenizer.decode(rows[1:], skip_special_tokens=True)
