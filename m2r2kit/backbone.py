@@ -48,13 +48,8 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module, tokenizer, config: dict, sha256: str):
-        self.family = config.get("model_type", "")
-        if self.family not in DENSE + MOE:
-            raise UserError(
-                f"Models of type '{self.family}' are not served; use one of {', '.join(DENSE + MOE)}."
-            )
-        if any(kind == "sliding_attention" for kind in config.get("layer_types") or ()):
-            raise UserError("This model slides its attention window, and a rolled cache cannot be cut back.")
+        check_served(config)
+        self.family = config["model_type"]
         self.model, self.tokenizer, self.config, self.sha256 = model, tokenizer, config, sha256
         self.parts = PARTS.get(self.family, Parts())
         self.blocks: list[nn.Module] = list(model.layers)
@@ -76,7 +71,7 @@ class Backbone:
             model, config = utils.load_model(folder)
             tokenizer = utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
         except Exception as error:  # mlx-lm raises whatever its parts raise; the user needs one sentence
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0].rstrip(":. ") if str(error) else type(error).__name__
             raise UserError(f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole.") from error
         if dtype is None and mx.default_device() == mx.Device(mx.cpu):
             dtype = mx.float32
@@ -189,6 +184,15 @@ class Backbone:
         return self.tokenizer.decode([i for i in ids if i not in self.eos])
 
 
+def check_served(config: dict) -> None:
+    """Refuse, in one sentence, a model that this view cannot show (config: its config.json)."""
+    family = config.get("model_type", "")
+    if family not in DENSE + MOE:
+        raise UserError(f"Models of type '{family}' are not served; use one of {', '.join(DENSE + MOE)}.")
+    if any(kind == "sliding_attention" for kind in config.get("layer_types") or ()):
+        raise UserError("This model slides its attention window, and a rolled cache cannot be cut back.")
+
+
 def crop(cache: list, length: int) -> None:
     """Cut every entry of a KV cache back to `length` positions; shorter entries stay."""
     for c in cache:
@@ -198,7 +202,7 @@ def crop(cache: list, length: int) -> None:
 def weights_sha256(folder: Path) -> str:
     """One hash of a model's weight files: what a trained stream is bound to."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -217,18 +221,25 @@ def _model_folder(path_or_repo: str | Path) -> Path:
             folder = Path(_download(name))
         except Exception as error:
             raise UserError(f"There is no folder {name}, and fetching it as a repository failed.") from error
-    config = folder / "config.json"
-    if not config.exists():
+    if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; copy the model's folder again, whole.")
-    try:
-        json.loads(config.read_text())
-    except json.JSONDecodeError:
-        raise UserError(f"{config} is not valid JSON; copy the model's folder again, whole.") from None
+    check_served(_json(folder / "config.json"))  # before gigabytes are read
     if not list(folder.glob("model*.safetensors")):
         raise UserError(f"{folder} has no model*.safetensors; copy the model's folder again, whole.")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        named = set(json.loads(index.read_text())["weight_map"].values())
+        named = set(_json(index).get("weight_map", {}).values())
         if missing := sorted(n for n in named if not (folder / n).exists()):
             raise UserError(f"{folder} lacks {missing[0]}; copy the model's folder again, whole.")
     return folder
+
+
+def _json(path: Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):  # no JSON, or not even text
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not valid JSON; copy the model's folder again, whole.")
+    return value

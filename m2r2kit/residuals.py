@@ -118,9 +118,10 @@ class Changed(nn.Module):
 
     def __call__(self, x):
         y = self._base(x)
+        # in the model's own arithmetic: a wider sum would widen the slow row as well
         if self._pair:
-            return y + ((x @ self.delta.a) * FAST_ROW) @ self.delta.b
-        return y + self.delta(x)
+            return y + (((x @ self.delta.a) * FAST_ROW) @ self.delta.b).astype(y.dtype)
+        return y + self.delta(x).astype(y.dtype)
 
 
 def _matrix_shape(linear: nn.Module) -> tuple[int, int]:
@@ -178,12 +179,12 @@ class DeepAttention(nn.Module):
     memory. Tokens drafted and not yet verified have none there, and are left out.
     """
 
-    def __init__(self, attention: nn.Module, width: int, head_dim: int):
+    def __init__(self, attention: nn.Module, width: int, heads: int, head_dim: int):
         super().__init__()
-        self._attention = attention  # for its heads, scale and rotary embedding
+        self._attention = attention  # for its scale and rotary embedding
         self.norm = nn.RMSNorm(width)
-        self.q = mx.random.normal((width, attention.n_heads * head_dim)) * width**-0.5
-        self.o = mx.zeros((attention.n_heads * head_dim, width))
+        self.q = mx.random.normal((width, heads * head_dim)) * width**-0.5
+        self.o = mx.zeros((heads * head_dim, width))
         self._head_dim = head_dim
 
     def __call__(self, p, keys, values, offset, mask=None):
@@ -217,14 +218,15 @@ class FastBlock(nn.Module):
             self.ffn = SmallFFN(backbone.width, config.ffn_width, config.feed_slow)
         if config.deep:
             attention = block[parts.attention]
-            self.deep = DeepAttention(attention, backbone.width, head_dim(backbone))
+            heads = backbone.config["num_attention_heads"]
+            self.deep = DeepAttention(attention, backbone.width, heads, head_dim(backbone))
 
     def _own_parts(self, p, h, deep):
         """What comes on top of the base block: deep attention, then the small FFN."""
         if "deep" in self:
-            p = p + self.deep(p, *deep)
+            p = p + self.deep(p, *deep).astype(p.dtype)
         if "ffn" in self:
-            p = p + self.ffn(p, h)
+            p = p + self.ffn(p, h).astype(p.dtype)
         return p
 
     def __call__(self, p, h, shared: SharedKV, mask, deep):
@@ -354,7 +356,7 @@ class AcceleratedStream(nn.Module):
                 entry = cache[block.read]
                 # position 0 stands in while nothing is verified, as in training; there is none
                 # to stand in before the very first token
-                seen = max(verified, 1) if entry.keys is not None else 0
+                seen = min(max(verified, 1), entry.offset)
                 keys = entry.keys[..., :seen, :] if seen else None
                 values = entry.values[..., :seen, :] if seen else None
                 deep = (keys, values, offset, None)
@@ -382,6 +384,8 @@ def check(backbone: Backbone, config: StreamConfig) -> None:
         raise UserError(f"The rate must be at least 1; got {config.rate}.")
     if config.rank < 1 or config.ffn_width < 0:
         raise UserError("The rank must be at least 1, and the FFN's width at least 0.")
+    if config.form != "block" and config.ffn_width == 0:
+        raise UserError(f"The form '{config.form}' needs an FFN of its own; give it a width of at least 1.")
 
 
 def load_stream(backbone: Backbone, folder) -> AcceleratedStream:

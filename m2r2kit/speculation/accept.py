@@ -5,6 +5,7 @@ model's own distribution p, whatever the draft's distribution q was. Greedy deco
 limit at temperature 0: a draft is accepted if it is the model's own first choice.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -30,8 +31,10 @@ class Sampler:
     random: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("Temperature and top-k must be at least 0, and top-p in (0, 1].")
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("Temperature and top-k must be at least 0 and finite, and top-p in (0, 1].")
+        if self.seed < 0:
+            raise UserError(f"The seed must be at least 0; got {self.seed}.")
         self.random = np.random.default_rng(self.seed)
 
     @property
@@ -45,7 +48,9 @@ class Sampler:
         p /= p.sum(-1, keepdims=True)
         if self.top_k and self.top_k < p.shape[-1]:
             least = np.partition(p, -self.top_k, axis=-1)[:, [-self.top_k]]
-            p = np.where(p >= least, p, 0.0)
+            equal = p == least  # of equals the first stay, as argmax takes the first
+            room = self.top_k - (p > least).sum(-1, keepdims=True)
+            p = np.where((p > least) | (equal & (np.cumsum(equal, -1) <= room)), p, 0.0)
             p /= p.sum(-1, keepdims=True)
         if self.top_p < 1:
             order = np.argsort(-p, axis=-1, kind="stable")

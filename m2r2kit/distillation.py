@@ -1,0 +1,133 @@
+"""Train a stream for a model: text, lessons, rounds, and what came of it.
+
+Used by `m2r2kit train stream` and by notebook 02; the loss and the loop are in `training.py`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tqdm import tqdm
+
+from . import alignment
+from .backbone import Backbone
+from .corpus import ASSISTANT, EOS, USER
+from .own_text import beginnings, continue_greedily
+from .readouts import Bare, ExtraBlock, WideHead
+from .residuals import AcceleratedStream, StreamConfig
+from .training import DistilConfig, Lesson, distance, distil, needs, stream_loss, teach
+
+WINDOW, BEGINNING, ROWS = 128, 24, 8  # tokens of a lesson's rows, of a beginning, rows of a lesson
+
+
+def windows(backbone: Backbone, tokens: dict[str, np.ndarray], rows: int, own: float, seed: int = 0) -> np.ndarray:
+    """Rows of text (rows, WINDOW): a share `own` written by the model, the rest from the corpus,
+    the kinds in equal parts and the rows shuffled."""
+    rng = np.random.default_rng(seed)
+    special = {backbone.tokenizer.convert_tokens_to_ids(m) for m in (EOS, USER, ASSISTANT)}
+    marks = {backbone.tokenizer.convert_tokens_to_ids(USER)} & set(range(backbone.config["vocab_size"]))
+    marks = marks if len(special) == 3 else set()
+    kinds = [ids for ids in tokens.values() if len(ids) > WINDOW]
+    parts = []
+    for i, ids in enumerate(kinds):
+        share = rows // len(kinds) + (i < rows % len(kinds))
+        written = round(share * own)
+        starts = rng.integers(0, len(ids) - WINDOW, share - written)
+        parts += [ids[s : s + WINDOW] for s in starts]
+        if written:
+            parts += list(_written(backbone, beginnings(ids, marks, written, BEGINNING, rng)))
+    return np.stack(parts)[rng.permutation(len(parts))]
+
+
+def _written(backbone: Backbone, starts: np.ndarray, batch: int = 64) -> np.ndarray:
+    total = len(starts) * (WINDOW - BEGINNING)
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="the model writes", leave=False) as bar:
+        return np.concatenate(
+            [continue_greedily(backbone, starts[i : i + batch], WINDOW, bar.update) for i in range(0, len(starts), batch)]
+        )
+
+
+def lessons(backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int]) -> list[Lesson]:
+    """Ask the teacher about rows of text (rows, WINDOW), in batches of ROWS rows."""
+    steps = range(0, len(text) - ROWS + 1, ROWS)
+    return [teach(backbone, text[i : i + ROWS], depths, blocks) for i in tqdm(steps, desc="the model teaches", leave=False)]
+
+
+@dataclass
+class Trained:
+    """A trained module and its figures on held-out rows."""
+
+    module: object
+    parameters: int
+    seconds: float
+    figures: dict
+    losses: list[float]
+
+
+def train_stream(
+    backbone: Backbone,
+    config: StreamConfig,
+    train: list[Lesson],
+    held_out: list[Lesson],
+    settings: DistilConfig,
+    seconds: float = math.inf,
+    report: Callable | None = None,
+    module: AcceleratedStream | None = None,
+) -> Trained:
+    """Train a stream (or go on with `module`) and measure it on rows that it has not seen."""
+    stream = module or AcceleratedStream(backbone, config)
+    history = distil(
+        stream, lambda m, x, v: stream_loss(m, x, v, settings.align_weight), train, settings, report, seconds
+    )
+    figures = alignment.of_stream(backbone, stream, held_out)
+    return Trained(stream, stream.parameter_count(), history.seconds, figures, history.losses)
+
+
+def train_readout(
+    backbone: Backbone,
+    readout,
+    train: list[Lesson],
+    held_out: list[Lesson],
+    settings: DistilConfig,
+    seconds: float = math.inf,
+    report: Callable | None = None,
+) -> Trained:
+    """The same training for a readout of `readouts.py`; `Bare` is only measured."""
+    from mlx.utils import tree_flatten
+
+    def loss(m, lesson, verified):
+        student, teacher = (backbone.head(x) for x in (m(lesson, verified), lesson.states[backbone.depth]))
+        V = student.shape[-1]
+        return distance(student.reshape(-1, V), teacher.reshape(-1, V)).mean()
+
+    took, losses = 0.0, []
+    if not isinstance(readout, Bare):
+        history = distil(readout, loss, train, settings, report, seconds)
+        took, losses = history.seconds, history.losses
+    parameters = sum(v.size for _, v in tree_flatten(readout.trainable_parameters()))
+    return Trained(readout, parameters, took, alignment.of_readout(backbone, readout, held_out), losses)
+
+
+def comparison(backbone: Backbone, exit: int, base: StreamConfig) -> list[tuple[str, object]]:
+    """What is compared at one exit: (name, stream settings or a maker of a readout). Forms of the
+    stream whose size differs are widened to the size of `base` through their own FFN."""
+    size = AcceleratedStream(backbone, base).parameter_count()
+
+    def widened(config: StreamConfig) -> StreamConfig:
+        small = AcceleratedStream(backbone, replace(config, ffn_width=1)).parameter_count()
+        each = AcceleratedStream(backbone, replace(config, ffn_width=2)).parameter_count() - small
+        return replace(config, ffn_width=max(1, 1 + round((size - small) / each)))
+
+    return [
+        ("bare", lambda: Bare(exit)),
+        ("low-rank head", lambda: WideHead(backbone, exit, size)),
+        ("adapter", widened(replace(base, form="adapter", deep=False))),
+        ("attention", widened(replace(base, form="attention", deep=False))),
+        ("block, own cache depth", widened(replace(base, deep=False))),
+        ("block", base),
+        ("R=1 block", replace(base, rate=1.0)),
+        ("extra block", lambda: ExtraBlock(backbone, exit, size)),
+    ]
+
+
