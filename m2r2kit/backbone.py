@@ -11,8 +11,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from .errors import UserError
 
@@ -35,9 +35,11 @@ class Parts:
 
 
 PARTS = {
-    "olmo2": Parts(attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm", norm_after=True),
+    "olmo2": Parts(
+        attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm", norm_after=True
+    ),
     "mixtral": Parts(ffn="block_sparse_moe"),
-}  # fmt: skip
+}
 
 
 class Backbone:
@@ -72,7 +74,9 @@ class Backbone:
             tokenizer = utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
         except Exception as error:  # mlx-lm raises whatever its parts raise; the user needs one sentence
             reason = str(error).splitlines()[0].rstrip(":. ") if str(error) else type(error).__name__
-            raise UserError(f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole.") from error
+            raise UserError(
+                f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole."
+            ) from error
         if dtype is None and mx.default_device() == mx.Device(mx.cpu):
             dtype = mx.float32
         if dtype is not None:
@@ -108,7 +112,9 @@ class Backbone:
         h = self.model.model.embed_tokens(tokens)
         return h * (self.width**0.5) if self.family == "gemma" else h
 
-    def run(self, h: mx.array, cache: list | None = None, start: int = 0, stop: int | None = None) -> mx.array:
+    def run(
+        self, h: mx.array, cache: list | None = None, start: int = 0, stop: int | None = None
+    ) -> mx.array:
         """Blocks start..stop-1: h_start -> h_stop, (B, T, D) -> (B, T, D).
 
         `cache` has one entry a block and grows by T positions in the blocks that run.
@@ -176,7 +182,9 @@ class Backbone:
         else:
             ids = list(self.tokenizer.encode(text))
         if len(ids) >= self.context:
-            raise UserError(f"The prompt has {len(ids)} tokens and the model reads {self.context}; shorten it.")
+            raise UserError(
+                f"The prompt has {len(ids)} tokens and the model reads {self.context}; shorten it."
+            )
         return ids
 
     def decode(self, ids: list[int]) -> str:

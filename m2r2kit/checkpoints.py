@@ -44,9 +44,11 @@ def save(module: nn.Module, config, base_sha256: str, folder: str | Path, name: 
         for made, wanted in zip(new, names, strict=True):
             made.replace(wanted)
     except (OSError, RuntimeError) as error:
-        for path in new:
-            path.unlink(missing_ok=True)
         raise UserError(f"{name} could not be saved in {folder} ({error}); free some space.") from error
+    finally:  # also after an interrupt
+        for path in new:
+            if path.exists():
+                path.unlink()
 
 
 def read_settings(folder: str | Path, name: str, config_type: type):

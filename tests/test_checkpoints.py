@@ -1,0 +1,153 @@
+"""Trained modules on disk: whole or not at all, bound to their base, one sentence for damage."""
+
+import json
+
+import mlx.core as mx
+import pytest
+import tiny
+from mlx.utils import tree_flatten
+
+from m2r2kit import checkpoints
+from m2r2kit.errors import UserError
+from m2r2kit.residuals import load_stream
+
+FILES = ["stream.json", "stream.safetensors"]
+
+
+def save(folder, size=0.5, **facts):
+    stream = tiny.stream(exits=(1, 3), size=size, rate=2)
+    checkpoints.save(stream, stream.config, tiny.backbone().sha256, folder, "stream", **facts)
+    return stream
+
+
+def weights(stream):
+    return {k: v.astype(mx.float16) for k, v in tree_flatten(stream.trainable_parameters())}
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]) for k in a)
+
+
+def refused(folder, sentence, view=None):
+    with pytest.raises(UserError, match=sentence) as refusal:
+        load_stream(view or tiny.backbone(), folder)
+    assert "\n" not in str(refusal.value) and str(refusal.value).endswith(".")
+
+
+def test_a_saved_stream_comes_back(tmp_path):
+    stream = save(tmp_path / "new" / "folder", steps=7)
+    loaded = load_stream(tiny.backbone(), tmp_path / "new" / "folder")
+    assert same(loaded, stream) and loaded.config == stream.config
+    assert not same(loaded, tiny.stream(exits=(1, 3), size=0.4, rate=2))
+    text = json.loads((tmp_path / "new" / "folder" / "stream.json").read_text())
+    assert text["steps"] == 7 and text["kind"] == "AcceleratedStream"
+    assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == FILES
+
+
+def test_another_base_is_refused(tmp_path):
+    save(tmp_path)
+    other = tiny.backbone("qwen3")
+    refused(tmp_path, f"trained for another model .*this one is {other.sha256[:12]}", other)
+
+
+def test_nothing_there(tmp_path):
+    refused(tmp_path, "There is no trained stream in .*; train one with")
+
+
+@pytest.mark.parametrize("bytes_", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00", b"{}"])
+def test_a_damaged_json(tmp_path, bytes_):
+    save(tmp_path)
+    (tmp_path / "stream.json").write_bytes(bytes_)
+    refused(tmp_path, "stream.json is damaged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format": 2}, "another version"),
+        ({"config": {"speed": 3}}, "does not know: speed"),
+        ({"config": []}, "is damaged"),
+        ({"config": {"rank": "many"}}, "is damaged .rank is 'many'"),
+        ({"config": {"exits": 3}}, "is damaged"),
+        ({"config": {"exits": ["3"]}}, "is damaged"),
+        ({"config": {"rate": True}}, "is damaged"),
+        ({"config": {"exits": [9]}}, "Exits must rise"),
+        ({"config": {}}, "not of one piece"),  # the defaults ask for other shapes
+        ({"base_sha256": None}, "is damaged"),
+        ({"weights_sha256": 3}, "is damaged"),
+    ],
+    ids=str,
+)
+def test_a_json_with_wrong_settings(tmp_path, changes, sentence):
+    save(tmp_path)
+    file = tmp_path / "stream.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    refused(tmp_path, sentence)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "one bit"])
+def test_damaged_weights(tmp_path, damage):
+    save(tmp_path)
+    file = tmp_path / "stream.safetensors"
+    whole = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+        file.write_bytes({"empty": b"", "truncated": whole[:-9], "one bit": flipped}[damage])
+    refused(tmp_path, "missing, damaged or not of one piece")
+
+
+def disk_full(*_):
+    raise RuntimeError("[write] Unable to write 9 bytes to file.")
+
+
+@pytest.mark.parametrize("victim", ["mlx.core.save_safetensors", "pathlib.Path.write_text"])
+def test_a_full_disk_leaves_the_old_pair_and_nothing_else(tmp_path, monkeypatch, victim):
+    old = save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(victim, disk_full)
+        with pytest.raises(UserError, match="could not be saved in"):
+            save(tmp_path, size=0.1)
+    assert sorted(f.name for f in tmp_path.iterdir()) == FILES
+    assert same(load_stream(tiny.backbone(), tmp_path), old)
+
+
+def test_an_interrupt_leaves_the_old_pair_and_nothing_else(tmp_path, monkeypatch):
+    old = save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, size=0.1)
+    assert sorted(f.name for f in tmp_path.iterdir()) == FILES
+    assert same(load_stream(tiny.backbone(), tmp_path), old)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="could not be saved"):
+        save(tmp_path / "file")
+
+
+def test_a_crash_between_the_two_files_is_found(tmp_path, monkeypatch):
+    save(tmp_path)
+    done = []
+
+    class Crash(BaseException):
+        """Ends the process, as far as `save` can tell."""
+
+    replace = type(tmp_path).replace
+
+    def crash_at_the_second(path, target):
+        if done:
+            raise Crash
+        done.append(target.name)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "replace", crash_at_the_second)
+        with pytest.raises(Crash):
+            save(tmp_path, size=0.1)
+    assert done == ["stream.safetensors"]
+    refused(tmp_path, "not of one piece with its JSON")
