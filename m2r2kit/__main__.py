@@ -174,7 +174,15 @@ def _train_stream(parser):
         metavar="R",
         help="how fast the stream runs ahead (default: to reach the final state at its exit)",
     )
-    parser.add_argument("--rank", type=count, metavar="R", help="rank of its low-rank weights")
+    parser.add_argument(
+        "--rank", type=natural, metavar="R", help="rank of its changes of the base matrices; 0 for none"
+    )
+    parser.add_argument("--rows", type=count, default=2400, metavar="N", help="rows of 128 tokens to learn from")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train other readouts of the same size for as long, and record them all; saves none",
+    )
     parser.add_argument("--steps", type=count, metavar="N", help="training steps")
     parser.add_argument(
         "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
@@ -271,9 +279,9 @@ def _run_train_backbone(args):
 
 
 def _run_train_stream(args):
-    from .commands import train
+    from .commands import train_stream
 
-    return train.stream(args)
+    return train_stream.run(args)
 
 
 def _run_report(args):

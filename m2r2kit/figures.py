@@ -9,10 +9,12 @@ Figures are not registered with pyplot: they need no `plt.show()` and no `plt.cl
 
 import html
 import io
-from itertools import cycle
+from itertools import cycle, groupby
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from .residuals import tau
 
 # Okabe and Ito's colours: told apart with any kind of colour vision
 COLORS = {
@@ -91,3 +93,144 @@ def lines(ax, x, series: dict, **kwargs) -> dict:
     if len(drawn) > 1:
         ax.legend()
     return drawn
+
+
+# --- text with marks ------------------------------------------------------------------------
+
+
+def visible(token: str, most: int = 9) -> str:
+    """A token as a label: spaces and line ends can be seen, and a long one is cut."""
+    text = token.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+class MarkedText:
+    """Text in which the accepted drafts stand in [brackets], on a page also underlined and shaded.
+
+    Args:
+        pieces: the text of each token.
+        marked: for each token, whether it was a draft.
+    """
+
+    def __init__(self, pieces: list[str], marked: list[bool]):
+        runs = groupby(zip(pieces, marked), key=lambda pair: pair[1])
+        self.runs = [("".join(text for text, _ in run), mark) for mark, run in runs]
+
+    def __repr__(self):
+        return "".join(f"[{text}]" if mark else text for text, mark in self.runs)
+
+    def _repr_html_(self):
+        style = f"background: {PALE['blue']}; color: black; text-decoration: underline"
+        body = "".join(
+            f'<span style="{style}">[{html.escape(text)}]</span>' if mark else html.escape(text)
+            for text, mark in self.runs
+        )
+        return f'<pre style="white-space: pre-wrap">{body}</pre>'
+
+
+# --- pictures that move ---------------------------------------------------------------------
+
+
+class StreamsMap:
+    """The two streams of a model of `depth` blocks: what is run, and which depth it stands for."""
+
+    def __init__(self, depth: int):
+        self.depth = depth
+        self.figure, (self._blocks, self._depths) = new_figure(9.6, 3.6, 2, width_ratios=(1.7, 1))
+        self._draw_blocks()
+        self._draw_depths()
+
+    def _draw_blocks(self):
+        N, ax = self.depth, self._blocks
+        self._boxes = ax.bar(
+            range(N), 1, width=0.7, bottom=-0.5, align="edge", edgecolor="black", linewidth=0.8
+        )
+        arrow = {"arrowstyle": "-|>", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (N + 0.6, -1), (-1, -1), arrowprops=arrow | {"color": COLORS["blue"]})
+        ax.text(-1.2, -1, "$h$", ha="right", va="center", color=COLORS["blue"], fontsize=13)
+        ax.text(N / 2, -1.12, "slow stream: the model itself, through every block", ha="center", va="top")
+        self._ahead = ax.plot([], [], color=COLORS["red"], linewidth=1.8, linestyle="--")[0]
+        ax.text(-1.2, 1, "$p$", ha="right", va="center", color=COLORS["red"], fontsize=13)
+        ax.annotate("", (N + 0.6, 0.62), (N + 0.6, 1), arrowprops=arrow | {"color": COLORS["red"]})
+        self._said = ax.text(0, 1.12, "", va="bottom")
+        ax.text(N + 0.6, 0.1, "head:\nnext\ntoken", ha="center", va="center")
+        ax.set(xlim=(-2.2, N + 2.2), ylim=(-1.7, 1.8))
+        ax.axis("off")
+
+    def _draw_depths(self):
+        N, ax = self.depth, self._depths
+        style = dict(zip(("slow", "fast"), styles()))
+        ax.plot(range(N + 1), range(N + 1), label="$h$, slow", markevery=max(1, N // 8), **style["slow"])
+        self._fast = ax.plot([], [], label="$p$, accelerated", **style["fast"])[0]
+        ax.set(xlabel="blocks run", ylabel="depth it stands for", xlim=(-0.5, N + 0.5), ylim=(-0.5, N + 0.5))
+        ax.legend(loc="lower right")
+
+    def update(self, exit: int) -> tuple[Figure, str]:
+        """The streams with an exit after `exit` blocks; (figure, sentence)."""
+        N = self.depth
+        for l, box in enumerate(self._boxes):
+            box.set(facecolor=PALE["orange"] if l < exit else "white", hatch="//" if l < exit else "")
+        self._ahead.set_data([-1, exit, exit, N + 0.6], [1, 1, 1, 1])
+        self._said.set_text(f"accelerated stream: {exit} {'block' if exit == 1 else 'blocks'}, then the head")
+        self._fast.set_data(range(exit + 1), [tau(l, 0, exit, N, None) for l in range(exit + 1)])
+        return self.figure, (
+            f"After {exit} of {N} blocks the slow stream is at depth {exit}, and the accelerated one stands "
+            f"for depth {N}: each of its steps covers {N / exit:.3g}."
+        )
+
+
+class LensTable:
+    """A table of words, positions across and depths upward; where a depth names the token that the
+    model will write, it is bold on blue. Made once, filled again and again."""
+
+    def __init__(self, depths: list[int], columns: int):
+        self.depths, self.columns = depths, columns
+        self.figure, ax = new_figure(9.6, 1.0 + 0.27 * len(depths))
+        shape = (len(depths), columns)
+        self._shade = ax.imshow([[0] * columns] * len(depths), cmap=_two("white", PALE["blue"]), vmin=0, vmax=1,
+                                origin="lower", aspect="auto")  # fmt: skip
+        style = {"ha": "center", "va": "center", "fontsize": 8, "family": "monospace", "parse_math": False}
+        self._words = [[ax.text(x, y, "", **style) for x in range(shape[1])] for y in range(shape[0])]
+        self._axis = ax
+        ax.set_yticks(range(len(depths)), [str(l) for l in depths])
+        ax.set(ylabel="depth $l$", xlabel="token before  (what the model has just read)")
+        ax.tick_params(length=0)
+
+    def fill(self, before: list[str], words: list[list[str]], right: list[list[bool]]) -> Figure:
+        """Args: `before`, labels of the columns; `words` and `right`, one row a depth."""
+        self._shade.set_data(right)
+        for artists, texts, marks in zip(self._words, words, right):
+            for artist, text, mark in zip(artists, texts, marks):
+                artist.set(text=visible(text), fontweight="bold" if mark else "normal")
+        self._axis.set_xticks(range(self.columns), [visible(t) for t in before], family="monospace", fontsize=8,
+                              parse_math=False)  # fmt: skip
+        return self.figure
+
+
+def _two(low: str, high: str):
+    return matplotlib.colors.ListedColormap([low, high])
+
+
+def histograms(values: dict, edges, xlabel: str) -> Figure:
+    """Shares of whole numbers, one small histogram for each name; all on one scale, with the mean marked."""
+    figure, axes = new_figure(9.6, 2.8, len(values), sharey=True, squeeze=False)
+    for ax, (name, numbers), color, hatch in zip(axes[0], values.items(), ORDER, HATCHES):
+        counts = [sum(n == e for n in numbers) / len(numbers) for e in edges]
+        ax.bar(edges, counts, color=color, alpha=0.75, edgecolor="black", linewidth=0.6, hatch=hatch)
+        mean = sum(numbers) / len(numbers)
+        ax.axvline(mean, color="black", linestyle=":")
+        ax.set(title=f"{name} (mean {mean:.1f})", xlabel=xlabel)
+    axes[0][0].set_ylabel("share of tokens")
+    return figure
+
+
+def step_bars(ax, generation) -> None:
+    """One bar a pass of the model: one token of its own, and on it the drafts that it accepted."""
+    ax.clear()
+    steps = range(1, generation.steps + 1)
+    ax.bar(steps, 1, color=COLORS["blue"], edgecolor="white", label="the model's own token")
+    ax.bar(steps, generation.accepted, bottom=1, color=COLORS["orange"], edgecolor="black", linewidth=0.6,
+           hatch="///", label="drafts accepted")  # fmt: skip
+    ax.set(xlabel="pass through the whole model", ylabel="tokens")
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.legend(loc="upper right", ncols=2)

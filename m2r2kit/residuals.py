@@ -38,7 +38,7 @@ class StreamConfig:
         exits: depths E_1 < E_2 < .. at which p is read; each begins a new interval, in which
             p starts again as h.
         rate: R; None means that p reaches the end of the model at every exit. 1 is the control.
-        rank: rank of the change of each base matrix.
+        rank: rank of the change of each base matrix; 0 leaves them all as they are.
         ffn_width: width of the fast block's own FFN; 0 switches it off (`block` only).
         feed_slow: the own FFN reads h as well as p.
         deep: p also attends to the slow keys and values of the block it stands for, of all
@@ -146,6 +146,8 @@ def _changed(module: nn.Module, deltas: dict[str, Delta], pair: bool, path: str 
 def _new_deltas(module: nn.Module, rank: int) -> dict[str, Delta]:
     """A change for each matrix that p uses; its own keys and values would be thrown away."""
     found = {}
+    if rank == 0:
+        return found
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, nn.QuantizedLinear)) and not name.endswith(("k_proj", "v_proj")):
             found[name.replace(".", "/")] = Delta(*_matrix_shape(child), rank)  # MLX splits names at dots
@@ -382,8 +384,8 @@ def check(backbone: Backbone, config: StreamConfig) -> None:
         raise UserError(f"Exits must rise and lie between 1 and {backbone.depth - 1}; got {exits}.")
     if config.rate is not None and not (math.isfinite(config.rate) and config.rate >= 1):
         raise UserError(f"The rate must be at least 1; got {config.rate}.")
-    if config.rank < 1 or config.ffn_width < 0:
-        raise UserError("The rank must be at least 1, and the FFN's width at least 0.")
+    if config.rank < 0 or config.ffn_width < 0:
+        raise UserError("Neither the rank nor the FFN's width can be negative.")
     if config.form != "block" and config.ffn_width == 0:
         raise UserError(f"The form '{config.form}' needs an FFN of its own; give it a width of at least 1.")
 

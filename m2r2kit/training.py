@@ -28,7 +28,7 @@ class DistilConfig:
     """Settings of `train stream`."""
 
     steps: int = 2000
-    rows: int = 16  # windows in one step
+    first_step: int = 0  # where an interrupted run goes on
     rate: float = 2e-3  # peak learning rate of AdamW
     warmup: int = 50
     align_weight: float = 0.1
@@ -157,7 +157,7 @@ def distil(module: nn.Module, loss, lessons: list[Lesson], config: DistilConfig,
     optimizer.init(module.trainable_parameters())
     gradient = nn.value_and_grad(module, loss)
     history, begun, order = History(), time.perf_counter(), []
-    for step in range(config.steps):
+    for step in range(config.first_step, config.steps):
         done = max(step / config.steps, (time.perf_counter() - begun) / seconds)
         if done >= 1:
             break

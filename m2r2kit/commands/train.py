@@ -1,4 +1,4 @@
-"""`m2r2kit train backbone`: the pocket model from nothing, and `m2r2kit train stream`."""
+"""`m2r2kit train backbone`: the pocket model from nothing."""
 
 import hashlib
 import json
@@ -15,9 +15,6 @@ from ..corpus import KINDS, documents
 from ..errors import UserError
 from ..pretrain import PretrainConfig, Run
 from ..tokens import Batches, prepare
-
-# --- the base model -----------------------------------------------------------------------
-
 
 def backbone(args) -> int:
     """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
@@ -92,6 +89,3 @@ def _command(args) -> str:
         if getattr(args, name, None) is not None:
             words += [f"--{name}", str(getattr(args, name))]
     return shlex.join(words)
-
-
-# --- the accelerated stream ---------------------------------------------------------------

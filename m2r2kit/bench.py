@@ -1,0 +1,210 @@
+"""Measure ways of decoding against each other: equality first, then time, interleaved.
+
+For each prompt every arm decodes in turn (A B C A B C ..), so that whatever else the machine
+does meets all arms alike. A speed-up is the median over rounds of the ratio of total times,
+with its smallest and largest. Beside it stand the things that it is made of:
+
+    speedup = tau / (K c + v)      tau  tokens emitted a step
+                                   c    one draft, v  one verification, in plain steps
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from .backbone import Backbone, crop
+from .speculation import Plain, Sampler, generate
+from .speculation.loop import Generation
+from .speculation.methods import mlx_lm_generate
+
+TIE_ULP = 32  # two logits closer than this many units in the last place are a tie
+
+
+@dataclass
+class Arm:
+    """One way of decoding, and what was seen of it."""
+
+    name: str
+    drafter: object  # None is mlx-lm's own generation
+    drafts: int = 0
+    tokens: int = 0
+    seconds: list[float] = field(default_factory=list)  # a round, all prompts
+    by_kind: dict[str, list[float]] = field(default_factory=dict)
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    mismatches: int = 0
+    ties: int = 0
+
+    @property
+    def equal(self) -> bool:
+        """Whether every text was plain decoding's, ties of rounding apart."""
+        return self.mismatches == self.ties
+
+    def decode(self, backbone: Backbone, prompt: list[int], max_tokens: int) -> Generation:
+        if self.drafter is None:
+            return mlx_lm_generate(backbone, prompt, max_tokens)
+        return generate(backbone, prompt, self.drafter, self.drafts, max_tokens)
+
+
+# --- equality -----------------------------------------------------------------------------
+
+
+def is_tie(backbone: Backbone, prompt: list[int], one: list[int], other: list[int]) -> bool:
+    """Whether two texts part where the model itself is undecided.
+
+    The logits of the two tokens after the common prefix are computed in one pass over it; they
+    tie if they differ by less than `TIE_ULP` units in the last place of the larger.
+    """
+    n = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    if n is None:
+        return False  # one text is the beginning of the other: no rounding does that
+    logits = backbone.logits(mx.array([prompt + one[:n]]))[0, -1]
+    a, b = logits[one[n]].item(), logits[other[n]].item()
+    return abs(a - b) <= TIE_ULP * float(np.spacing(np.float32(max(abs(a), abs(b)))))
+
+
+def check_equality(backbone: Backbone, arms: list[Arm], prompts: list[list[int]], max_tokens: int, report=None) -> None:
+    """Decode every prompt once with every arm, and count where a text is not plain decoding's."""
+    plain = Arm("plain", Plain())
+    for prompt in prompts:
+        right = plain.decode(backbone, prompt, max_tokens).tokens
+        for arm in arms:
+            out = arm.decode(backbone, prompt, max_tokens)
+            arm.tokens += len(out.tokens)
+            arm.accepted += out.accepted
+            arm.drafted += out.drafted
+            if out.tokens != right:
+                arm.mismatches += 1
+                arm.ties += is_tie(backbone, prompt, right, out.tokens)
+            if report:
+                report()
+
+
+# --- time ---------------------------------------------------------------------------------
+
+
+def time_arms(
+    backbone: Backbone, arms: list[Arm], prompts: list[list[int]], kinds: list[str], max_tokens: int, repeats: int, report=None
+) -> None:
+    """Rounds of all arms on all prompts, interleaved; the order of the arms turns each time."""
+    for round_ in range(repeats):
+        for arm in arms:
+            arm.seconds.append(0.0)
+        for i, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
+            turn = (round_ + i) % len(arms)
+            for arm in arms[turn:] + arms[:turn]:
+                seconds = arm.decode(backbone, prompt, max_tokens).seconds
+                arm.seconds[-1] += seconds
+                of_kind = arm.by_kind.setdefault(kind, [0.0] * repeats)
+                of_kind[round_] += seconds
+                if report:
+                    report()
+
+
+def ratios(plain: list[float], other: list[float]) -> dict:
+    """Median, smallest and largest of the rounds' ratios plain / other."""
+    each = [p / o for p, o in zip(plain, other, strict=True)]
+    return {"median": statistics.median(each), "min": min(each), "max": max(each)}
+
+
+# --- what a speed-up is made of -----------------------------------------------------------
+
+
+def acceptance(accepted: list[int], drafted: list[int]) -> list[float]:
+    """a_1, a_2, ..: share of the drafts at each position that were right, of those whose
+    predecessors were."""
+    a = []
+    for position in range(1, max(drafted, default=0) + 1):
+        offered = sum(d >= position and n >= position - 1 for n, d in zip(accepted, drafted, strict=True))
+        right = sum(n >= position for n in accepted)
+        if offered:
+            a.append(right / offered)
+    return a
+
+
+def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 15) -> tuple[float, float]:
+    """(c, v) of an arm in plain steps: one draft, and one verification of K + 1 rows.
+
+    All three are timed in turn after the same prompt; medians.
+    """
+    cache, K, E = backbone.new_cache(), arm.drafts, arm.drafter.exit
+    length, token = len(prompt) - 1, mx.array([[prompt[-1]]])
+    if length:
+        backbone.run(backbone.embed(mx.array([prompt[:-1]])), cache)
+    mx.eval([(c.keys, c.values) for c in cache if c.keys is not None])
+
+    def plain():
+        mx.eval(backbone.logits(token, cache).argmax(-1))
+
+    def draft():
+        result["draft"] = arm.drafter(prompt[-1], K, Sampler(), cache, length)
+        mx.eval(result["draft"].tokens, result["draft"].states)
+
+    def verify():
+        d = result["draft"]
+        states = [*d.states, backbone.run(backbone.embed(d.tokens[-1]), cache, 0, E)]
+        rows = backbone.run(mx.concatenate(states, axis=1), cache, E)
+        mx.eval(backbone.head(rows).argmax(-1))
+
+    result: dict = {}
+    times: dict[str, list[float]] = {"plain": [], "draft": [], "verify": []}
+    for i in range(repeats + 2):  # the first two warm up
+        for part in (plain, draft, verify):
+            begun = time.perf_counter()
+            part()
+            if i >= 2:
+                times[part.__name__].append(time.perf_counter() - begun)
+            if part is not draft:
+                crop(cache, length)
+    unit, drafts, check = (statistics.median(times[k]) for k in ("plain", "draft", "verify"))
+    return drafts / K / unit, check / unit
+
+
+# --- the whole ----------------------------------------------------------------------------
+
+
+def compare(
+    backbone: Backbone,
+    arms: list[Arm],
+    prompts: list[list[int]],
+    kinds: list[str],
+    max_tokens: int = 128,
+    repeats: int = 5,
+    report: Callable | None = None,
+) -> dict:
+    """Figures of all arms, in the form of the records in `data/results/speculation.jsonl`.
+
+    An arm whose texts are not plain decoding's gets no speed.
+    """
+    check_equality(backbone, arms, prompts, max_tokens, report)
+    time_arms(backbone, arms, prompts, kinds, max_tokens, repeats, report)
+    plain = next(a for a in arms if a.name == "plain")
+    figures: dict = {"arms": {}, "per_kind": {}}
+    for arm in arms:
+        steps = len(arm.drafted)
+        tau = (len(arm.accepted) + sum(arm.accepted)) / steps
+        c, v = (0.0, 1.0) if not any(arm.drafted) else step_costs(backbone, arm, prompts[0])
+        predicted = tau / (arm.drafts * c + v) if any(arm.drafted) else 1.0
+        figures["arms"][arm.name] = {
+            "tokens": arm.tokens,
+            "seconds": arm.seconds,
+            "speedup_vs_plain": ratios(plain.seconds, arm.seconds) if arm.equal else None,
+            "drafts": arm.drafts,
+            "acceptance": acceptance(arm.accepted, arm.drafted),
+            "draft_cost": c,
+            "verify_cost": v,
+            "tau": tau,
+            "predicted_speedup": predicted if arm.name != "mlx_lm" else None,
+            "equal": arm.equal,
+            "mismatches": arm.mismatches,
+            "ties": arm.ties,
+        }
+        if arm.equal:
+            for kind, seconds in arm.by_kind.items():
+                of_kind = figures["per_kind"].setdefault(kind, {})
+                of_kind[arm.name] = ratios(plain.by_kind[kind], seconds)
+    return figures

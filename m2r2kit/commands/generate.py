@@ -1,0 +1,84 @@
+"""`m2r2kit generate`: answer prompts; text streams, and drafted tokens are told apart."""
+
+import json
+import sys
+
+from ..backbone import Backbone
+from ..prompts import Prompt, read
+from ..speculation import Sampler, generate
+from ..speculation.loop import Generation
+from ..speculation.methods import drafter, mlx_lm_generate, stream_folder, tuned_drafts
+
+
+def run(args) -> int:
+    """Answer `--prompt` or each prompt of `--prompts`; `--json` prints one object a prompt."""
+    prompts = read(args.prompts) if args.prompts else [Prompt("prompt", args.prompt)]
+    backbone = Backbone.load(args.model)
+    ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first
+    folder = stream_folder(args.model, args.stream)
+    who = None if args.method == "mlx_lm" else drafter(args.method, backbone, folder, args.exit)
+    drafts = tuned_drafts(folder) if args.draft is None else args.draft
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)
+        show = None if args.json else Stream(backbone)
+        if who is None:
+            out = mlx_lm_generate(backbone, tokens, args.max_tokens, _mlx_lm_sampler(args))
+            if show:
+                show(out.tokens, out.from_draft)
+        else:
+            out = generate(backbone, tokens, who, drafts, args.max_tokens, sampler, show)
+        print(json.dumps(as_json(backbone, prompt.id, args.method, out))) if args.json else show.end(out)
+        sys.stdout.flush()
+    return 0
+
+
+def as_json(backbone: Backbone, id: str, method: str, out: Generation) -> dict:
+    """The object that `--json` prints for a prompt."""
+    return {
+        "id": id,
+        "method": method,
+        "tokens": out.tokens,
+        "text": backbone.decode(out.tokens),
+        "steps": out.steps,
+        "accepted": out.accepted,
+        "seconds": round(out.seconds, 6),
+        "stopped": out.stopped,
+    }
+
+
+def _mlx_lm_sampler(args):
+    if args.temp == 0:
+        return None
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    mx.random.seed(args.seed)
+    return make_sampler(args.temp, top_p=args.top_p if args.top_p < 1 else 0.0, top_k=args.top_k)
+
+
+class Stream:
+    """Prints text as it comes. On a terminal, drafted tokens are underlined."""
+
+    UNDERLINE, PLAIN = "\x1b[4m", "\x1b[0m"
+
+    def __init__(self, backbone: Backbone):
+        self.detokenizer = backbone.tokenizer.detokenizer
+        self.eos, self.colours = backbone.eos, sys.stdout.isatty()
+
+    def __call__(self, tokens: list[int], from_draft: list[bool]) -> None:
+        for token, drafted in zip(tokens, from_draft, strict=True):
+            if token in self.eos:
+                continue
+            self.detokenizer.add_token(token)
+            text = self.detokenizer.last_segment
+            print(f"{self.UNDERLINE}{text}{self.PLAIN}" if drafted and self.colours else text, end="", flush=True)
+
+    def end(self, out: Generation) -> None:
+        """The rest of the text, and one line of what it took."""
+        self.detokenizer.finalize()
+        print(self.detokenizer.last_segment)
+        drafted = sum(out.from_draft)
+        line = f"{len(out.tokens)} tokens in {out.steps} steps, {len(out.tokens) / out.seconds:.0f} tokens/s"
+        if sum(out.drafted):
+            line += f"; {drafted} of {sum(out.drafted)} drafts were right" + (" (underlined)" if self.colours else "")
+        print(line, file=sys.stderr)

@@ -1,0 +1,178 @@
+"""`m2r2kit train stream`: the accelerated stream of a model, which itself stays as it is."""
+
+import math
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import checkpoints, distillation, download, prompts, records
+from ..backbone import Backbone
+from ..bench import Arm, acceptance, step_costs
+from ..corpus import KINDS, documents
+from ..costs import speedup
+from ..errors import UserError
+from ..residuals import AcceleratedStream, StreamConfig, check, tau
+from ..speculation import M2R2, generate
+from ..training import DistilConfig, Lesson, needs
+
+HELD_OUT_ROWS = 96
+OWN = 0.6  # share of the rows that the model writes itself
+
+
+def run(args) -> int:
+    """Train, measure, tune the number of drafts, save and record; or `--compare`."""
+    backbone = Backbone.load(args.model)
+    config = settings(args)
+    check(backbone, config)
+    out = Path(args.out) if args.out else Path(args.model) / "stream"
+    distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
+    train, held_out = text(backbone, args.corpus, args.rows, args.seed)
+    if args.compare:
+        return compare(backbone, config, train, held_out, distil, args)
+
+    stream = AcceleratedStream(backbone, config)
+    unfinished = out / "unfinished"
+    done = resume(stream, unfinished, backbone, config)
+    if done:
+        print(f"Going on after {done} steps.")
+    depths, blocks = needs(stream)
+    lessons = distillation.lessons(backbone, train, depths, blocks)
+    judges = distillation.lessons(backbone, held_out, depths, blocks)
+    seconds = 60 * args.minutes if args.minutes else math.inf
+    step = done
+    with tqdm(total=distil.steps, initial=done, unit="step") as bar:
+
+        def report(now, loss):
+            nonlocal step
+            step = now + 1
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        try:
+            trained = distillation.train_stream(
+                backbone, config, lessons, judges, replace(distil, first_step=done), seconds, report, stream
+            )
+        except KeyboardInterrupt:
+            checkpoints.save(stream, config, backbone.sha256, unfinished, "stream", steps=step)
+            print(f"\nInterrupted; saved after {step} steps. The same command goes on from there.")
+            return 1
+    print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
+    drafts, estimate = tune(backbone, stream)
+    print(f"Best number of drafts on the tuning prompts: {drafts} (predicted {estimate:.2f}x).")
+    facts = {"steps": step, "train_seconds": round(trained.seconds), "drafts": drafts}
+    checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)
+    forget(unfinished)
+    figures = trained.figures | facts | {"parameters": trained.parameters, "predicted_speedup": estimate}
+    records.append("stream", command=command(), settings=described(backbone, config, distil, args), figures=figures)
+    print(f"Saved in {out}.")
+    return 0
+
+
+def settings(args) -> StreamConfig:
+    """The stream that the arguments ask for; what they leave out is `StreamConfig`'s default."""
+    default = StreamConfig()
+    return StreamConfig(
+        form=args.form,
+        exits=(args.exit,) if args.exit else default.exits,
+        rate=args.rate,
+        rank=default.rank if args.rank is None else args.rank,
+        deep=default.deep,
+    )
+
+
+def text(backbone: Backbone, corpus, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn from and rows to judge by: half from documents that no training has seen."""
+    all_documents = documents(Path(corpus) if corpus else download.corpus_folder())
+
+    def tokens(held_out: bool) -> dict[str, np.ndarray]:
+        ids: dict[str, list[int]] = {kind: [] for kind in KINDS}
+        budget = 40 * rows * distillation.WINDOW  # characters of a kind: enough to draw rows from
+        for d in np.random.default_rng(seed).permutation(np.array(all_documents, dtype=object)):
+            if d.held_out == held_out and len(ids[d.kind]) * 3 < budget:
+                ids[d.kind] += [*backbone.tokenizer.encode(d.text, add_special_tokens=False), *sorted(backbone.eos)[:1]]
+        return {kind: np.array(i, dtype=np.int32) for kind, i in ids.items()}
+
+    train = distillation.windows(backbone, tokens(False), rows, OWN, seed)
+    return train, distillation.windows(backbone, tokens(True), HELD_OUT_ROWS, OWN, seed + 1)
+
+
+def resume(stream: AcceleratedStream, folder: Path, backbone: Backbone, config: StreamConfig) -> int:
+    """Load what an interrupted run left; returns its steps, 0 if there is none."""
+    if not (folder / "stream.json").exists():
+        return 0
+    old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
+    if old != config:
+        raise UserError(f"{folder} holds an unfinished stream with other settings; delete it or use its settings.")
+    checkpoints.load_weights(stream, facts, backbone.sha256, folder, "stream")
+    return facts["steps"]
+
+
+def forget(folder: Path) -> None:
+    """Delete what an interrupted run left."""
+    for name in ("stream.json", "stream.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    if folder.exists():
+        folder.rmdir()
+
+
+def tune(backbone: Backbone, stream: AcceleratedStream, max_tokens: int = 48, most: int = 8) -> tuple[int, float]:
+    """The number of drafts with the best predicted speed-up on the tuning prompts, and that speed-up."""
+    drafter = M2R2(backbone, stream)
+    accepted, drafted = [], []
+    asked = prompts.read(prompts.TUNING)
+    for p in tqdm(asked, desc="tuning", leave=False):
+        out = generate(backbone, backbone.encode(p.prompt), drafter, most, max_tokens)
+        accepted += out.accepted
+        drafted += out.drafted
+    a = acceptance(accepted, drafted)
+    ids = backbone.encode(asked[0].prompt)
+    best = (1, 0.0)
+    for k in range(1, most + 1):
+        c, v = step_costs(backbone, Arm("m2r2", drafter, k), ids, repeats=9)
+        if (s := speedup(a[:k], k, c, v)) > best[1]:
+            best = (k, s)
+    return best
+
+
+def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: DistilConfig, args) -> int:
+    """Every readout of the same size, trained the same number of steps; one record, `alignment`."""
+    exit = base.exits[0]
+    depths = {backbone.depth, *range(exit + 1)}
+    depths |= {tau(l, 0, exit, backbone.depth, r) for l in range(exit + 1) for r in (base.rate, 1.0)}
+    _, blocks = needs(AcceleratedStream(backbone, base))
+    blocks |= set(range(exit))
+    lessons: list[Lesson] = distillation.lessons(backbone, train, depths, blocks)
+    judges = distillation.lessons(backbone, held_out, depths, blocks)
+    rows = []
+    print(f"{'form':24} {'numbers':>9} {'seconds':>7} {'agreement':>9} {'nats':>6} {'cos h_N':>7}")
+    for name, made in distillation.comparison(backbone, exit, base):
+        if isinstance(made, StreamConfig):
+            got = distillation.train_stream(backbone, made, lessons, judges, distil)
+        else:
+            got = distillation.train_readout(backbone, made(), lessons, judges, distil)
+        f = got.figures
+        rows.append({"form": name, "exit": exit, "parameters": got.parameters, "train_seconds": got.seconds, **f})
+        print(
+            f"{name:24} {got.parameters:9,} {got.seconds:7.0f} {f['agreement']:9.3f} {f['cross_entropy']:6.3f} "
+            f"{f['cosine_final']:7.3f}",
+            flush=True,
+        )
+    records.append(
+        "alignment", command=command(), settings=described(backbone, base, distil, args), figures={"rows": rows}
+    )
+    return 0
+
+
+def described(backbone: Backbone, config: StreamConfig, distil: DistilConfig, args) -> dict:
+    """What a record says of how a stream was trained."""
+    model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
+    return {"model": model, "model_sha256": backbone.sha256, "rows": args.rows, **asdict(config), **asdict(distil)}
+
+
+def command() -> str:
+    """The command that is running, as a person would type it."""
+    return shlex.join(["m2r2kit", *sys.argv[1:]])
