@@ -12,7 +12,10 @@ import io
 from itertools import cycle, groupby
 
 import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .residuals import tau
 
@@ -50,10 +53,12 @@ def new_figure(width: float = 9.0, height: float = 3.4, columns: int = 1, rows: 
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG; quick rather than small, as a slider waits for it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # `savefig` would draw twice
     # the layout holds from now on: numbers may move in the picture, the axes do not
     figure.set_layout_engine("none")
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, "png", compress_level=3)
     return buffer.getvalue()
 
 
@@ -146,15 +151,17 @@ class StreamsMap:
             range(N), 1, width=0.7, bottom=-0.5, align="edge", edgecolor="black", linewidth=0.8
         )
         arrow = {"arrowstyle": "-|>", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
-        ax.annotate("", (N + 0.6, -1), (-1, -1), arrowprops=arrow | {"color": COLORS["blue"]})
-        ax.text(-1.2, -1, "$h$", ha="right", va="center", color=COLORS["blue"], fontsize=13)
+        ax.plot([-0.04 * N, 1.09 * N], [-1, -1], color=COLORS["blue"], linewidth=3)
+        ax.text(-0.05 * N, -1, "$h$", ha="right", va="center", color=COLORS["blue"], fontsize=13)
         ax.text(N / 2, -1.12, "slow stream: the model itself, through every block", ha="center", va="top")
-        self._ahead = ax.plot([], [], color=COLORS["red"], linewidth=1.8, linestyle="--")[0]
-        ax.text(-1.2, 1, "$p$", ha="right", va="center", color=COLORS["red"], fontsize=13)
-        ax.annotate("", (N + 0.6, 0.62), (N + 0.6, 1), arrowprops=arrow | {"color": COLORS["red"]})
+        ax.annotate("", (1.09 * N, -0.55), (1.09 * N, -1), arrowprops=arrow | {"color": COLORS["blue"]})
+        self._ahead = ax.plot([], [], color=COLORS["red"], linewidth=3, marker="s", markevery=[1])[0]
+        self._leap = ax.plot([], [], color=COLORS["red"], linewidth=1.8, linestyle=":")[0]
+        ax.text(-0.05 * N, 1, "$p$", ha="right", va="center", color=COLORS["red"], fontsize=13)
+        ax.annotate("", (1.09 * N, 0.55), (1.09 * N, 1), arrowprops=arrow | {"color": COLORS["red"]})
         self._said = ax.text(0, 1.12, "", va="bottom")
-        ax.text(N + 0.6, 0.1, "head:\nnext\ntoken", ha="center", va="center")
-        ax.set(xlim=(-2.2, N + 2.2), ylim=(-1.7, 1.8))
+        ax.text(1.09 * N, 0, "head:\nnext\ntoken", ha="center", va="center")
+        ax.set(xlim=(-0.1 * N, 1.2 * N), ylim=(-1.7, 1.8))
         ax.axis("off")
 
     def _draw_depths(self):
@@ -170,7 +177,8 @@ class StreamsMap:
         N = self.depth
         for l, box in enumerate(self._boxes):
             box.set(facecolor=PALE["orange"] if l < exit else "white", hatch="//" if l < exit else "")
-        self._ahead.set_data([-1, exit, exit, N + 0.6], [1, 1, 1, 1])
+        self._ahead.set_data([-0.04 * N, exit], [1, 1])
+        self._leap.set_data([exit, 1.09 * N], [1, 1])
         self._said.set_text(f"accelerated stream: {exit} {'block' if exit == 1 else 'blocks'}, then the head")
         self._fast.set_data(range(exit + 1), [tau(l, 0, exit, N, None) for l in range(exit + 1)])
         return self.figure, (
@@ -185,11 +193,11 @@ class LensTable:
 
     def __init__(self, depths: list[int], columns: int):
         self.depths, self.columns = depths, columns
-        self.figure, ax = new_figure(9.6, 1.0 + 0.27 * len(depths))
+        self.figure, ax = new_figure(9.6, 1.0 + 0.3 * len(depths))
         shape = (len(depths), columns)
-        self._shade = ax.imshow([[0] * columns] * len(depths), cmap=_two("white", PALE["blue"]), vmin=0, vmax=1,
-                                origin="lower", aspect="auto")  # fmt: skip
-        style = {"ha": "center", "va": "center", "fontsize": 8, "family": "monospace", "parse_math": False}
+        blue = matplotlib.colors.ListedColormap(["white", PALE["blue"]])
+        self._shade = ax.imshow(np.zeros(shape), cmap=blue, vmin=0, vmax=1, origin="lower", aspect="auto")
+        style = {"ha": "center", "va": "center", "fontsize": 9, "family": "monospace", "parse_math": False}
         self._words = [[ax.text(x, y, "", **style) for x in range(shape[1])] for y in range(shape[0])]
         self._axis = ax
         ax.set_yticks(range(len(depths)), [str(l) for l in depths])
@@ -202,13 +210,9 @@ class LensTable:
         for artists, texts, marks in zip(self._words, words, right):
             for artist, text, mark in zip(artists, texts, marks):
                 artist.set(text=visible(text), fontweight="bold" if mark else "normal")
-        self._axis.set_xticks(range(self.columns), [visible(t) for t in before], family="monospace", fontsize=8,
-                              parse_math=False)  # fmt: skip
+        labels = [visible(token) for token in before]
+        self._axis.set_xticks(range(self.columns), labels, family="monospace", fontsize=9, parse_math=False)
         return self.figure
-
-
-def _two(low: str, high: str):
-    return matplotlib.colors.ListedColormap([low, high])
 
 
 def histograms(values: dict, edges, xlabel: str) -> Figure:
