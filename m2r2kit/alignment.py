@@ -41,10 +41,14 @@ def of_readout(backbone: Backbone, readout, lessons: list[Lesson], most_unverifi
         nats = (mx.logsumexp(logits, axis=-1) - chosen).mean().item()
         same = (mx.argmax(logits, axis=-1) == right).mean().item()
         totals += (same, nats, cosine(state, final).mean().item())
-    return dict(zip(("agreement", "cross_entropy", "cosine_final"), (totals / len(lessons)).tolist(), strict=True))
+    return dict(
+        zip(("agreement", "cross_entropy", "cosine_final"), (totals / len(lessons)).tolist(), strict=True)
+    )
 
 
-def of_stream(backbone: Backbone, stream: AcceleratedStream, lessons: list[Lesson], exit: int | None = None) -> dict:
+def of_stream(
+    backbone: Backbone, stream: AcceleratedStream, lessons: list[Lesson], exit: int | None = None
+) -> dict:
     """`of_readout` for p_E, and by block the cosine of p_l to h_tau(l) beside that of h_l."""
     exit = exit or stream.config.exits[0]
     a, b = stream.interval(exit)

@@ -67,7 +67,9 @@ def is_tie(backbone: Backbone, prompt: list[int], one: list[int], other: list[in
     return abs(a - b) <= TIE_ULP * float(np.spacing(np.float32(max(abs(a), abs(b)))))
 
 
-def check_equality(backbone: Backbone, arms: list[Arm], prompts: list[list[int]], max_tokens: int, report=None) -> None:
+def check_equality(
+    backbone: Backbone, arms: list[Arm], prompts: list[list[int]], max_tokens: int, report=None
+) -> None:
     """Decode every prompt once with every arm, and count where a text is not plain decoding's."""
     plain = Arm("plain", Plain())
     for prompt in prompts:
@@ -88,7 +90,13 @@ def check_equality(backbone: Backbone, arms: list[Arm], prompts: list[list[int]]
 
 
 def time_arms(
-    backbone: Backbone, arms: list[Arm], prompts: list[list[int]], kinds: list[str], max_tokens: int, repeats: int, report=None
+    backbone: Backbone,
+    arms: list[Arm],
+    prompts: list[list[int]],
+    kinds: list[str],
+    max_tokens: int,
+    repeats: int,
+    report=None,
 ) -> None:
     """Rounds of all arms on all prompts, interleaved; the order of the arms turns each time."""
     for round_ in range(repeats):

@@ -16,12 +16,14 @@ from .corpus import ASSISTANT, EOS, USER
 from .own_text import beginnings, continue_greedily
 from .readouts import Bare, ExtraBlock, WideHead
 from .residuals import AcceleratedStream, StreamConfig
-from .training import DistilConfig, Lesson, distance, distil, needs, stream_loss, teach
+from .training import DistilConfig, Lesson, distance, distil, stream_loss, teach
 
 WINDOW, BEGINNING, ROWS = 128, 24, 8  # tokens of a lesson's rows, of a beginning, rows of a lesson
 
 
-def windows(backbone: Backbone, tokens: dict[str, np.ndarray], rows: int, own: float, seed: int = 0) -> np.ndarray:
+def windows(
+    backbone: Backbone, tokens: dict[str, np.ndarray], rows: int, own: float, seed: int = 0
+) -> np.ndarray:
     """Rows of text (rows, WINDOW): a share `own` written by the model, the rest from the corpus,
     the kinds in equal parts and the rows shuffled."""
     rng = np.random.default_rng(seed)
@@ -44,14 +46,20 @@ def _written(backbone: Backbone, starts: np.ndarray, batch: int = 64) -> np.ndar
     total = len(starts) * (WINDOW - BEGINNING)
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="the model writes", leave=False) as bar:
         return np.concatenate(
-            [continue_greedily(backbone, starts[i : i + batch], WINDOW, bar.update) for i in range(0, len(starts), batch)]
+            [
+                continue_greedily(backbone, starts[i : i + batch], WINDOW, bar.update)
+                for i in range(0, len(starts), batch)
+            ]
         )
 
 
 def lessons(backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int]) -> list[Lesson]:
     """Ask the teacher about rows of text (rows, WINDOW), in batches of ROWS rows."""
     steps = range(0, len(text) - ROWS + 1, ROWS)
-    return [teach(backbone, text[i : i + ROWS], depths, blocks) for i in tqdm(steps, desc="the model teaches", leave=False)]
+    return [
+        teach(backbone, text[i : i + ROWS], depths, blocks)
+        for i in tqdm(steps, desc="the model teaches", leave=False)
+    ]
 
 
 @dataclass
@@ -129,5 +137,3 @@ def comparison(backbone: Backbone, exit: int, base: StreamConfig) -> list[tuple[
         ("R=1 block", replace(base, rate=1.0)),
         ("extra block", lambda: ExtraBlock(backbone, exit, size)),
     ]
-
-

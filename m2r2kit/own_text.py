@@ -12,7 +12,9 @@ import numpy as np
 from .backbone import Backbone
 
 
-def continue_greedily(backbone: Backbone, starts: np.ndarray, length: int, report: Callable | None = None) -> np.ndarray:
+def continue_greedily(
+    backbone: Backbone, starts: np.ndarray, length: int, report: Callable | None = None
+) -> np.ndarray:
     """Continue many beginnings at once, each token the likeliest.
 
     Args:
@@ -37,7 +39,9 @@ def continue_greedily(backbone: Backbone, starts: np.ndarray, length: int, repor
     return np.asarray(mx.concatenate(columns, axis=1)).astype(np.int32)
 
 
-def beginnings(ids: np.ndarray, marks: set[int], rows: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def beginnings(
+    ids: np.ndarray, marks: set[int], rows: int, width: int, rng: np.random.Generator
+) -> np.ndarray:
     """Beginnings (rows, width) of a long row of token ids; where the text has marks of a new
     turn or document, at a mark, so that the model is asked as a user would ask it."""
     places = np.flatnonzero(np.isin(ids[:-width], list(marks))) if marks else np.empty(0, dtype=int)

@@ -29,7 +29,9 @@ def read(path: str | Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}).") from None
+        raise UserError(
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})."
+        ) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

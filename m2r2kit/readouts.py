@@ -58,7 +58,9 @@ class ExtraBlock(nn.Module):
         h = lesson.states[self.exit]
         B, T, D = h.shape
         shape = (B, T, self._heads, self._head_dim)
-        q, k, v = (y.reshape(shape).transpose(0, 2, 1, 3) for y in mx.split(self.norm(h) @ self.qkv, 3, axis=-1))
+        q, k, v = (
+            y.reshape(shape).transpose(0, 2, 1, 3) for y in mx.split(self.norm(h) @ self.qkv, 3, axis=-1)
+        )
         scale = self._head_dim**-0.5
         y = mx.fast.scaled_dot_product_attention(self._rope(q), self._rope(k), v, scale=scale, mask="causal")
         h = h + y.transpose(0, 2, 1, 3).reshape(B, T, D) @ self.o

@@ -110,7 +110,7 @@ def cosine(x: mx.array, y: mx.array) -> mx.array:
 def stream_loss(stream: AcceleratedStream, lesson: Lesson, verified: mx.array, weight: float) -> mx.array:
     """The loss above, summed over the exits; one number."""
     backbone, config = stream._backbone, stream.config
-    depth, D = backbone.depth, backbone.width
+    depth = backbone.depth
     teacher = mx.stop_gradient(backbone.head(lesson.states[depth])).reshape(-1, backbone.config["vocab_size"])
     total = 0.0
     for a, b in intervals(config):
@@ -119,7 +119,9 @@ def stream_loss(stream: AcceleratedStream, lesson: Lesson, verified: mx.array, w
         total = total + distance(student, teacher).mean()
         if weight:
             targets = [lesson.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
-            total = total + weight * sum((1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True)) / (b - a)
+            total = total + weight * sum(
+                (1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True)
+            ) / (b - a)
     return total
 
 
@@ -140,7 +142,9 @@ def unverified(rng: np.random.Generator, B: int, T: int, most: int) -> mx.array:
     return mx.array(np.maximum(np.arange(T) - behind, 0))
 
 
-def distil(module: nn.Module, loss, lessons: list[Lesson], config: DistilConfig, report=None, seconds=math.inf) -> History:
+def distil(
+    module: nn.Module, loss, lessons: list[Lesson], config: DistilConfig, report=None, seconds=math.inf
+) -> History:
     """Train a small module on lessons, in rounds, with AdamW and a cosine rate.
 
     Args:
@@ -161,7 +165,9 @@ def distil(module: nn.Module, loss, lessons: list[Lesson], config: DistilConfig,
         done = max(step / config.steps, (time.perf_counter() - begun) / seconds)
         if done >= 1:
             break
-        optimizer.learning_rate = config.rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.learning_rate = (
+            config.rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        )
         order = order or list(rng.permutation(len(lessons)))
         lesson = lessons[order.pop()]
         verified = unverified(rng, *lesson.tokens.shape, config.max_unverified)

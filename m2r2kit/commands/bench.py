@@ -35,7 +35,13 @@ def run(args) -> int:
     rounds = len(prompts) * len(arms) * (args.repeats + 1)
     with tqdm(total=rounds, unit="text", disable=not sys.stderr.isatty()) as bar:
         figures = compare(
-            backbone, arms, ids, [p.kind for p in prompts], args.max_tokens, args.repeats, lambda: bar.update()
+            backbone,
+            arms,
+            ids,
+            [p.kind for p in prompts],
+            args.max_tokens,
+            args.repeats,
+            lambda: bar.update(),
         )
     print(table(figures))
     settings = {
@@ -65,7 +71,10 @@ def run(args) -> int:
 
 def table(figures: dict) -> str:
     """The arms in aligned columns; an arm whose text differs has no speed."""
-    lines = [f"{'method':12} {'speed-up':>8} {'from..to':>12} {'predicted':>9} {'tau':>5} {'c':>5} {'v':>5}  equal  acceptance"]
+    lines = [
+        f"{'method':12} {'speed-up':>8} {'from..to':>12} {'predicted':>9} {'tau':>5} {'c':>5} {'v':>5}  "
+        "equal  acceptance"
+    ]
     for name, arm in figures["arms"].items():
         speed, predicted = arm["speedup_vs_plain"], arm["predicted_speedup"]
         median = f"{speed['median']:.2f}x" if speed else "-"
@@ -79,5 +88,7 @@ def table(figures: dict) -> str:
         )
     for kind, arms in figures["per_kind"].items():
         if kind:
-            lines.append(f"{kind:12} " + "  ".join(f"{n} {r['median']:.2f}x" for n, r in arms.items() if n != "plain"))
+            lines.append(
+                f"{kind:12} " + "  ".join(f"{n} {r['median']:.2f}x" for n, r in arms.items() if n != "plain")
+            )
     return "\n".join(lines)

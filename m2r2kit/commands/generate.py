@@ -71,7 +71,11 @@ class Stream:
                 continue
             self.detokenizer.add_token(token)
             text = self.detokenizer.last_segment
-            print(f"{self.UNDERLINE}{text}{self.PLAIN}" if drafted and self.colours else text, end="", flush=True)
+            print(
+                f"{self.UNDERLINE}{text}{self.PLAIN}" if drafted and self.colours else text,
+                end="",
+                flush=True,
+            )
 
     def end(self, out: Generation) -> None:
         """The rest of the text, and one line of what it took."""
@@ -80,5 +84,7 @@ class Stream:
         drafted = sum(out.from_draft)
         line = f"{len(out.tokens)} tokens in {out.steps} steps, {len(out.tokens) / out.seconds:.0f} tokens/s"
         if sum(out.drafted):
-            line += f"; {drafted} of {sum(out.drafted)} drafts were right" + (" (underlined)" if self.colours else "")
+            line += f"; {drafted} of {sum(out.drafted)} drafts were right" + (
+                " (underlined)" if self.colours else ""
+            )
         print(line, file=sys.stderr)

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..pretrain import PretrainConfig, Run
 from ..tokens import Batches, prepare
 
+
 def backbone(args) -> int:
     """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
 

@@ -67,7 +67,9 @@ def run(args) -> int:
     checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)
     forget(unfinished)
     figures = trained.figures | facts | {"parameters": trained.parameters, "predicted_speedup": estimate}
-    records.append("stream", command=command(), settings=described(backbone, config, distil, args), figures=figures)
+    records.append(
+        "stream", command=command(), settings=described(backbone, config, distil, args), figures=figures
+    )
     print(f"Saved in {out}.")
     return 0
 
@@ -93,7 +95,10 @@ def text(backbone: Backbone, corpus, rows: int, seed: int) -> tuple[np.ndarray, 
         budget = 40 * rows * distillation.WINDOW  # characters of a kind: enough to draw rows from
         for d in np.random.default_rng(seed).permutation(np.array(all_documents, dtype=object)):
             if d.held_out == held_out and len(ids[d.kind]) * 3 < budget:
-                ids[d.kind] += [*backbone.tokenizer.encode(d.text, add_special_tokens=False), *sorted(backbone.eos)[:1]]
+                ids[d.kind] += [
+                    *backbone.tokenizer.encode(d.text, add_special_tokens=False),
+                    *sorted(backbone.eos)[:1],
+                ]
         return {kind: np.array(i, dtype=np.int32) for kind, i in ids.items()}
 
     train = distillation.windows(backbone, tokens(False), rows, OWN, seed)
@@ -106,7 +111,9 @@ def resume(stream: AcceleratedStream, folder: Path, backbone: Backbone, config: 
         return 0
     old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
     if old != config:
-        raise UserError(f"{folder} holds an unfinished stream with other settings; delete it or use its settings.")
+        raise UserError(
+            f"{folder} holds an unfinished stream with other settings; delete it or use its settings."
+        )
     checkpoints.load_weights(stream, facts, backbone.sha256, folder, "stream")
     return facts["steps"]
 
@@ -119,7 +126,9 @@ def forget(folder: Path) -> None:
         folder.rmdir()
 
 
-def tune(backbone: Backbone, stream: AcceleratedStream, max_tokens: int = 48, most: int = 8) -> tuple[int, float]:
+def tune(
+    backbone: Backbone, stream: AcceleratedStream, max_tokens: int = 48, most: int = 8
+) -> tuple[int, float]:
     """The number of drafts with the best predicted speed-up on the tuning prompts, and that speed-up."""
     drafter = M2R2(backbone, stream)
     accepted, drafted = [], []
@@ -155,14 +164,19 @@ def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: Dis
         else:
             got = distillation.train_readout(backbone, made(), lessons, judges, distil)
         f = got.figures
-        rows.append({"form": name, "exit": exit, "parameters": got.parameters, "train_seconds": got.seconds, **f})
+        rows.append(
+            {"form": name, "exit": exit, "parameters": got.parameters, "train_seconds": got.seconds, **f}
+        )
         print(
-            f"{name:24} {got.parameters:9,} {got.seconds:7.0f} {f['agreement']:9.3f} {f['cross_entropy']:6.3f} "
-            f"{f['cosine_final']:7.3f}",
+            f"{name:24} {got.parameters:9,} {got.seconds:7.0f} {f['agreement']:9.3f} "
+            f"{f['cross_entropy']:6.3f} {f['cosine_final']:7.3f}",
             flush=True,
         )
     records.append(
-        "alignment", command=command(), settings=described(backbone, base, distil, args), figures={"rows": rows}
+        "alignment",
+        command=command(),
+        settings=described(backbone, base, distil, args),
+        figures={"rows": rows},
     )
     return 0
 
@@ -170,7 +184,13 @@ def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: Dis
 def described(backbone: Backbone, config: StreamConfig, distil: DistilConfig, args) -> dict:
     """What a record says of how a stream was trained."""
     model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
-    return {"model": model, "model_sha256": backbone.sha256, "rows": args.rows, **asdict(config), **asdict(distil)}
+    return {
+        "model": model,
+        "model_sha256": backbone.sha256,
+        "rows": args.rows,
+        **asdict(config),
+        **asdict(distil),
+    }
 
 
 def command() -> str:

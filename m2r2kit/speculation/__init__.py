@@ -4,4 +4,4 @@ from .accept import Sampler
 from .drafters import M2R2, EarlyExit, Plain
 from .loop import Generation, generate
 
-__all__ = ["EarlyExit", "Generation", "M2R2", "Plain", "Sampler", "generate"]
+__all__ = ["M2R2", "EarlyExit", "Generation", "Plain", "Sampler", "generate"]

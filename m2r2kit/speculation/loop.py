@@ -29,7 +29,7 @@ class Generation:
     Attributes:
         tokens: emitted ids, the end-of-text mark included if it was reached.
         drafted: drafts offered in each step.
-        accepted: drafts accepted in each step (before the text ended).
+        accepted: drafts accepted in each step (those after an end of text do not count).
         from_draft: for each emitted token, whether it was a draft.
         seconds: from the first pass over the prompt to the last token.
         stopped: `eos` or `length`.
@@ -79,7 +79,9 @@ def generate(
         raise UserError(f"At least one token must be asked for; got {max_tokens}.")
     room = backbone.context - len(prompt)
     if room < 1:
-        raise UserError(f"The prompt has {len(prompt)} tokens and the model reads {backbone.context}; shorten it.")
+        raise UserError(
+            f"The prompt has {len(prompt)} tokens and the model reads {backbone.context}; shorten it."
+        )
     drafter, sampler = drafter or Plain(), sampler or Sampler()
     cache = backbone.new_cache() if cache is None else cache
     out, begun = Generation(), time.perf_counter()
@@ -98,10 +100,11 @@ def generate(
             k = 0
         else:
             emitted = draft_and_verify(backbone, drafter, pending, k, sampler, cache, verified)
-            crop(cache, verified + len(emitted))
-        verified += len(emitted)
-        pending = emitted[-1]
         new = _keep(out, emitted, k, backbone.eos)
+        verified += new
+        pending = out.tokens[-1]
+        if k:
+            crop(cache, verified)
         if on_tokens:
             on_tokens(out.tokens[-new:], out.from_draft[-new:])
     crop(cache, len(prompt) + len(out.tokens) - 1)
@@ -117,14 +120,15 @@ def _one(backbone, pending, ahead, more, sampler, cache):
         return mx.argmax(backbone.logits(token, cache), axis=-1)  # (1, 1)
 
     if not sampler.greedy:
-        return [sampler.draw(sampler.probabilities(backbone.logits(mx.array([[pending]]), cache)[0])[0])], None
+        logits = backbone.logits(mx.array([[pending]]), cache)[0]
+        return [sampler.draw(sampler.probabilities(logits)[0])], None
     choice = first_choice(mx.array([[pending]])) if ahead is None else ahead
     ahead = first_choice(choice) if more else None
     mx.async_eval(choice) if ahead is None else mx.async_eval(choice, ahead)
     return [choice.item()], ahead
 
 
-def draft_and_verify(backbone: Backbone, drafter, pending: int, k: int, sampler: Sampler, cache, verified: int):
+def draft_and_verify(backbone, drafter, pending: int, k: int, sampler: Sampler, cache: list, verified: int):
     """One step with k >= 1 drafts: the tokens that it emits, 1..k + 1 of them.
 
     The cache grows by k + 1 positions, of which the caller keeps as many as were emitted.
@@ -146,12 +150,12 @@ def draft_and_verify(backbone: Backbone, drafter, pending: int, k: int, sampler:
 
 def _keep(out: Generation, emitted: list[int], k: int, eos: set[int]) -> int:
     """Add a step's tokens to the result, cut after an end of text; returns how many were kept."""
+    drafts = len(emitted) - 1  # the last one is the model's own
+    kept = next((i + 1 for i, token in enumerate(emitted) if token in eos), len(emitted))
+    if emitted[kept - 1] in eos:
+        out.stopped = "eos"
+    out.tokens += emitted[:kept]
+    out.from_draft += [i < drafts for i in range(kept)]
     out.drafted.append(k)
-    out.accepted.append(len(emitted) - 1)
-    for i, token in enumerate(emitted):
-        out.tokens.append(token)
-        out.from_draft.append(i < len(emitted) - 1)
-        if token in eos:
-            out.stopped = "eos"
-            return i + 1
-    return len(emitted)
+    out.accepted.append(min(drafts, kept))
+    return kept

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .. import checkpoints
 from ..backbone import Backbone
 from ..errors import UserError
 from ..residuals import StreamConfig, load_stream
-from .. import checkpoints
 from .drafters import M2R2, EarlyExit, Plain
 from .loop import Generation
 
