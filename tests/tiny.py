@@ -64,8 +64,8 @@ def _random_weights(shapes: dict, random: np.random.Generator, tied: bool) -> di
         weights[name] = mx.array(w.astype(np.float32))
     if not tied:
         # token i asks for token next[i], unless the blocks say otherwise
-        follows = random.permutation(VOCABULARY)
-        noise = random.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
+        follows = random.permutation(shapes["lm_head.weight"][0])
+        noise = random.standard_normal(shapes["lm_head.weight"]).astype(np.float32)
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"][mx.array(follows)] + mx.array(noise)
     return weights
 

@@ -1,0 +1,425 @@
+"""Speculation loses nothing: the tokens and the cache are those of plain decoding.
+
+Each check is a function, called twice: on the code as it is, and on code broken on purpose,
+where it must fail.
+"""
+
+from contextlib import contextmanager
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from mlx_lm.generate import generate_step
+
+from m2r2kit.errors import UserError
+from m2r2kit.speculation import M2R2, EarlyExit, Generation, Plain, Sampler, drafters, generate, loop
+
+PROMPT = tiny.prompt(6)
+EXITS = range(1, tiny.BLOCKS)
+
+
+# --- helpers ------------------------------------------------------------------------------
+
+
+def plain(prompt=PROMPT, max_tokens=14, view=None) -> Generation:
+    return generate(view or tiny.backbone(), prompt, max_tokens=max_tokens)
+
+
+def m2r2(exit=2, **settings) -> M2R2:
+    return M2R2(tiny.backbone(), tiny.stream(exits=(exit,), **settings))
+
+
+class Scripted(EarlyExit):
+    """Drafts what it is told, by position in the text: the states are real, the tokens are not its own."""
+
+    def __init__(self, text: list[int], exit=2, view=None):
+        super().__init__(view or tiny.backbone(), exit)
+        self.text = text
+
+    def __call__(self, token, drafts, sampler, cache, verified):
+        draft = drafters.Draft([], [], [])
+        token = mx.array([[token]])
+        for i in range(drafts):
+            h, _ = self._step(self.backbone.embed(token), cache, verified)
+            token = mx.array([[self.text[verified + 1 + i]]])
+            draft.states.append(h)
+            draft.tokens.append(token)
+        return draft
+
+
+class WithEnds:
+    """A view in which chosen tokens end the text."""
+
+    def __init__(self, view, ends):
+        self._view, self.eos = view, set(ends)
+
+    def __getattr__(self, name):
+        return getattr(self._view, name)
+
+
+@contextmanager
+def patched(target, name, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, value)
+        yield
+
+
+# --- ties ---------------------------------------------------------------------------------
+
+TIE_ULP = 16  # two logits nearer than this are equal but for rounding
+
+
+def ties(view, prompt: list[int], found: list[int], wanted: list[int]) -> int:
+    """How many of two greedy texts' first differences are ties: 0 (equal) or 1.
+
+    Rows in a product change its rounding, so two logits that are all but equal may change
+    places. The gap is taken from one pass over the common text (teacher forced).
+
+    Raises:
+        AssertionError: the texts differ where the model is not undecided.
+    """
+    assert len(found) == len(wanted) or found[-1] in view.eos or wanted[-1] in view.eos
+    for i, (a, b) in enumerate(zip(found, wanted, strict=False)):
+        if a != b:
+            logits = view.logits(mx.array([prompt + wanted[:i]]))[0, -1]
+            largest = logits.max().item()
+            gap = largest - min(logits[a].item(), logits[b].item())
+            near = TIE_ULP * np.spacing(np.float32(abs(largest)))
+            assert gap <= near, f"token {i}: {a} is not {b}, gap {gap}"
+            return 1
+    return 0
+
+
+def test_a_tie_is_told_from_an_error():
+    view, wanted = tiny.backbone(), plain().tokens
+    assert ties(view, PROMPT, wanted, wanted) == 0
+    wrong = [*wanted[:3], (wanted[3] + 1) % tiny.EOS, *wanted[4:]]
+    with pytest.raises(AssertionError, match="token 3"):
+        ties(view, PROMPT, wrong, wanted)
+    with pytest.raises(AssertionError):
+        ties(view, PROMPT, wanted[:-1], wanted)
+    logits = view.logits(mx.array([PROMPT]))
+    # a twin of the first choice, a few ulp away
+    twin = (wanted[0] + 1) % tiny.EOS
+    nearly = logits.at[0, -1, twin].add(logits[0, -1, wanted[0]] * (1 - 2e-7) - logits[0, -1, twin])
+
+    class Undecided(WithEnds):
+        def logits(self, tokens):
+            return nearly
+
+    assert ties(Undecided(view, ()), PROMPT, [twin, *wanted[1:]], wanted) == 1
+
+
+# --- the checks ---------------------------------------------------------------------------
+
+
+def check_equal(drafter, drafts, prompt=PROMPT, max_tokens=14, view=None) -> tuple[Generation, int]:
+    """Speculation emits what plain decoding emits, and stops where and why it stops."""
+    view = view or tiny.backbone()
+    wanted = plain(prompt, max_tokens, view)
+    found = generate(view, prompt, drafter, drafts, max_tokens)
+    tie = ties(view, prompt, found.tokens, wanted.tokens)
+    if not tie:
+        assert (found.tokens, found.stopped) == (wanted.tokens, wanted.stopped)
+    check_counts(found, drafts)
+    return found, tie
+
+
+def check_counts(found: Generation, drafts: int):
+    """The numbers of a generation agree with each other."""
+    assert len(found.drafted) == len(found.accepted) == found.steps
+    assert all(a <= d <= drafts for a, d in zip(found.accepted, found.drafted, strict=True))
+    assert len(found.from_draft) == len(found.tokens)
+    assert sum(found.from_draft) == sum(found.accepted)
+    ended_in_a_draft = found.stopped == "eos" and found.from_draft[-1]
+    # each step adds one token of the model's own, unless the text ended before it
+    assert len(found.tokens) == sum(found.accepted) + found.steps - ended_in_a_draft
+
+
+def check_cache(drafter, drafts, prompt=PROMPT, max_tokens=12, view=None, sampler=None):
+    """After each step the cache is that of one fresh pass over the emitted text, less its last token."""
+    view = view or tiny.backbone()
+    cache, text, seen = view.new_cache(), list(prompt), []
+    runs_ahead = sampler is None and (drafts == 0 or isinstance(drafter, Plain))
+
+    def after_a_step(tokens, from_draft):
+        text.extend(tokens)
+        fresh = view.new_cache()
+        view.run(view.embed(mx.array([text])), fresh)
+        kept = len(text) - 1
+        for mine, theirs in zip(cache, fresh, strict=True):
+            # plain decoding may already have read the newest token; speculation may not
+            assert mine.offset == kept or (runs_ahead and mine.offset == kept + 1)
+            for a, b in zip(mine.keys_and_values(), theirs.keys_and_values(), strict=True):
+                difference = (a[..., :kept, :] - b[..., :kept, :]).abs().max().item()
+                assert difference <= 2e-5 * b.abs().max().item()
+        seen.append(len(tokens))
+
+    out = generate(view, prompt, drafter, drafts, max_tokens, sampler, after_a_step, cache)
+    assert text[len(prompt) :] == out.tokens and len(seen) == out.steps
+    assert all(c.offset == len(prompt) + len(out.tokens) - 1 for c in cache)
+    return seen
+
+
+# --- 0 drafts is plain decoding -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_no_drafts_is_mlx_lm_token_for_token(length):
+    view, prompt = tiny.backbone(), tiny.prompt(length)
+    theirs = [int(t) for t, _ in generate_step(mx.array(prompt), view.model, max_tokens=30)]
+    for drafter in (None, Plain(), EarlyExit(view, 2), m2r2()):
+        out = generate(view, prompt, drafter, 0, max_tokens=30)
+        assert out.tokens == theirs[: len(out.tokens)]
+        assert out.stopped == "eos" and out.tokens[-1] == tiny.EOS if len(out.tokens) < 30 else True
+        assert out.steps == len(out.tokens) and sum(out.drafted) == 0 and not any(out.from_draft)
+    assert len(set(theirs)) > 5  # the text wanders, so that a wrong token would show
+
+
+# --- equality -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exit", EXITS)
+@pytest.mark.parametrize("kind", ["early-exit", "m2r2"])
+def test_every_exit_and_every_number_of_drafts(exit, kind):
+    view = tiny.backbone()
+    drafter = EarlyExit(view, exit) if kind == "early-exit" else m2r2(exit)
+    runs = [check_equal(drafter, drafts, max_tokens=10) for drafts in range(9)]
+    assert sum(tie for _, tie in runs) <= 1  # of 9 texts of 10 tokens
+    assert [max(out.drafted) for out, _ in runs] == list(range(9))
+
+
+def test_drafts_are_sometimes_accepted():
+    """Else the tests of equality would only see rejections."""
+    accepted = {a for drafter in (EarlyExit(tiny.backbone(), 3), m2r2(3, size=0)) for a in found(drafter)}
+    assert {0, 1} < accepted
+
+
+def found(drafter):
+    return generate(tiny.backbone(), PROMPT, drafter, 4, 30).accepted
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17])
+def test_prompt_lengths(length):
+    for drafter in (EarlyExit(tiny.backbone(), 2), m2r2(), m2r2(form="attention")):
+        check_equal(drafter, 3, tiny.prompt(length), 8)
+
+
+@pytest.mark.parametrize("drafts", [1, 4, 8])
+def test_all_drafts_accepted(drafts):
+    text = PROMPT + plain(max_tokens=30).tokens
+    out, _ = check_equal(Scripted(text), drafts, max_tokens=14)
+    assert out.accepted == out.drafted and out.drafted[0] == drafts
+    assert out.steps == -(-14 // (drafts + 1))
+
+
+@pytest.mark.parametrize("drafts", [1, 4, 8])
+def test_none_accepted(drafts):
+    text = PROMPT + [(t + 1) % tiny.EOS for t in plain(max_tokens=30).tokens]
+    out, _ = check_equal(Scripted(text), drafts, max_tokens=8)
+    assert out.steps == 8 and set(out.accepted) == {0} and not any(out.from_draft)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_limit_inside_a_draft(right):
+    text = PROMPT + [(t + (not right)) % tiny.EOS for t in plain(max_tokens=30).tokens]
+    for limit in range(1, 8):
+        out, _ = check_equal(Scripted(text), 4, max_tokens=limit)
+        assert len(out.tokens) == limit and out.stopped == "length"
+        assert out.drafted[0] == min(4, limit - 1)  # no draft is made that could not be emitted
+
+
+def test_end_of_text_inside_a_draft():
+    tokens = plain(max_tokens=30).tokens
+    firsts = [i for i in range(1, 8) if tokens[i] not in tokens[:i]]
+    assert len(firsts) > 3
+    for i in firsts:
+        view = WithEnds(tiny.backbone(), {tokens[i]})
+        for drafts in (1, 4, 8):
+            drafter = Scripted(PROMPT + tokens, view=view)
+            out, _ = check_equal(drafter, drafts, view=view)
+            assert out.tokens == tokens[: i + 1] and out.stopped == "eos"
+            check_cache(drafter, drafts, view=view)
+        # the drafter drafts an end of text that the model does not want
+        wrong = [*tokens[: i - 1], tokens[i], *tokens[i:]]
+        check_equal(Scripted(PROMPT + wrong, view=view), 4, view=view)
+
+
+def test_text_up_to_the_end_of_the_context():
+    view = tiny.backbone()
+    longest = tiny.prompt(tiny.CONTEXT - 1)
+    for drafter in (None, EarlyExit(view, 2), m2r2()):
+        out = generate(view, longest, drafter, 4, 50)
+        assert len(out.tokens) == 1 and sum(out.drafted) == 0
+        with pytest.raises(UserError, match=f"The prompt has {tiny.CONTEXT} tokens"):
+            generate(view, tiny.prompt(tiny.CONTEXT), drafter, 4, 50)
+    near = tiny.prompt(tiny.CONTEXT - 7, seed=1)
+    view = WithEnds(view, ())
+    for drafter in (EarlyExit(view, 2), m2r2(), Scripted(near + plain(near, 7, view).tokens)):
+        out, _ = check_equal(drafter, 8, near, 50, view)
+        assert len(out.tokens) == 7 and out.stopped == "length"
+
+
+def test_text_beyond_the_cache_s_first_allocation():
+    """mlx-lm's cache grows by 256 positions at a time; a draft may lie across that edge."""
+    view = WithEnds(tiny.backbone("llama", max_position_embeddings=300), ())
+    prompt = tiny.prompt(250)
+    text = prompt + plain(prompt, 12, view).tokens
+    for drafter in (Scripted(text, view=view), EarlyExit(view, 2)):
+        check_equal(drafter, 4, prompt, 12, view)
+        check_cache(drafter, 4, prompt, 12, view)
+
+
+# --- the cache ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exit", EXITS)
+def test_the_cache_after_each_step(exit):
+    text = PROMPT + plain(max_tokens=30).tokens
+    half = PROMPT + [t if i % 3 else (t + 1) % tiny.EOS for i, t in enumerate(plain(max_tokens=30).tokens)]
+    steps = set()
+    for drafter in (m2r2(exit), EarlyExit(tiny.backbone(), exit), Scripted(text, exit), Scripted(half, exit)):
+        steps |= set(check_cache(drafter, 4))
+    assert {1, 3, 5} <= steps  # none, some and all accepted
+
+
+def test_the_cache_of_plain_decoding():
+    assert set(check_cache(Plain(), 4)) == set(check_cache(EarlyExit(tiny.backbone(), 2), 0)) == {1}
+
+
+def test_the_cache_while_sampling():
+    view = tiny.backbone()
+    for drafter in (Plain(), EarlyExit(view, 2), m2r2()):
+        check_cache(drafter, 3, max_tokens=8, sampler=Sampler(1.0, top_k=20, seed=3))
+
+
+def test_a_step_leaves_one_position_a_row_and_reports_what_it_emitted():
+    view, text = tiny.backbone(), PROMPT + plain(max_tokens=30).tokens
+    cache = view.new_cache()
+    view.run(view.embed(mx.array([PROMPT[:-1]])), cache)
+    emitted = loop.draft_and_verify(view, Scripted(text), PROMPT[-1], 3, Sampler(), cache, len(PROMPT) - 1)
+    assert emitted == text[len(PROMPT) :][:4]
+    assert [c.offset for c in cache] == [len(PROMPT) + 3] * tiny.BLOCKS
+
+
+# --- siblings: broken on purpose, and caught ----------------------------------------------
+
+
+def equal_and_cached(max_tokens=14):
+    """The checks that must fail when something is broken, with drafters of all three tempers."""
+    tokens = plain(max_tokens=40).tokens
+    half = PROMPT + [t if i % 3 else (t + 1) % tiny.EOS for i, t in enumerate(tokens)]
+    yield lambda: check_equal(m2r2(), 4, max_tokens=max_tokens)
+    yield lambda: check_equal(Scripted(half), 4, max_tokens=max_tokens)
+    yield lambda: check_cache(Scripted(half), 4, max_tokens=max_tokens)
+
+
+def assert_caught(checks, at_least=1):
+    caught = 0
+    for check in checks:
+        try:
+            check()
+        except AssertionError:
+            caught += 1
+    assert caught >= at_least
+
+
+def test_the_checks_pass_when_nothing_is_broken():
+    for check in equal_and_cached():
+        check()
+
+
+def test_verifying_p_in_place_of_h_is_caught():
+    step = M2R2._step
+
+    def mixed_up(self, h, cache, verified):
+        _, p = step(self, h, cache, verified)
+        return p, p
+
+    with patched(M2R2, "_step", mixed_up), pytest.raises(AssertionError):
+        check_equal(m2r2(), 4)
+    with patched(M2R2, "_step", mixed_up), pytest.raises(AssertionError):
+        check_cache(m2r2(), 4)
+
+
+def test_a_cache_that_is_not_cropped_is_caught():
+    with patched(loop, "crop", lambda cache, length: None):
+        assert_caught(equal_and_cached(), at_least=3)
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_cache_cropped_at_the_wrong_place_is_caught(off):
+    crop = loop.crop
+    with patched(loop, "crop", lambda cache, length: crop(cache, length + off)):
+        assert_caught(equal_and_cached(), at_least=2)
+
+
+def test_a_position_off_by_one_is_caught():
+    verify = loop.draft_and_verify
+
+    def shifted(backbone, drafter, pending, k, sampler, cache, verified):
+        for c in cache[drafter.exit :]:  # the rows of the verification think they stand one further
+            c.offset += 1
+        emitted = verify(backbone, drafter, pending, k, sampler, cache, verified)
+        for c in cache[drafter.exit :]:
+            c.offset -= 1
+        return emitted
+
+    with patched(loop, "draft_and_verify", shifted):
+        assert_caught(equal_and_cached(), at_least=2)
+
+
+def test_one_draft_too_many_is_caught():
+    accept = loop.accept_greedy
+
+    def generous(drafts, choices):
+        n = len(accept(drafts, choices)) - 1
+        return [*drafts[: n + 1], choices[min(n + 1, len(drafts))]] if n < len(drafts) else choices
+
+    with patched(loop, "accept_greedy", generous):
+        assert_caught(equal_and_cached(), at_least=2)
+
+
+def test_ignoring_the_end_of_text_is_caught():
+    tokens, keep = plain(max_tokens=30).tokens, loop._keep
+    view = WithEnds(tiny.backbone(), {tokens[5]})
+    wanted = plain(view=view)
+
+    def check():
+        found = generate(view, PROMPT, Scripted(PROMPT + tokens, view=view), 4, 14)
+        assert (found.tokens, found.stopped) == (wanted.tokens, wanted.stopped)
+
+    check()
+    with patched(loop, "_keep", lambda out, emitted, k, eos: keep(out, emitted, k, set())):
+        with pytest.raises(AssertionError):
+            check()
+
+
+# --- what is told on the way, and what is refused -----------------------------------------
+
+
+def test_tokens_are_told_as_they_come():
+    told = []
+    text = PROMPT + plain(max_tokens=30).tokens
+    out = generate(tiny.backbone(), PROMPT, Scripted(text), 3, 10, on_tokens=lambda t, d: told.append((t, d)))
+    assert [len(t) for t, _ in told] == [4, 4, 2]
+    assert [d for _, d in told] == [[True] * 3 + [False], [True] * 3 + [False], [True, False]]
+    assert [t for tokens, _ in told for t in tokens] == out.tokens and out.seconds > 0
+
+
+def test_bad_requests_are_one_sentence():
+    view = tiny.backbone()
+    for request, sentence in [
+        ({"prompt": []}, "The prompt is empty"),
+        ({"drafts": -1}, "between 0 and 16; got -1"),
+        ({"drafts": 17}, "between 0 and 16; got 17"),
+        ({"max_tokens": 0}, "At least one token"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            generate(view, **({"prompt": PROMPT} | request))
+    for exit in (0, tiny.BLOCKS):
+        with pytest.raises(UserError, match="The exit must lie between 1 and 3"):
+            EarlyExit(view, exit)
+    with pytest.raises(UserError, match="no exit 3; it was trained for 2"):
+        M2R2(view, tiny.stream(), 3)
