@@ -10,7 +10,7 @@ What a colour tells, a sign, a word or a hatch tells as well.
 
 from dataclasses import dataclass
 
-from .figures import COLORS, PALE
+from .figures import COLORS, PALE, visible
 
 EDGE = "#333333"
 
@@ -32,7 +32,7 @@ def draw_streams(ax, depth: int, exit: int) -> str:
     _arrow(ax, (end - 0.3, 1), (end + 0.3, 1))
     ax.text(end + 0.4, 1, f"$h_{{{depth}}}$, then the head", va="center")
     for x in range(len(shown)):
-        _box(ax, 2 * x + 1, 0, f"fast {x}", PALE["blue"])
+        _box(ax, 2 * x + 1, 0, f"fast {x}", PALE["orange"])
         _arrow(ax, (2 * x - 0.3, 0), (2 * x + 0.3, 0))
         ax.text(2 * x, -0.36, f"$p_{{{x}}}$", ha="center")
         _arrow(ax, (2 * x + 1, 0.75), (2 * x + 1, 0.25), "--")
@@ -55,9 +55,9 @@ def draw_rates(ax, depth: int, exit: int, stands_for: list[int]) -> str:
     """What depth each stream has reached, block by block; `stands_for` is tau(0), .., tau(exit)."""
     ax.clear()
     depths, blocks = range(depth + 1), range(exit + 1)
-    ax.plot(depths, depths, "s--", color=COLORS["black"], markersize=3, linewidth=1, label="slow stream h")
-    ax.plot(blocks, stands_for, "o-", color=COLORS["blue"], label="fast stream p")
-    ax.axvline(exit, linestyle=":", color=COLORS["red"], linewidth=1)
+    ax.plot(depths, depths, "o-", color=COLORS["blue"], markersize=3, linewidth=1, label="slow stream h")
+    ax.plot(blocks, stands_for, "s--", color=COLORS["red"], label="fast stream p")
+    ax.axvline(exit, linestyle=":", color=COLORS["black"], linewidth=1)
     ahead = stands_for[-1]
     at = {"xytext": (8, -12 if ahead == depth else 4), "textcoords": "offset points"}
     ax.annotate(f"$p_{{{exit}}}$ stands for $h_{{{ahead}}}$", (exit, ahead), **at)
@@ -165,13 +165,8 @@ def draw_speedup(ax, lengths, curve, chosen: int, measured: tuple[int, float] | 
     ax.set_ylim(0, max(3.0, 1.1 * max(curve)))
     ax.legend(loc="upper right", ncols=2)
     best = max(zip(curve, lengths), key=lambda pair: (pair[0], -pair[1]))
-    said = f"With {chosen} drafts the prediction is {here:.2f}x; the best is {best[1]} drafts, {best[0]:.2f}x."
+    said = f"With {chosen} drafts the prediction is {here:.2f}x; best are {best[1]}, with {best[0]:.2f}x."
     return said + (f" The star: {measured[1]:.2f}x, measured with {measured[0]} drafts." if measured else "")
-
-
-def visible(text: str) -> str:
-    """A token's text with its spaces and line breaks made visible."""
-    return text.replace("\n", "↵").replace(" ", "·") or "∅"
 
 
 # --- pieces -------------------------------------------------------------------------------
@@ -187,8 +182,7 @@ def _arrow(ax, start, end, line="-"):
 
 
 def _token(ax, x, y, sign, text, color, line, bold=False):
-    text = visible(text)
-    text = text if len(text) <= 10 else text[:9] + "…"
+    text = visible(text) or "∅"
     frame = {"boxstyle": "round,pad=0.3", "facecolor": color, "edgecolor": EDGE, "linestyle": line}
     ax.text(x, y, f"{sign} {text}", ha="center", va="center", fontsize=8, bbox=frame, parse_math=False,
             fontfamily="monospace", fontweight="bold" if bold else "normal")  # fmt: skip
