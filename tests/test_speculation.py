@@ -23,7 +23,14 @@ EXITS = range(1, tiny.BLOCKS)
 
 
 def plain(prompt=PROMPT, max_tokens=14, view=None) -> Generation:
-    return generate(view or tiny.backbone(), prompt, max_tokens=max_tokens)
+    view = view or tiny.backbone()
+    key = (view, tuple(prompt), max_tokens)
+    if key not in KNOWN:
+        KNOWN[key] = generate(view, prompt, max_tokens=max_tokens)
+    return KNOWN[key]
+
+
+KNOWN: dict[tuple, Generation] = {}  # plain decoding is asked for again and again
 
 
 def m2r2(exit=2, **settings) -> M2R2:

@@ -62,8 +62,8 @@ class Sampler:
 
     def draw(self, p: np.ndarray) -> int:
         """One token from probabilities (V,)."""
-        edges = np.cumsum(p)
-        return int(np.searchsorted(edges, self.random.random() * edges[-1], side="right"))
+        edges = p.cumsum()
+        return int(edges.searchsorted(self.random.random() * edges[-1], side="right"))
 
 
 def accept_greedy(drafts: list[int], choices: list[int]) -> list[int]:
