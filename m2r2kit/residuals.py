@@ -87,7 +87,7 @@ class PairKV:
 
     def update_and_fetch(self, keys, values):
         keys, values = self.slow.update_and_fetch(keys[:1], values[:1])
-        return mx.concatenate([keys, keys]), mx.concatenate([values, values])
+        return mx.broadcast_to(keys, (2, *keys.shape[1:])), mx.broadcast_to(values, (2, *values.shape[1:]))
 
 
 # --- low-rank changes of frozen matrices ----------------------------------------------------
@@ -168,10 +168,14 @@ class SmallFFN(nn.Module):
         self.up = mx.zeros((hidden, width))
 
     def __call__(self, p, h):
-        x = self.norm(p)
-        if self._feed_slow:
-            x = mx.concatenate([x, self.norm(h)], axis=-1)
-        return nn.silu(x @ self.down) @ self.up
+        x = [p, h] if self._feed_slow else [p]
+        return _small_ffn(x, self.norm.weight, self.down, self.up)
+
+
+@mx.compile  # for decoding, where a step is mostly the cost of starting small operations
+def _small_ffn(x: list, weight, down, up):
+    x = mx.concatenate([mx.fast.rms_norm(y, weight, 1e-5) for y in x], axis=-1)
+    return nn.silu(x @ down) @ up
 
 
 class DeepAttention(nn.Module):
