@@ -17,7 +17,7 @@ from .numerics import attention_weights, cross_entropy, swiglu
 
 @dataclass
 class PretrainConfig:
-    """Settings of `train backbone`; the defaults made `data/pocket-dense`."""
+    """Settings of `train backbone`. Those that made `data/pocket-dense` are in its record (`pretrain`)."""
 
     blocks: int = 24
     width: int = 160
