@@ -1,0 +1,53 @@
+"""Draw the measured figures in README.md from the newest records.
+
+`python ci/readme_figures.py` rewrites what stands between the two marks, and nothing else.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from m2r2kit import records  # noqa: E402
+from m2r2kit.commands.bench import table  # noqa: E402
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured: drawn by ci/readme_figures.py -->\n", "<!-- end of measured -->\n"
+
+
+def figures() -> str:
+    """What stands between the marks."""
+    lines = []
+    if record := records.latest("speculation"):
+        s, m = record["settings"], record["machine"]
+        lines += [
+            f"Greedy decoding of {s['prompts']} of the kit's prompts, float32, {m['cores']} cores of "
+            f"{m['chip']} ({record['date'][:10]}, `{record['command']}`). `tau` is tokens a step, `c` the "
+            "cost of a draft and `v` of a verification, in plain steps:",
+            "",
+            *(f"    {line}".rstrip() for line in table(record["figures"]).splitlines()),
+            "",
+        ]
+    if record := records.latest("alignment"):
+        rows = record["figures"]["rows"]
+        lines += [
+            f"How often the exit (block {rows[0]['exit']}) already names the model's next token, on held-out "
+            f"rows; all trained alike, with as many numbers (`{record['command']}`):",
+            "",
+            "| read at the exit | trained numbers | agreement |",
+            "|---|---|---|",
+            *(f"| {r['form']} | {r['parameters']:,} | {r['agreement']:.1%} |" for r in rows),
+            "",
+        ]
+    return "\n".join(lines) if lines else "Not measured yet.\n"
+
+
+def draw(text: str) -> str:
+    """The text of a README with the figures of today's records."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + figures() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(draw(README.read_text(encoding="utf-8")), encoding="utf-8")

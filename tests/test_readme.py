@@ -1,0 +1,27 @@
+"""The README shows what the records say, and names what is there."""
+
+import re
+import sys
+
+from m2r2kit.records import ROOT
+
+sys.path.insert(0, str(ROOT / "ci"))
+
+from readme_figures import draw  # noqa: E402
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_figures_are_those_of_the_newest_records():
+    assert draw(TEXT) == TEXT, "run: python ci/readme_figures.py"
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", TEXT)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_notebook_is_listed():
+    for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
+        assert f"notebooks/{path.name}" in TEXT
