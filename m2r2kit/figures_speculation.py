@@ -165,7 +165,8 @@ def draw_speedup(ax, lengths, curve, chosen: int, measured: tuple[int, float] | 
     ax.set_ylim(0, max(3.0, 1.1 * max(curve)))
     ax.legend(loc="upper right", ncols=2)
     best = max(zip(curve, lengths), key=lambda pair: (pair[0], -pair[1]))
-    said = f"With {chosen} drafts the prediction is {here:.2f}x; best are {best[1]}, with {best[0]:.2f}x."
+    said = f"With {chosen} drafts the prediction is {here:.2f}x. "
+    said += "Not drafting is best." if best[1] == 0 else f"The best length is {best[1]}: {best[0]:.2f}x."
     return said + (f" The star: {measured[1]:.2f}x, measured with {measured[0]} drafts." if measured else "")
 
 
