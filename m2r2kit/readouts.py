@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .backbone import Backbone
-from .residuals import SmallFFN, head_dim
+from .fast_blocks import SmallFFN, head_dim
 
 
 class Bare(nn.Module):

@@ -7,7 +7,7 @@ from m2r2kit.records import ROOT
 
 sys.path.insert(0, str(ROOT / "ci"))
 
-from readme_figures import draw  # noqa: E402
+from readme_figures import draw
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -221,7 +221,7 @@ def test_unverified_deep_keys_are_not_seen():
 
 
 def test_a_position_off_by_one_is_noticed(monkeypatch):
-    monkeypatch.setattr("m2r2kit.residuals.SharedKV.__init__", off_by_one)
+    monkeypatch.setattr("m2r2kit.fast_blocks.SharedKV.__init__", off_by_one)
     with pytest.raises(AssertionError):
         step_equals_sequence("llama", tiny.stream(form="attention"), 2, drafted=1)
 
@@ -231,7 +231,7 @@ def off_by_one(self, slow, rows):
 
 
 def test_a_change_on_the_slow_row_is_noticed(monkeypatch):
-    monkeypatch.setattr("m2r2kit.residuals.FAST_ROW", mx.ones((2, 1, 1)))
+    monkeypatch.setattr("m2r2kit.fast_blocks.FAST_ROW", mx.ones((2, 1, 1)))
     with pytest.raises(AssertionError):
         step_equals_sequence("llama", tiny.stream(), 2, drafted=1)
 
@@ -241,7 +241,7 @@ def test_keys_of_p_in_the_cache_are_noticed(monkeypatch):
         keys, values = self.slow.update_and_fetch(keys[1:], values[1:])
         return mx.concatenate([keys, keys]), mx.concatenate([values, values])
 
-    monkeypatch.setattr("m2r2kit.residuals.PairKV.update_and_fetch", keeps_the_wrong_row)
+    monkeypatch.setattr("m2r2kit.fast_blocks.PairKV.update_and_fetch", keeps_the_wrong_row)
     with pytest.raises(AssertionError):
         step_equals_sequence("llama", tiny.stream(), 2, drafted=1)
 

@@ -1,0 +1,220 @@
+"""One step of the accelerated stream: what a fast block is made of.
+
+    block       the base block, with a low-rank change of its matrices
+    attention   the base attention, likewise, without the base FFN
+    adapter     neither
+
+On top of each, if asked for: attention to a deeper block's keys, and a small FFN of its own.
+All start as "change nothing", so an untrained stream is the logit lens (`residuals.py`).
+"""
+
+import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from .backbone import Backbone
+
+# --- keys and values of the slow stream, as seen by p ---------------------------------------
+
+
+class SharedKV:
+    """What a block takes for its cache when p passes it: reads the slow entry, writes nothing."""
+
+    def __init__(self, slow, rows: int):
+        self.slow = slow
+        self.offset = slow.offset - rows  # positions of p's rows: the newest of the slow stream
+
+    def update_and_fetch(self, keys, values):
+        return self.slow.keys_and_values()
+
+
+class PairKV:
+    """The cache for a pair (h, p) in one batch: stores the keys of h, shows them to both."""
+
+    def __init__(self, slow):
+        self.slow, self.offset = slow, slow.offset
+
+    def update_and_fetch(self, keys, values):
+        keys, values = self.slow.update_and_fetch(keys[:1], values[:1])
+        return mx.broadcast_to(keys, (2, *keys.shape[1:])), mx.broadcast_to(values, (2, *values.shape[1:]))
+
+
+# --- low-rank changes of frozen matrices ----------------------------------------------------
+
+
+class Delta(nn.Module):
+    """x -> x A B, zero at the start: A (in, r), B (r, out)."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int):
+        super().__init__()
+        self.a = mx.random.normal((inputs, rank)) * inputs**-0.5
+        self.b = mx.zeros((rank, outputs))
+
+    def __call__(self, x):
+        return (x @ self.a) @ self.b
+
+
+FAST_ROW = mx.array([0.0, 1.0]).reshape(2, 1, 1)  # of a pair (h, p)
+
+
+class Changed(nn.Module):
+    """A frozen matrix with its change. In a pair only the second row, p, gets the change,
+    so that both rows go through the matrix in one read."""
+
+    def __init__(self, base: nn.Module, delta: Delta, pair: bool):
+        super().__init__()
+        self._base, self.delta, self._pair = base, delta, pair
+
+    def __call__(self, x):
+        y = self._base(x)
+        # in the model's own arithmetic: a wider sum would widen the slow row as well
+        if self._pair:
+            return y + (((x @ self.delta.a) * FAST_ROW) @ self.delta.b).astype(y.dtype)
+        return y + self.delta(x).astype(y.dtype)
+
+
+def _matrix_shape(linear: nn.Module) -> tuple[int, int]:
+    outputs, inputs = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        inputs = inputs * 32 // linear.bits
+    return inputs, outputs
+
+
+def _changed(module: nn.Module, deltas: dict[str, Delta], pair: bool, path: str = "") -> nn.Module:
+    """A copy of a module that shares its weights, with the matrices named in `deltas` changed."""
+    clone = copy.copy(module)
+    for name, child in module.children().items():
+        inner = f"{path}{name}"
+        if inner in deltas:
+            clone[name] = Changed(child, deltas[inner], pair)
+        elif isinstance(child, nn.Module):
+            clone[name] = _changed(child, deltas, pair, f"{inner}/")
+    return clone
+
+
+def _new_deltas(module: nn.Module, rank: int) -> dict[str, Delta]:
+    """A change for each matrix that p uses; its own keys and values would be thrown away."""
+    found = {}
+    if rank == 0:
+        return found
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.Linear, nn.QuantizedLinear)) and not name.endswith(("k_proj", "v_proj")):
+            found[name.replace(".", "/")] = Delta(*_matrix_shape(child), rank)  # MLX splits names at dots
+    return found
+
+
+# --- parts of a fast block ------------------------------------------------------------------
+
+
+class SmallFFN(nn.Module):
+    """Up s(Down norm(p)), zero at the start; reads [norm(p), norm(h)] if h is fed as well."""
+
+    def __init__(self, width: int, hidden: int, feed_slow: bool):
+        super().__init__()
+        self._feed_slow = feed_slow
+        self.norm = nn.RMSNorm(width)
+        self.down = mx.random.normal((width * (1 + feed_slow), hidden)) * width**-0.5
+        self.up = mx.zeros((hidden, width))
+
+    def __call__(self, p, h):
+        x = [p, h] if self._feed_slow else [p]
+        return _small_ffn(x, self.norm.weight, self.down, self.up)
+
+
+@mx.compile  # for decoding, where a step is mostly the cost of starting small operations
+def _small_ffn(x: list, weight, down, up):
+    x = mx.concatenate([mx.fast.rms_norm(y, weight, 1e-5) for y in x], axis=-1)
+    return nn.silu(x @ down) @ up
+
+
+class DeepAttention(nn.Module):
+    """Attention of p to the slow keys and values of a deeper block, of verified tokens only.
+
+    p_l stands for a deeper state than h_l, so the keys of that deeper block are its natural
+    memory. Tokens drafted and not yet verified have none there, and are left out.
+    """
+
+    def __init__(self, attention: nn.Module, width: int, heads: int, head_dim: int):
+        super().__init__()
+        self._attention = attention  # for its scale and rotary embedding
+        self.norm = nn.RMSNorm(width)
+        self.q = mx.random.normal((width, heads * head_dim)) * width**-0.5
+        self.o = mx.zeros((heads * head_dim, width))
+        self._head_dim = head_dim
+
+    def __call__(self, p, keys, values, offset, mask=None):
+        if keys is None or keys.shape[2] == 0:
+            return mx.zeros_like(p)
+        B, T, _ = p.shape
+        q = (self.norm(p) @ self.q).reshape(B, T, -1, self._head_dim).transpose(0, 2, 1, 3)
+        q = self._attention.rope(q, offset=offset)
+        y = scaled_dot_product_attention(q, keys, values, cache=None, scale=self._attention.scale, mask=mask)
+        return y.transpose(0, 2, 1, 3).reshape(B, T, -1) @ self.o
+
+
+class FastBlock(nn.Module):
+    """One step of p: block l of a model, by the stream's settings (`residuals.StreamConfig`);
+    `read` is the slow block whose keys it also reads."""
+
+    def __init__(self, backbone: Backbone, l: int, read: int, config):
+        super().__init__()
+        block, parts = backbone.blocks[l], backbone.parts
+        self._norm_after, self.read = parts.norm_after, read
+        self._form = config.form
+        if config.form == "block":
+            self.deltas = _new_deltas(block, config.rank)
+            self._base = _changed(block, self.deltas, pair=False)
+            self._pair = _changed(block, self.deltas, pair=True)
+        elif config.form == "attention":
+            attention = block[parts.attention]
+            self.deltas = _new_deltas(attention, config.rank)
+            self._base = _changed(attention, self.deltas, pair=False)
+            self._norm = block[parts.attention_norm]
+        if config.ffn_width:
+            self.ffn = SmallFFN(backbone.width, config.ffn_width, config.feed_slow)
+        if config.deep:
+            attention = block[parts.attention]
+            heads = backbone.config["num_attention_heads"]
+            self.deep = DeepAttention(attention, backbone.width, heads, head_dim(backbone))
+
+    def _own_parts(self, p, h, deep):
+        """What comes on top of the base block: deep attention, then the small FFN."""
+        if "deep" in self:
+            p = p + self.deep(p, *deep).astype(p.dtype)
+        if "ffn" in self:
+            p = p + self.ffn(p, h).astype(p.dtype)
+        return p
+
+    def __call__(self, p, h, shared: SharedKV, mask, deep):
+        """p_l -> p_{l+1}, after the slow stream has passed block l.
+
+        Args:
+            p, h: p_l and the slow state h_{l+1}, each (B, T, D).
+            shared: the slow keys and values of block l.
+            mask: as mlx-lm's blocks take it.
+            deep: (keys, values, offset, mask) for `DeepAttention`.
+        """
+        if self._form == "block":
+            p = self._base(p, mask, cache=shared)
+        elif self._form == "attention":
+            if self._norm_after:
+                p = p + self._norm(self._base(p, mask, cache=shared))
+            else:
+                p = p + self._base(self._norm(p), mask, cache=shared)
+        return self._own_parts(p, h, deep)
+
+    def pair(self, h, p, slow, deep):
+        """(h_l, p_l) -> (h_{l+1}, p_{l+1}) for one new token: one read of each base matrix.
+
+        Only for the form `block`. `slow` is the slow cache entry of block l and grows by one.
+        """
+        both = self._pair(mx.concatenate([h, p]), None, cache=PairKV(slow))
+        return both[:1], self._own_parts(both[1:], both[:1], deep)
+
+
+def head_dim(backbone: Backbone) -> int:
+    """Width of one attention head."""
+    config = backbone.config
+    return config.get("head_dim") or backbone.width // config["num_attention_heads"]
