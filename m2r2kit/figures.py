@@ -111,6 +111,7 @@ def visible(token: str, most: int = 9) -> str:
 
 class MarkedText:
     """Text in which the accepted drafts stand in [brackets], on a page also underlined and shaded.
+    A drafted line end is shown as ↵.
 
     Args:
         pieces: the text of each token.
@@ -119,16 +120,24 @@ class MarkedText:
 
     def __init__(self, pieces: list[str], marked: list[bool]):
         runs = groupby(zip(pieces, marked), key=lambda pair: pair[1])
-        self.runs = [("".join(text for text, _ in run), mark) for mark, run in runs]
+        self.runs = []  # (text, marked, line ends after it)
+        for mark, run in runs:
+            text = "".join(text for text, _ in run)
+            if not mark:
+                self.runs.append((text, False, ""))
+                continue
+            ends = text[len(text.rstrip("\n")) :]
+            text = text.rstrip("\n").replace("\n", "↵\n") + "↵" * len(ends)
+            self.runs.append((f"[{text}]", True, ends))
 
     def __repr__(self):
-        return "".join(f"[{text}]" if mark else text for text, mark in self.runs)
+        return "".join(text + ends for text, _, ends in self.runs)
 
     def _repr_html_(self):
         style = f"background: {PALE['blue']}; color: black; text-decoration: underline"
         body = "".join(
-            f'<span style="{style}">[{html.escape(text)}]</span>' if mark else html.escape(text)
-            for text, mark in self.runs
+            (f'<span style="{style}">{html.escape(text)}</span>' if mark else html.escape(text)) + ends
+            for text, mark, ends in self.runs
         )
         return f'<pre style="white-space: pre-wrap">{body}</pre>'
 

@@ -93,3 +93,16 @@ def test_a_picture_is_white_and_keeps_its_size():
     ax.set_ylabel("a longer label\nthan before")
     assert first[16:24] == figures.png(figure)[16:24]  # width and height in a PNG's header
     assert figure.get_facecolor() == (1, 1, 1, 1)
+
+
+def test_accepted_drafts_are_told_apart_without_colours():
+    text = figures.MarkedText(["a", "<b>", ":\n", "c\n"], [False, True, True, False])
+    assert repr(text) == "a[<b>:↵]\nc\n"
+    assert "[&lt;b&gt;:↵]</span>\nc" in text._repr_html_()
+
+
+def test_the_map_of_streams_goes_to_every_exit():
+    streams = figures.StreamsMap(5)
+    for exit in range(1, 5):
+        _, sentence = streams.update(exit)
+        assert f"After {exit} of 5" in sentence and streams._fast.get_ydata()[-1] == 5
