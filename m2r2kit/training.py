@@ -29,7 +29,7 @@ class DistilConfig:
 
     steps: int = 2000
     first_step: int = 0  # where an interrupted run goes on
-    rate: float = 2e-3  # peak learning rate of AdamW
+    learning_rate: float = 2e-3  # the peak; AdamW
     warmup: int = 50
     align_weight: float = 0.1
     max_unverified: int = 6  # deep keys are hidden for 0..this many of the newest tokens
@@ -157,7 +157,7 @@ def distil(
         FloatingPointError: the loss became infinite or not a number.
     """
     rng = np.random.default_rng(config.seed)
-    optimizer = optim.AdamW(learning_rate=config.rate, betas=[0.9, 0.98], weight_decay=0.0)
+    optimizer = optim.AdamW(learning_rate=config.learning_rate, betas=[0.9, 0.98], weight_decay=0.0)
     optimizer.init(module.trainable_parameters())
     gradient = nn.value_and_grad(module, loss)
     history, begun, order = History(), time.perf_counter(), []
@@ -166,7 +166,7 @@ def distil(
         if done >= 1:
             break
         optimizer.learning_rate = (
-            config.rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+            config.learning_rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * done))
         )
         order = order or list(rng.permutation(len(lessons)))
         lesson = lessons[order.pop()]
