@@ -45,9 +45,9 @@ class StreamConfig:
     """
 
     form: str = "block"
-    exits: tuple[int, ...] = (3,)
+    exits: tuple[int, ...] = (2,)
     rate: float | None = None
-    rank: int = 64
+    rank: int = 32
     ffn_width: int = 160
     feed_slow: bool = True
     deep: bool = True
