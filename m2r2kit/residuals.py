@@ -22,7 +22,7 @@ import mlx.nn as nn
 from . import checkpoints
 from .backbone import Backbone
 from .errors import UserError
-from .fast_blocks import Delta, FastBlock, SharedKV  # noqa: F401
+from .fast_blocks import FastBlock, SharedKV
 
 FORMS = ("block", "attention", "adapter")
 
