@@ -152,7 +152,18 @@ def _train_backbone(parser):
         "--to", type=Path, metavar="DIR", help="write the model here as a Hugging Face folder"
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="JSON with settings of a new run (PretrainConfig)"
+        "--config", type=Path, metavar="FILE", help="JSON with settings of a run (PretrainConfig)"
+    )
+    _processes(parser)
+
+
+def _processes(parser):
+    parser.add_argument(
+        "--processes",
+        type=count,
+        default=1,
+        metavar="N",
+        help="on a CPU: share each batch among N processes, best with a core each (default: 1)",
     )
 
 
@@ -191,6 +202,13 @@ def _train_stream(parser):
     )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="begin with this trained stream, of this model or of one much like it, instead of anew",
+    )
+    _processes(parser)
 
 
 def parser() -> Parser:
@@ -298,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed its sentence, or the help
         return int(stop.code or 0)
+    args.words = sys.argv[1:] if argv is None else argv  # for the processes that a command starts
     try:
         code = args.run(args)
         sys.stdout.flush()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from . import alignment
+from . import alignment, parallel
 from .backbone import Backbone
 from .corpus import ASSISTANT, EOS, USER
 from .own_text import beginnings, continue_greedily
@@ -54,10 +54,12 @@ def _written(backbone: Backbone, starts: np.ndarray, batch: int = 64) -> np.ndar
 
 
 def lessons(backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int]) -> list[Lesson]:
-    """Ask the teacher about rows of text (rows, WINDOW), in batches of ROWS rows."""
-    steps = range(0, len(text) - ROWS + 1, ROWS)
+    """Ask the teacher about rows of text (rows, WINDOW), in batches of ROWS rows: those of all
+    processes together, where several train."""
+    rows = max(1, ROWS // parallel.group().size())
+    steps = range(0, len(text) - rows + 1, rows)
     return [
-        teach(backbone, text[i : i + ROWS], depths, blocks)
+        teach(backbone, text[i : i + rows], depths, blocks)
         for i in tqdm(steps, desc="the model teaches", leave=False)
     ]
 
@@ -83,12 +85,12 @@ def train_stream(
     report: Callable | None = None,
     module: AcceleratedStream | None = None,
 ) -> Trained:
-    """Train a stream (or go on with `module`) and measure it on rows that it has not seen."""
+    """Train a stream (or go on with `module`) and measure it on rows that it has not seen, if any."""
     stream = module or AcceleratedStream(backbone, config)
     history = distil(
         stream, lambda m, x, v: stream_loss(m, x, v, settings.align_weight), train, settings, report, seconds
     )
-    figures = alignment.of_stream(backbone, stream, held_out)
+    figures = alignment.of_stream(backbone, stream, held_out) if held_out else {}
     return Trained(stream, stream.parameter_count(), history.seconds, figures, history.losses)
 
 

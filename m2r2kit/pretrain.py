@@ -20,8 +20,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.nn import average_gradients
 from mlx.utils import tree_flatten, tree_unflatten
 
+from . import parallel
 from .errors import UserError
 from .small_llama import PretrainConfig, causal_bias, grow, mean_loss, new_parameters
 from .tokens import Batches
@@ -65,14 +67,15 @@ class Run:
     Args:
         folder: holds `run.json` and `state-STEP.safetensors`; made by the first save.
         config: None takes that of the folder. A run that exists may be given other values of
-            `tokens` and `decay_share` (the end may be moved), and of nothing else.
+            what is in `MOVABLE` (the end may be moved), and of nothing else.
         batches: may be None where nothing is trained.
     """
 
-    MOVABLE = ("tokens", "decay_share")
+    MOVABLE = ("tokens", "decay_share", "long_from")
 
     def __init__(self, folder: Path, config: PretrainConfig | None = None, batches: Batches | None = None):
         self.folder, self.batches = Path(folder), batches
+        self.group = parallel.group()
         self.step = self.seen = 0
         self.seconds, self.stopped = 0.0, False
         if (self.folder / "run.json").exists():
@@ -112,6 +115,8 @@ class Run:
 
     def save(self):
         """Write the whole state; the old one stays until the new one is complete."""
+        if self.group.rank():
+            return  # all hold the same state; the first process writes it
         name = f"state-{self.step}.safetensors"
         arrays = {f"p.{k}": v for k, v in tree_flatten(self.parameters)}
         arrays |= {f"o.{k}": v for k, v in tree_flatten(self.optimizer.state)}
@@ -144,9 +149,13 @@ class Run:
     def _compile(self):
         """The step, for the number of blocks and the window of this phase."""
         config = self.config
-        self.window = config.window if self.blocks == config.blocks else config.first_window
+        self.window = self._window()
         self.rows = config.batch_tokens // self.window
-        bias = causal_bias(self.rows, self.window, config)
+        if self.rows % self.group.size():
+            raise UserError(
+                f"{self.rows} windows a step cannot be shared by {self.group.size()} processes; ask for fewer"
+            )
+        bias = causal_bias(self.rows // self.group.size(), self.window, config)
         gradient = mx.value_and_grad(mean_loss)
 
         def update(parameters, state, rates, windows):
@@ -154,10 +163,17 @@ class Run:
             for o, r in zip(self.optimizer.optimizers, rates, strict=True):
                 o.learning_rate = r
             loss, gradients = gradient(parameters, windows, bias, config)
+            gradients = average_gradients(gradients, self.group)
             parameters = cap_scores(self.optimizer.apply_gradients(gradients, parameters))
             return loss, parameters, self.optimizer.state
 
         self._update = mx.compile(update)
+
+    def _window(self) -> int:
+        grown = self.blocks == self.config.blocks
+        return (
+            self.config.window if grown and self.seen >= self.config.long_from else self.config.first_window
+        )
 
     def _grow(self):
         self.parameters, self.blocks = grow(self.parameters, self.config.blocks), self.config.blocks
@@ -169,9 +185,12 @@ class Run:
         config = self.config
         if self.blocks < config.blocks and self.seen >= config.grow_at:
             self._grow()
+        if self.window != self._window():
+            self._compile()
         share = rate(self.seen, config)
         rates = [mx.array(share * config.muon_rate), mx.array(share * config.adam_rate)]
-        windows = mx.array(self.batches(self.step, self.rows, self.window + 1))
+        windows = self.batches(self.step, self.rows, self.window + 1)
+        windows = mx.array(windows[self.group.rank() :: self.group.size()])
         loss, self.parameters, state = self._update(self.parameters, self.optimizer.state, rates, windows)
         self.optimizer.state = state
         mx.eval(loss, self.parameters, state)
@@ -191,7 +210,7 @@ class Run:
         begun = saved = time.perf_counter()
         losses: deque[float] = deque(maxlen=50)
         try:
-            while self.seen < self.config.tokens and not self.stopped:
+            while self.seen < self.config.tokens:
                 started, seen = time.perf_counter(), self.seen
                 losses.append(self.train_step())
                 if not math.isfinite(losses[-1]):
@@ -206,7 +225,8 @@ class Run:
                 if now - saved > save_every:
                     self.save()
                     saved = time.perf_counter()
-                if now - begun > seconds:
+                # all must leave after the same step
+                if parallel.any_of(self.stopped or now - begun > seconds):
                     break
             self.save()
         finally:

@@ -31,7 +31,8 @@ class PretrainConfig:
     window: int = 256  # tokens of one training window, once grown
     grow_from: int = 8  # blocks at the start; equal to `blocks` switches growth off
     grow_at: int = 7_500_000  # tokens after which the blocks are stacked
-    first_window: int = 128  # window before growing
+    first_window: int = 128  # window before growing, and until `long_from`
+    long_from: int = 0  # tokens after which the windows are long (short ones are a quarter faster)
     muon_rate: float = 0.012
     adam_rate: float = 3e-3
     warmup_tokens: int = 400_000

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from . import parallel
 from .backbone import Backbone
 from .numerics import fast_exp
 from .residuals import AcceleratedStream, intervals, tau
@@ -147,6 +148,8 @@ def distil(
 ) -> History:
     """Train a small module on lessons, in rounds, with AdamW and a cosine rate.
 
+    Among several processes (`parallel.py`) each brings lessons of its own, as many as the others.
+
     Args:
         module: its trainable parameters change in place.
         loss: (module, lesson, verified) -> one number.
@@ -162,7 +165,7 @@ def distil(
     gradient = nn.value_and_grad(module, loss)
     history, begun, order = History(), time.perf_counter(), []
     for step in range(config.first_step, config.steps):
-        done = max(step / config.steps, (time.perf_counter() - begun) / seconds)
+        done = max(step / config.steps, parallel.largest((time.perf_counter() - begun) / seconds))
         if done >= 1:
             break
         optimizer.learning_rate = (
@@ -172,7 +175,7 @@ def distil(
         lesson = lessons[order.pop()]
         verified = unverified(rng, *lesson.tokens.shape, config.max_unverified)
         value, gradients = gradient(module, lesson, verified)
-        optimizer.update(module, gradients)
+        optimizer.update(module, nn.average_gradients(gradients, parallel.group()))
         mx.eval(value, module.parameters(), optimizer.state)
         if not math.isfinite(value.item()):
             raise FloatingPointError(f"the loss is not a number at step {step}; lower the rate")

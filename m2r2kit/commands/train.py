@@ -10,7 +10,7 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from .. import download, pocket, records
+from .. import download, parallel, pocket, records
 from ..corpus import KINDS, documents
 from ..errors import UserError
 from ..pretrain import PretrainConfig, Run
@@ -21,19 +21,28 @@ def backbone(args) -> int:
     """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
 
     Args:
-        args: out, corpus, tokens, minutes, to, config: as in `m2r2kit train backbone --help`.
+        args: out, corpus, tokens, minutes, to, config, processes: as in `m2r2kit train backbone --help`.
 
     Returns:
         0, or 1 if it was interrupted (what was learnt is saved).
     """
+    if args.processes > 1 and not parallel.started():
+        return parallel.launch(args.processes, args.words)
     folder = Path(args.out)
     command = _command(args)
     run = Run(folder, _settings(args.config) if args.config else None)
     if args.tokens:
         run.config = replace(run.config, tokens=args.tokens)
+    first = run.group.rank() == 0
+    if not first:
+        parallel.any_of(False)  # the first process makes the tokens, the others wait here and read them
     tokenizer, tokens = prepare(folder, lambda: documents(_corpus(args.corpus)), run.config.vocabulary)
+    if first:
+        parallel.any_of(False)
     run.batches = Batches(tokens)
     _train(run, 60 * args.minutes if args.minutes else math.inf)
+    if not first:
+        return 1 if run.stopped else 0
     if run.stopped or (run.seen < run.config.tokens and not args.to):
         print(f"Saved after {run.seen:,} of {run.config.tokens:,} tokens; go on with: {command}")
         return 1 if run.stopped else 0
@@ -60,7 +69,10 @@ def _corpus(folder: Path | None) -> Path:
 
 def _train(run: Run, seconds: float) -> None:
     total = run.config.tokens
-    with tqdm(total=total, initial=min(run.seen, total), unit=" tokens", unit_scale=True) as bar:
+    silent = run.group.rank() > 0
+    with tqdm(
+        total=total, initial=min(run.seen, total), unit=" tokens", unit_scale=True, disable=silent
+    ) as bar:
 
         def report(run, loss, rate):
             bar.set_postfix(loss=f"{loss:.3f}", blocks=run.blocks, refresh=False)
@@ -86,7 +98,7 @@ def _facts(run: Run, folder: Path) -> dict:
 
 def _command(args) -> str:
     words = ["m2r2kit", "train", "backbone"]
-    for name in ("out", "corpus", "tokens", "minutes", "to", "config"):
-        if getattr(args, name, None) is not None:
+    for name in ("out", "corpus", "tokens", "minutes", "to", "config", "processes"):
+        if getattr(args, name, None) not in (None, 1):
             words += [f"--{name}", str(getattr(args, name))]
     return shlex.join(words)

@@ -2,14 +2,16 @@
 
 import math
 import shlex
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from .. import checkpoints, distillation, download, prompts, records
+from .. import checkpoints, distillation, download, parallel, prompts, records
 from ..backbone import Backbone
 from ..bench import Arm, acceptance, step_costs
 from ..corpus import KINDS, documents
@@ -25,26 +27,37 @@ OWN = 0.6  # share of the rows that the model writes itself
 
 def run(args) -> int:
     """Train, measure, tune the number of drafts, save and record; or `--compare`."""
+    if args.processes > 1 and args.compare:
+        raise UserError("--compare times each training, so it runs in one process; leave --processes out.")
+    if args.processes > 1 and not parallel.started():
+        return parallel.launch(args.processes, args.words)
+    group = parallel.group()
+    if group.rank():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process saves, and ends the others
     backbone = Backbone.load(args.model)
     config = settings(args)
     check(backbone, config)
     out = Path(args.out) if args.out else Path(args.model) / "stream"
     distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
-    train, held_out = text(backbone, args.corpus, args.rows, args.seed)
+    seed = args.seed + 1000 * group.rank()  # each process reads rows of its own
+    train, held_out = text(backbone, args.corpus, args.rows // group.size(), seed)
     if args.compare:
         return compare(backbone, config, train, held_out, distil, args)
 
+    mx.random.seed(args.seed)  # all processes begin with the same numbers
     stream = AcceleratedStream(backbone, config)
+    if args.start:
+        begin_with(stream, args.start, config)
     unfinished = out / "unfinished"
     done = resume(stream, unfinished, backbone, config)
     if done:
         print(f"Going on after {done} steps.")
     depths, blocks = needs(stream)
     lessons = distillation.lessons(backbone, train, depths, blocks)
-    judges = distillation.lessons(backbone, held_out, depths, blocks)
+    judges = [] if group.rank() else distillation.lessons(backbone, held_out, depths, blocks)
     seconds = 60 * args.minutes if args.minutes else math.inf
     step = done
-    with tqdm(total=distil.steps, initial=done, unit="step") as bar:
+    with tqdm(total=distil.steps, initial=done, unit="step", disable=group.rank() > 0) as bar:
 
         def report(now, loss):
             nonlocal step
@@ -60,6 +73,8 @@ def run(args) -> int:
             checkpoints.save(stream, config, backbone.sha256, unfinished, "stream", steps=step)
             print(f"\nInterrupted; saved after {step} steps. The same command goes on from there.")
             return 1
+    if group.rank():
+        return 0
     print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
     drafts, estimate = tune(backbone, stream)
     print(f"Best number of drafts on the tuning prompts: {drafts} (predicted {estimate:.2f}x).")
@@ -116,6 +131,14 @@ def resume(stream: AcceleratedStream, folder: Path, backbone: Backbone, config: 
         )
     checkpoints.load_weights(stream, facts, backbone.sha256, folder, "stream")
     return facts["steps"]
+
+
+def begin_with(stream: AcceleratedStream, folder: Path, config: StreamConfig) -> None:
+    """Start from another trained stream: of this model, or of one with the same shapes."""
+    old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
+    if old != config:
+        raise UserError(f"The stream in {folder} has other settings ({old}); ask for the same ones.")
+    checkpoints.load_weights(stream, facts, facts["base_sha256"], folder, "stream")
 
 
 def forget(folder: Path) -> None:
