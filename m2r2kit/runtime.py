@@ -61,7 +61,7 @@ def _product_is_right() -> bool:
     import mlx.core as mx
 
     numbers = np.random.default_rng(0)
-    for rows in (1, 7):  # one row takes the path of its own
+    for rows in (1, 7, 33):  # one, few and many rows take paths of their own
         a = numbers.standard_normal((rows, 33), dtype=np.float32)
         b = numbers.standard_normal((33, 21), dtype=np.float32)
         for right in (mx.array(b), mx.array(np.ascontiguousarray(b.T)).T):

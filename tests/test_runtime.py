@@ -40,7 +40,7 @@ def layouts(matrix: np.ndarray) -> dict[str, mx.array]:
 # --- products -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 64])
 @pytest.mark.parametrize("inner, columns", [(33, 21), (160, 480), (5, 1), (1, 9)])
 def test_products_are_numpys(rows, inner, columns):
     a, b = random(rows, inner), random(inner, columns)
@@ -172,7 +172,7 @@ def test_without_a_compiler(tmp_path):
 def test_with_a_compiler(tmp_path):
     kind, detail, _, right = fresh(REPORT, M2R2KIT_CACHE=str(tmp_path))
     assert (kind, right) == ("openblas", True)
-    assert "one row through sgemv" in detail and list(tmp_path.glob("blas-*.so"))
+    assert "few rows through few_rows.c" in detail and list(tmp_path.glob("blas-*.so"))
 
 
 @patched
@@ -192,15 +192,23 @@ def test_a_damaged_shim_is_made_again(tmp_path, monkeypatch):
     assert blas._load_shim(blas.openblas_path()) is not None
 
 
+WRONG = {
+    "one row": ("(ROW, PLAIN, n, k, alpha", "(ROW, PLAIN, n, k, 0 * alpha"),
+    "few rows": ("+= x[i] * y", "+= x[0] * y"),
+    "the last columns": ("x += a[i * lda + t]", "x -= a[i * lda + t]"),
+}
+
+
 @patched
 @compiler
-def test_wrong_products_are_found_and_taken_back(tmp_path):
-    """A shim that returns zeros for one row must not stay."""
-    program = """
+@pytest.mark.parametrize("fault", WRONG)
+def test_wrong_products_are_found_and_taken_back(fault, tmp_path):
+    """A shim with a fault must not stay."""
+    program = f"wrong = {WRONG[fault]!r}" + """
 from m2r2kit import blas, runtime
 import json
 blas.uninstall()
-wrong = blas.SHIM.replace("(ROW, PLAIN, n, k, alpha", "(ROW, PLAIN, n, k, 0 * alpha")
+wrong = blas.SHIM.replace(*wrong)
 assert wrong != blas.SHIM
 blas.SHIM = wrong
 state = runtime._prepare_blas()
