@@ -18,9 +18,10 @@ import numpy as np
 
 from .backbone import Backbone, crop
 from .speculation import Plain, Sampler, generate
-from .speculation.loop import Generation
+from .speculation.loop import Generation, draft_and_verify, one_token
 from .speculation.methods import mlx_lm_generate
 
+PLAIN_STEPS = 4  # timed together, because the loop starts each before the last one is read
 TIE_ULP = 32  # two logits closer than this many units in the last place are a tie
 
 
@@ -137,39 +138,42 @@ def acceptance(accepted: list[int], drafted: list[int]) -> list[float]:
 def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 15) -> tuple[float, float]:
     """(c, v) of an arm in plain steps: one draft, and one verification of K + 1 rows.
 
-    All three are timed in turn after the same prompt; medians.
+    Timed in turn after the same prompt, as the loop runs them: some plain steps, a whole step of
+    drafts and verification, and the verification alone; medians. The drafts are the difference.
     """
     cache, K, E = backbone.new_cache(), arm.drafts, arm.drafter.exit
-    length, token = len(prompt) - 1, mx.array([[prompt[-1]]])
+    pending, length, greedy = prompt[-1], len(prompt) - 1, Sampler()
     if length:
         backbone.run(backbone.embed(mx.array([prompt[:-1]])), cache)
     mx.eval([(c.keys, c.values) for c in cache if c.keys is not None])
 
     def plain():
-        mx.eval(backbone.logits(token, cache).argmax(-1))
+        token, ahead = pending, None
+        for i in range(PLAIN_STEPS):
+            (token,), ahead = one_token(backbone, token, ahead, i + 1 < PLAIN_STEPS, greedy, cache)
 
-    def draft():
-        result["draft"] = arm.drafter(prompt[-1], K, Sampler(), cache, length)
-        mx.eval(result["draft"].tokens, result["draft"].states)
+    def whole():
+        draft_and_verify(backbone, arm.drafter, pending, K, greedy, cache, length)
 
     def verify():
-        d = result["draft"]
-        states = [*d.states, backbone.run(backbone.embed(d.tokens[-1]), cache, 0, E)]
+        states = [*drafted.states, backbone.run(backbone.embed(drafted.tokens[-1]), cache, 0, E)]
         rows = backbone.run(mx.concatenate(states, axis=1), cache, E)
         mx.eval(backbone.head(rows).argmax(-1))
 
-    result: dict = {}
-    times: dict[str, list[float]] = {"plain": [], "draft": [], "verify": []}
+    times: dict[str, list[float]] = {"plain": [], "whole": [], "verify": []}
     for i in range(repeats + 2):  # the first two warm up
-        for part in (plain, draft, verify):
+        for part in (plain, whole, verify):
+            if part is verify:
+                drafted = arm.drafter(pending, K, greedy, cache, length)
+                mx.eval(drafted.tokens, drafted.states)
             begun = time.perf_counter()
             part()
             if i >= 2:
                 times[part.__name__].append(time.perf_counter() - begun)
-            if part is not draft:
-                crop(cache, length)
-    unit, drafts, check = (statistics.median(times[k]) for k in ("plain", "draft", "verify"))
-    return drafts / K / unit, check / unit
+            crop(cache, length)
+    unit, step, check = (statistics.median(times[k]) for k in ("plain", "whole", "verify"))
+    unit /= PLAIN_STEPS
+    return (step - check) / K / unit, check / unit
 
 
 # --- the whole ----------------------------------------------------------------------------

@@ -204,7 +204,9 @@ WRONG = {
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_products_are_found_and_taken_back(fault, tmp_path):
     """A shim with a fault must not stay."""
-    program = f"wrong = {WRONG[fault]!r}" + """
+    program = (
+        f"wrong = {WRONG[fault]!r}"
+        + """
 from m2r2kit import blas, runtime
 import json
 blas.uninstall()
@@ -214,6 +216,7 @@ blas.SHIM = wrong
 state = runtime._prepare_blas()
 print(json.dumps([state.kind, state.detail, len(blas._old), runtime._product_is_right()]))
 """
+    )
     kind, detail, replaced, right = fresh(program, M2R2KIT_CACHE=str(tmp_path))
     assert (kind, replaced, right) == ("stock", 0, True)
     assert "wrong products" in detail

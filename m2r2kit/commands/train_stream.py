@@ -111,7 +111,7 @@ def text(backbone: Backbone, corpus, rows: int, seed: int) -> tuple[np.ndarray, 
         for d in np.random.default_rng(seed).permutation(np.array(all_documents, dtype=object)):
             if d.held_out == held_out and len(ids[d.kind]) * 3 < budget:
                 ids[d.kind] += [
-                    *backbone.tokenizer.encode(d.text, add_special_tokens=False),
+                    *backbone.tokenizer.encode(d.text, add_special_tokens=False, verbose=False),
                     *sorted(backbone.eos)[:1],
                 ]
         return {kind: np.array(i, dtype=np.int32) for kind, i in ids.items()}

@@ -96,7 +96,7 @@ def generate(
         k = min(drafts, limit - len(out.tokens) - 1)  # the pass itself adds one token
         if k == 0 or isinstance(drafter, Plain):
             more = len(out.tokens) + 1 < limit
-            emitted, ahead = _one(backbone, pending, ahead, more, sampler, cache)
+            emitted, ahead = one_token(backbone, pending, ahead, more, sampler, cache)
             k = 0
         else:
             emitted = draft_and_verify(backbone, drafter, pending, k, sampler, cache, verified)
@@ -112,9 +112,12 @@ def generate(
     return out
 
 
-def _one(backbone, pending, ahead, more, sampler, cache):
-    """A step without drafts: one token. While it is read, the next is already being computed,
-    as mlx-lm does; with drafts that is not possible, since the next step starts where they fail."""
+def one_token(backbone: Backbone, pending, ahead, more: bool, sampler: Sampler, cache: list):
+    """A step without drafts: ([token], what to pass as `ahead` next time).
+
+    While a token is read, the next is already being computed (if there is to be one `more`), as
+    mlx-lm does; with drafts that is not possible, since the next step starts where they fail.
+    """
 
     def first_choice(token):
         return mx.argmax(backbone.logits(token, cache), axis=-1)  # (1, 1)
