@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from m2r2kit import notebooks
+from m2r2kit import notebook_rules, notebooks
 from m2r2kit.errors import UserError
 
 PARAMETERS = "steps: int = 3  # how many steps"
@@ -104,10 +104,10 @@ def test_a_slow_cell_is_ended(folder):
 def test_build_writes_a_clean_notebook_and_run_leaves_it_alone(folder, capsys):
     nb = notebook(WIDGET.format(value=4), "print(__import__('m2r2kit').__file__)", executed=False)
     path = write(folder, nb)
-    assert notebooks.structure(notebooks.load(path), 0) != []
+    assert notebook_rules.structure(notebooks.load(path), 0) != []
     assert notebooks.build() == 0
     built = notebooks.load(path)
-    assert notebooks.structure(built, 0) == []
+    assert notebook_rules.structure(built, 0) == []
     assert built.cells[-1].outputs[0].text == "m2r2kit/__init__.py\n"
     assert notebooks.WIDGET_VIEW not in path.read_text() and "papermill" not in path.read_text()
     assert [p.name for p in folder.iterdir()] == [path.name]
@@ -205,35 +205,35 @@ def few_words(nb):
 )
 def test_structure_finds(spoil, problem):
     nb = notebook("a = 1", "b = 2")
-    assert notebooks.structure(nb, 1000) == []
+    assert notebook_rules.structure(nb, 1000) == []
     spoil(nb)
-    assert any(problem in found for found in notebooks.structure(nb, 1000))
+    assert any(problem in found for found in notebook_rules.structure(nb, 1000))
 
 
 def test_structure_finds_a_large_file():
-    assert any("MB" in problem for problem in notebooks.structure(notebook(), 1_000_000))
+    assert any("MB" in problem for problem in notebook_rules.structure(notebook(), 1_000_000))
 
 
 @pytest.mark.parametrize(
     "path", ["/work/main/x.py", "/home/a", "see '/root/.cache'", "(/tmp/x)", "/Users/a/b"]
 )
 def test_a_path_of_a_machine_is_found(path):
-    assert any("a path of a machine" in problem for problem in notebooks.outputs(printed(path)))
+    assert any("a path of a machine" in problem for problem in notebook_rules.outputs(printed(path)))
 
 
 @pytest.mark.parametrize("text", ["data/pocket-dense", "https://a.org/home/x", "tokens/work", "3/tmp"])
 def test_other_text_is_no_path_of_a_machine(text):
-    assert notebooks.outputs(printed(text)) == []
+    assert notebook_rules.outputs(printed(text)) == []
 
 
 def test_pictures_are_not_searched_for_paths():
     nb = notebook("draw()")
     nb.cells[-1].outputs = [new_output("display_data", data={"image/png": "iVBOR+/tmp/aaaa"})]
-    assert notebooks.outputs(nb) == []
+    assert notebook_rules.outputs(nb) == []
 
 
 def test_a_comment_above_a_parameter_counts():
-    assert notebooks.parameter_problems("# how many\nsteps: int = 3\nx: float = 1.0  # why") == []
+    assert notebook_rules.parameter_problems("# how many\nsteps: int = 3\nx: float = 1.0  # why") == []
 
 
 def test_notebooks_are_found_by_number_name_and_file(folder):
@@ -250,3 +250,32 @@ def test_a_broken_file_is_named(folder):
     (folder / "07_test.ipynb").write_text(json.dumps({"cells": 3}))
     with pytest.raises(UserError, match="07_test"):
         notebooks.load(folder / "07_test.ipynb")
+
+
+# --- sliders --------------------------------------------------------------------------------
+
+SLIDER = """
+figure, ax = new_figure()
+def draw(x):
+    height = scale * x
+    return figure, helper(height)
+widgets.explore(draw, x=widgets.slider("x"))
+"""
+
+
+@pytest.mark.parametrize("later, name", [
+    ("figure = 3", "figure"), ("for scale in range(3): pass", "scale"), ("import figure", "figure"),
+    ("def helper(y):\n    return y", "helper"), ("unit = 2", "unit"), ("with open(p) as unit: pass", "unit"),
+])  # fmt: skip
+def test_a_name_that_a_slider_reads_must_keep_its_meaning(later, name):
+    nb = notebook("def helper(y):\n    return unit * y", SLIDER, later)
+    assert any(f"reads '{name}'" in problem for problem in notebook_rules.rebound(nb))
+
+
+@pytest.mark.parametrize("later", [
+    "draw = 3", "height, x, y = 1, 2, 3", "[figure for figure in range(3)]", "def f(figure):\n    scale = 1",
+    "figure.size = 2",
+])  # fmt: skip
+def test_other_names_are_free(later):
+    nb = notebook("def helper(y):\n    return unit * y", SLIDER, later)
+    assert notebook_rules.rebound(nb) == []
