@@ -15,6 +15,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from .errors import UserError
+from .fixed_cache import FEW, FixedKV, Traced, is_fixed, round_up
 
 DENSE = ("llama", "qwen3", "phi3", "gemma", "olmo2")
 MOE = ("olmoe", "qwen3_moe", "mixtral")
@@ -55,6 +56,8 @@ class Backbone:
         self.model, self.tokenizer, self.config, self.sha256 = model, tokenizer, config, sha256
         self.parts = PARTS.get(self.family, Parts())
         self.blocks: list[nn.Module] = list(model.layers)
+        self._traced: dict[tuple, Traced] = {}  # compiled passes, by what they do
+        self._entry_shapes: list | None = None
 
     @classmethod
     def load(cls, path_or_repo: str | Path, dtype: mx.Dtype | None = None) -> "Backbone":
@@ -117,16 +120,33 @@ class Backbone:
     ) -> mx.array:
         """Blocks start..stop-1: h_start -> h_stop, (B, T, D) -> (B, T, D).
 
-        `cache` has one entry a block and grows by T positions in the blocks that run.
+        `cache` has one entry a block and grows by T positions in the blocks that run. With a
+        cache of fixed size (`new_cache`) a pass of few tokens is compiled.
         """
         stop = self.depth if stop is None else stop
         if start == stop:
             return h
+        if is_fixed(cache, start) and h.shape[1] <= FEW:
+            return self._pass("run", start, stop)(cache, h)
+        return self._run(h, cache, start, stop)
+
+    def _run(self, h, cache, start, stop):
         cache = [None] * self.depth if cache is None else cache
         mask = create_attention_mask(h, cache[start])
         for block, c in zip(self.blocks[start:stop], cache[start:stop], strict=True):
             h = block(h, mask, cache=c)
         return h
+
+    def _pass(self, kind: str, start: int, stop: int) -> Traced:
+        """A compiled pass through blocks start..stop-1: `run`, or to logits: `finish`, `logits`."""
+        if (kind, start, stop) not in self._traced:
+
+            def body(entries, x):
+                x = self._run(self.embed(x) if kind == "logits" else x, entries, start, stop)
+                return x if kind == "run" else self.head(x)
+
+            self._traced[kind, start, stop] = Traced(body, self.depth, range(start, stop))
+        return self._traced[kind, start, stop]
 
     def states(self, tokens: mx.array, cache: list | None = None) -> list[mx.array]:
         """All residual states [h_0, .., h_N] of a sequence; each (B, T, D)."""
@@ -151,14 +171,37 @@ class Backbone:
 
     def logits(self, tokens: mx.array, cache: list | None = None) -> mx.array:
         """The model's own logits, computed through this view: (B, T) -> (B, T, V)."""
+        if is_fixed(cache, 0) and tokens.shape[1] <= FEW:
+            return self._pass("logits", 0, self.depth)(cache, tokens)
         return self.head(self.run(self.embed(tokens), cache))
 
-    def new_cache(self) -> list:
-        """An empty KV cache, one entry a block."""
+    def finish(self, h: mx.array, cache: list, start: int) -> mx.array:
+        """From a state to the logits: h_start (B, T, D) -> (B, T, V), blocks start..N-1 and the head."""
+        if is_fixed(cache, start) and h.shape[1] <= FEW:
+            return self._pass("finish", start, self.depth)(cache, h)
+        return self.head(self.run(h, cache, start))
+
+    def new_cache(self, room: int | None = None) -> list:
+        """An empty KV cache for one sequence, one entry a block.
+
+        Args:
+            room: positions to allocate at once (it grows if need be); passes of few tokens are
+                then compiled. By default mlx-lm's own cache, which grows with each token.
+        """
         cache = make_prompt_cache(self.model)
         if not all(type(c) is KVCache for c in cache):
             raise UserError("This model's cache cannot be cut back after a rejected draft; it is not served.")
-        return cache
+        if room is None:
+            return cache
+        if self._entry_shapes is None:  # asked of the model, as each family makes its own
+            self.run(self.embed(mx.array([[0]])), cache)
+            self._entry_shapes = [[(x.shape, x.dtype) for x in c.keys_and_values()] for c in cache]
+        return [
+            FixedKV(
+                *(mx.zeros((B, heads, round_up(room), width), dtype) for (B, heads, _, width), dtype in entry)
+            )
+            for entry in self._entry_shapes
+        ]
 
     # --- text ---
 

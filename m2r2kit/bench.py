@@ -18,7 +18,7 @@ import numpy as np
 
 from .backbone import Backbone, crop
 from .speculation import Plain, Sampler, generate
-from .speculation.loop import Generation, draft_and_verify, one_token
+from .speculation.loop import MOST_DRAFTS, Generation, draft_and_verify, one_token
 from .speculation.methods import mlx_lm_generate
 
 PLAIN_STEPS = 4  # timed together, because the loop starts each before the last one is read
@@ -141,7 +141,8 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
     Timed in turn after the same prompt, as the loop runs them: some plain steps, a whole step of
     drafts and verification, and the verification alone; medians. The drafts are the difference.
     """
-    cache, K, E = backbone.new_cache(), arm.drafts, arm.drafter.exit
+    K, E = arm.drafts, arm.drafter.exit
+    cache = backbone.new_cache(len(prompt) + MOST_DRAFTS)
     pending, length, greedy = prompt[-1], len(prompt) - 1, Sampler()
     if length:
         backbone.run(backbone.embed(mx.array([prompt[:-1]])), cache)
@@ -157,8 +158,7 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
 
     def verify():
         states = [*drafted.states, backbone.run(backbone.embed(drafted.tokens[-1]), cache, 0, E)]
-        rows = backbone.run(mx.concatenate(states, axis=1), cache, E)
-        mx.eval(backbone.head(rows).argmax(-1))
+        mx.eval(backbone.finish(mx.concatenate(states, axis=1), cache, E).argmax(-1))
 
     times: dict[str, list[float]] = {"plain": [], "whole": [], "verify": []}
     for i in range(repeats + 2):  # the first two warm up

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from .backbone import Backbone
+from .fixed_cache import FixedKV
 
 # --- keys and values of the slow stream, as seen by p ---------------------------------------
 
@@ -39,6 +40,25 @@ class PairKV:
     def update_and_fetch(self, keys, values):
         keys, values = self.slow.update_and_fetch(keys[:1], values[:1])
         return mx.broadcast_to(keys, (2, *keys.shape[1:])), mx.broadcast_to(values, (2, *values.shape[1:]))
+
+
+def one_token_mask(entry):
+    """What one new token may look at: everything, or of a cache of fixed size what is filled."""
+    return entry.make_mask(1) if isinstance(entry, FixedKV) else None
+
+
+def seen(entry, verified):
+    """Keys and values of a block at the first `verified` positions: (keys, values, mask).
+
+    Position 0 stands in while nothing is verified, as in training; there is none to stand in
+    before the very first token, and then keys and values are None.
+    """
+    if isinstance(entry, FixedKV):
+        return entry.keys, entry.values, mx.arange(entry.keys.shape[2]) < mx.maximum(verified, 1)
+    count = min(max(verified, 1), entry.offset)
+    if count == 0:
+        return None, None, None
+    return entry.keys[..., :count, :], entry.values[..., :count, :], None
 
 
 # --- low-rank changes of frozen matrices ----------------------------------------------------
@@ -210,7 +230,8 @@ class FastBlock(nn.Module):
 
         Only for the form `block`. `slow` is the slow cache entry of block l and grows by one.
         """
-        both = self._pair(mx.concatenate([h, p]), None, cache=PairKV(slow))
+        mask = one_token_mask(slow)
+        both = self._pair(mx.concatenate([h, p]), mask, cache=PairKV(slow))
         return both[:1], self._own_parts(both[1:], both[:1], deep)
 
 

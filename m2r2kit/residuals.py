@@ -22,7 +22,8 @@ import mlx.nn as nn
 from . import checkpoints
 from .backbone import Backbone
 from .errors import UserError
-from .fast_blocks import FastBlock, SharedKV
+from .fast_blocks import FastBlock, SharedKV, one_token_mask, seen
+from .fixed_cache import Traced, is_fixed
 
 FORMS = ("block", "attention", "adapter")
 
@@ -88,6 +89,9 @@ class AcceleratedStream(nn.Module):
                 # the last block that brings the slow stream to where p_{l+1} stands
                 read = max(tau(l + 1, a, b, backbone.depth, config.rate) - 1, 0)
                 self.fast.append(FastBlock(backbone, l, read, config))
+        # plain attributes, as MLX takes a module's dicts and lists for parameters
+        object.__setattr__(self, "_traced", {})
+        object.__setattr__(self, "_places", places(self))
 
     def parameter_count(self) -> int:
         """Numbers that training changes."""
@@ -148,26 +152,55 @@ class AcceleratedStream(nn.Module):
             verified: positions (from the first) that the model has verified: the deep keys.
         """
         a, b = self.interval(exit or self.config.exits[0])
+        if is_fixed(cache, 0):
+            return self._compiled_step(a, b)(cache, h, mx.array(verified))
+        return self._step(h, cache, verified, a, b)
+
+    def _step(self, h, cache, verified, a, b):
         h = self._backbone.run(h, cache, 0, a)
         p = h
         for l in range(a, b):
             block = self.fast[l]
-            offset = cache[l].offset
+            offset, mask = cache[l].offset, one_token_mask(cache[l])
             deep = None
             if self.config.deep:
-                entry = cache[block.read]
-                # position 0 stands in while nothing is verified, as in training; there is none
-                # to stand in before the very first token
-                seen = min(max(verified, 1), entry.offset)
-                keys = entry.keys[..., :seen, :] if seen else None
-                values = entry.values[..., :seen, :] if seen else None
-                deep = (keys, values, offset, None)
+                keys, values, deep_mask = seen(cache[block.read], verified)
+                deep = (keys, values, offset, deep_mask)
             if self.config.form == "block":
                 h, p = block.pair(h, p, cache[l], deep)
             else:
                 h = self._backbone.run(h, cache, l, l + 1)
-                p = block(p, h, SharedKV(cache[l], 1), None, deep)
+                p = block(p, h, SharedKV(cache[l], 1), mask, deep)
         return h, p
+
+    def _compiled_step(self, a: int, b: int) -> Traced:
+        """`_step` compiled, and anew when training has put other weights in place."""
+        weights = [module[name] for module, name in self._places]
+        known, traced = self._traced.get(b, ([], None))
+        if traced is None or any(x is not y for x, y in zip(known, weights, strict=True)):
+            reads = [self.fast[l].read for l in range(a, b)] if self.config.deep else ()
+            traced = Traced(
+                lambda entries, h, verified: self._step(h, entries, verified, a, b),
+                self._backbone.depth,
+                range(b),
+                reads,
+            )
+            self._traced[b] = weights, traced
+        return traced
+
+
+def places(module) -> list[tuple[dict, str]]:
+    """Where a module keeps its own weights: (dict, name) of each array, frozen ones left out."""
+    found = []
+    for name, value in module.items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, mx.array):
+            found.append((module, name))
+        else:
+            children = value if isinstance(value, list) else [value]
+            found += [place for child in children if isinstance(child, dict) for place in places(child)]
+    return found
 
 
 def check(backbone: Backbone, config: StreamConfig) -> None:

@@ -144,10 +144,13 @@ def check_counts(found: Generation, drafts: int):
     assert len(found.tokens) == sum(found.accepted) + found.steps - ended_in_a_draft
 
 
-def check_cache(drafter, drafts, prompt=PROMPT, max_tokens=12, view=None, sampler=None):
-    """After each step the cache is that of one fresh pass over the emitted text, less its last token."""
+def check_cache(drafter, drafts, prompt=PROMPT, max_tokens=12, view=None, sampler=None, room=8):
+    """After each step the cache is that of one fresh pass over the emitted text, less its last token.
+
+    `room` None is mlx-lm's cache; the default is one of fixed size, so small that it must grow.
+    """
     view = view or tiny.backbone()
-    cache, text, seen = view.new_cache(), list(prompt), []
+    cache, text, seen = view.new_cache(room), list(prompt), []
     runs_ahead = sampler is None and (drafts == 0 or isinstance(drafter, Plain))
 
     def after_a_step(tokens, from_draft):
@@ -276,18 +279,20 @@ def test_text_beyond_the_cache_s_first_allocation():
     for drafter in (Scripted(text, view=view), EarlyExit(view, 2)):
         check_equal(drafter, 4, prompt, 12, view)
         check_cache(drafter, 4, prompt, 12, view)
+        check_cache(drafter, 4, prompt, 12, view, room=None)
 
 
 # --- the cache ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("room", [None, 8])
 @pytest.mark.parametrize("exit", EXITS)
-def test_the_cache_after_each_step(exit):
+def test_the_cache_after_each_step(exit, room):
     text = PROMPT + plain(max_tokens=30).tokens
     half = PROMPT + [t if i % 3 else (t + 1) % tiny.EOS for i, t in enumerate(plain(max_tokens=30).tokens)]
     steps = set()
     for drafter in (m2r2(exit), EarlyExit(tiny.backbone(), exit), Scripted(text, exit), Scripted(half, exit)):
-        steps |= set(check_cache(drafter, 4))
+        steps |= set(check_cache(drafter, 4, room=room))
     assert {1, 3, 5} <= steps  # none, some and all accepted
 
 

@@ -83,9 +83,9 @@ def generate(
             f"The prompt has {len(prompt)} tokens and the model reads {backbone.context}; shorten it."
         )
     drafter, sampler = drafter or Plain(), sampler or Sampler()
-    cache = backbone.new_cache() if cache is None else cache
-    out, begun = Generation(), time.perf_counter()
     limit = min(max_tokens, room)
+    cache = backbone.new_cache(len(prompt) + limit) if cache is None else cache
+    out, begun = Generation(), time.perf_counter()
 
     verified = len(prompt) - 1  # positions of the cache that hold the model's own states
     if verified:
@@ -142,8 +142,7 @@ def draft_and_verify(backbone, drafter, pending: int, k: int, sampler: Sampler, 
     last = draft.tokens[-1]
     last = mx.array([[last]]) if isinstance(last, int) else last
     states = [*draft.states, backbone.run(backbone.embed(last), cache, 0, E)]
-    rows = backbone.run(mx.concatenate(states, axis=1), cache, E)  # (1, k + 1, D)
-    logits = backbone.head(rows)[0]
+    logits = backbone.finish(mx.concatenate(states, axis=1), cache, E)[0]  # (k + 1, V)
     if sampler.greedy:
         choices = mx.argmax(logits, axis=-1)
         ids = mx.concatenate([*(t[0] for t in draft.tokens), choices]).tolist()
