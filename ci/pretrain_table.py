@@ -27,12 +27,12 @@ def table(record: dict | None) -> str:
     for kind, f in record["figures"].items():
         cells = f"{f['loss']:.3f} | {f['bits_per_byte']:.3f} | {f['accuracy']:.1%} | {f['tokens']:,}"
         lines.append(f"| {kind} | {cells} |")
-    s = record["settings"]
+    s, cores = record["settings"], record["machine"]["cores"]
     lines += [
         "",
         f"{s['blocks_now']} blocks of width {s['width']}, {s['parameters'] / 1e6:.1f} M parameters, "
         f"{s['tokens_seen'] / 1e6:.1f} M tokens in {s['training_seconds'] / 3600:.1f} hours on "
-        f"{record['machine']['cores']} cores of {record['machine']['chip']}; {record['date'][:10]}.",
+        f"{cores} core{'s' * (cores != 1)} of {record['machine']['chip']}; {record['date'][:10]}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -21,10 +21,12 @@ def figures() -> str:
     lines = []
     if record := records.latest("speculation"):
         s, m = record["settings"], record["machine"]
+        cores = f"{m['cores']} core{'s' * (m['cores'] != 1)}"
         lines += [
-            f"Greedy decoding of {s['prompts']} of the kit's prompts, float32, {m['cores']} cores of "
-            f"{m['chip']} ({record['date'][:10]}, `{record['command']}`). `tau` is tokens a step, `c` the "
-            "cost of a draft and `v` of a verification, in plain steps:",
+            f"Greedy decoding of {s['prompts']} of the kit's prompts, float32, {cores} of {m['chip']} "
+            f"({record['date'][:10]}, `{record['command']}`). `x mlx_lm` is the speed over mlx_lm's own "
+            "generation, `tau` is tokens a step, `c` the cost of a draft and `v` of a verification, in plain "
+            "steps:",
             "",
             *(f"    {line}".rstrip() for line in table(record["figures"]).splitlines()),
             "",

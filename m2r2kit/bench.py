@@ -195,6 +195,7 @@ def compare(
     check_equality(backbone, arms, prompts, max_tokens, report)
     time_arms(backbone, arms, prompts, kinds, max_tokens, repeats, report)
     plain = next(a for a in arms if a.name == "plain")
+    mlx_lm = next((a for a in arms if a.name == "mlx_lm" and a.equal), None)
     figures: dict = {"arms": {}, "per_kind": {}}
     for arm in arms:
         steps = len(arm.drafted)
@@ -205,6 +206,7 @@ def compare(
             "tokens": arm.tokens,
             "seconds": arm.seconds,
             "speedup_vs_plain": ratios(plain.seconds, arm.seconds) if arm.equal else None,
+            "speedup_vs_mlx_lm": ratios(mlx_lm.seconds, arm.seconds) if arm.equal and mlx_lm else None,
             "drafts": arm.drafts,
             "acceptance": acceptance(arm.accepted, arm.drafted),
             "draft_cost": c,

@@ -71,24 +71,30 @@ def run(args) -> int:
 
 def table(figures: dict) -> str:
     """The arms in aligned columns; an arm whose text differs has no speed."""
-    lines = [
-        f"{'method':12} {'speed-up':>8} {'from..to':>12} {'predicted':>9} {'tau':>5} {'c':>5} {'v':>5}  "
-        "equal  acceptance"
-    ]
+    head = ("speed-up", "from..to", "x mlx_lm", "predicted", "tau", "c", "v")
+    widths = (8, 12, 8, 9, 5, 5, 5)
+    lines = [_columns("method", head, widths) + "  equal  acceptance"]
     for name, arm in figures["arms"].items():
-        speed, predicted = arm["speedup_vs_plain"], arm["predicted_speedup"]
-        median = f"{speed['median']:.2f}x" if speed else "-"
-        span = f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-"
-        guess = f"{predicted:.2f}x" if predicted else "-"
+        speed, over, predicted = (
+            arm.get(key) for key in ("speedup_vs_plain", "speedup_vs_mlx_lm", "predicted_speedup")
+        )
+        cells = (
+            f"{speed['median']:.2f}x" if speed else "-",
+            f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
+            f"{over['median']:.2f}x" if over else "-",
+            f"{predicted:.2f}x" if predicted else "-",
+            *(f"{arm[key]:.2f}" for key in ("tau", "draft_cost", "verify_cost")),
+        )
         equal = "yes" if arm["mismatches"] == 0 else f"yes ({arm['ties']} ties)" if arm["equal"] else "NO"
         shares = " ".join(f"{a:.2f}" for a in arm["acceptance"])
-        lines.append(
-            f"{name:12} {median:>8} {span:>12} {guess:>9} {arm['tau']:5.2f} {arm['draft_cost']:5.2f} "
-            f"{arm['verify_cost']:5.2f}  {equal:5}  {shares}"
-        )
+        lines.append(f"{_columns(name, cells, widths)}  {equal:5}  {shares}")
     for kind, arms in figures["per_kind"].items():
         if kind:
             lines.append(
                 f"{kind:12} " + "  ".join(f"{n} {r['median']:.2f}x" for n, r in arms.items() if n != "plain")
             )
     return "\n".join(lines)
+
+
+def _columns(name: str, cells, widths) -> str:
+    return f"{name:12} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
