@@ -1,0 +1,104 @@
+"""`m2r2kit train stream`: trained, measured, saved with its record; resumed; begun from another."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+import tiny
+from mlx.utils import tree_flatten
+
+from m2r2kit.backbone import Backbone
+from m2r2kit.commands import train_stream
+from m2r2kit.corpus import Document
+from m2r2kit.errors import UserError
+from m2r2kit.residuals import load_stream
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Little text and few prompts; the records that would have been appended."""
+    documents = [
+        Document(kind, f"{kind} {i}", f"{kind} {i}: {'abcdefgh'[i % 8] * 40} and so on")
+        for kind in ("code", "arithmetic", "shell")
+        for i in range(200)
+    ]
+    found, read = [], train_stream.prompts.read
+    monkeypatch.setattr(train_stream, "documents", lambda folder: documents)
+    monkeypatch.setattr(train_stream, "HELD_OUT_ROWS", 8)
+    monkeypatch.setattr(train_stream.prompts, "read", lambda file: read(file)[:2])
+    monkeypatch.setattr(train_stream.records, "append", lambda subject, **f: found.append((subject, f)))
+    return found
+
+
+@pytest.fixture
+def untuned(monkeypatch):
+    """The search for the best number of drafts takes most of the time; one test of it is enough."""
+    monkeypatch.setattr(train_stream, "tune", lambda backbone, stream: (3, 1.0))
+
+
+def arguments(out, **changes):
+    values = {
+        "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
+        "exit": 2, "rate": None, "rank": 4, "rows": 16, "compare": False, "steps": 3, "minutes": None,
+        "corpus": out, "seed": 0, "start": None, "processes": 1,
+    }  # fmt: skip
+    return SimpleNamespace(**(values | changes))
+
+
+def weights(folder, model=None):
+    view = tiny.backbone("llama", max_position_embeddings=512)
+    return dict(tree_flatten(load_stream(model or view, folder).trainable_parameters()))
+
+
+def same(a, b):
+    return all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_stream_is_trained_saved_and_recorded(tmp_path, written):
+    assert train_stream.run(arguments(tmp_path)) == 0
+    ((subject, record),) = written
+    assert subject == "stream" and record["figures"]["steps"] == 3
+    assert 0 <= record["figures"]["agreement"] <= 1 and record["figures"]["drafts"] >= 1
+    assert any(mx.abs(w).max() > 0 for name, w in weights(tmp_path).items() if name.endswith("b"))
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_an_interrupted_training_goes_on(tmp_path, written, untuned, monkeypatch, capsys):
+    distil = train_stream.distillation.distil
+
+    def interrupted(module, loss, lessons, settings, report, seconds):
+        def stop(step, value):
+            report(step, value)
+            if step == 1:
+                raise KeyboardInterrupt
+
+        return distil(module, loss, lessons, settings, stop, seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_stream.distillation, "distil", interrupted)
+        assert train_stream.run(arguments(tmp_path)) == 1
+    assert "saved after 2 steps" in capsys.readouterr().out and not written
+    with pytest.raises(UserError, match="unfinished stream with other settings"):
+        train_stream.run(arguments(tmp_path, rank=8))
+    assert train_stream.run(arguments(tmp_path)) == 0
+    assert "Going on after 2 steps." in capsys.readouterr().out
+    assert not (tmp_path / "unfinished").exists() and len(written) == 1
+
+
+def test_a_stream_may_begin_with_that_of_another_model(tmp_path, written, untuned):
+    old, new = tmp_path / "old", tmp_path / "new"
+    other = tiny.make_folder("llama", tmp_path / "other", seed=9, max_position_embeddings=512)
+    train_stream.run(arguments(old, model=str(other)))
+    view = Backbone.load(other)
+    with pytest.raises(UserError, match="was trained for another model"):
+        weights(old)
+    # a training of no length leaves what it began with
+    train_stream.run(arguments(new, start=old, minutes=1e-9))
+    assert same(weights(new), weights(old, view))
+    with pytest.raises(UserError, match="has other settings"):
+        train_stream.run(arguments(new, start=old, rank=8))
+
+
+def test_a_comparison_runs_in_one_process(tmp_path, written):
+    with pytest.raises(UserError, match="leave --processes out"):
+        train_stream.run(arguments(tmp_path, compare=True, processes=2))
