@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from .rotation import shared_angles
+
 FEW = 16  # passes of up to so many tokens are compiled: one trace for each number
 STEP = 64  # positions are allocated in multiples of this
 
@@ -93,7 +95,8 @@ class Traced:
         entries: list[FixedKV | None] = [None] * self.depth
         for l, k, v in zip(self.blocks, keys, values, strict=True):
             entries[l] = FixedKV(k, v, offset)
-        out = self.body(entries, *inputs)
+        with shared_angles():
+            out = self.body(entries, *inputs)
         written = [entries[l] for l in self.writes]
         return out, [e.keys for e in written], [e.values for e in written]
 

@@ -1,0 +1,48 @@
+"""Rotary positions for all blocks of a compiled pass at once.
+
+On a CPU `mx.fast.rope` is a chain of some thirty small operations, and a model calls it twice in
+each block: two fifths of a decoding step. All blocks turn by the same angles, so inside a
+compiled pass they are computed once (RoFormer, arXiv 2104.09864, eq. 34).
+"""
+
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@contextmanager
+def shared_angles():
+    """While a pass is being traced, every plain `nn.RoPE` in it shares one table of angles."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        yield  # elsewhere it is one kernel
+        return
+    tables: dict[tuple, tuple] = {}
+    alone = nn.RoPE.__call__
+
+    def together(rope: nn.RoPE, x: mx.array, offset=0) -> mx.array:
+        if rope.traditional or rope.dims != x.shape[-1] or not isinstance(offset, mx.array):
+            return alone(rope, x, offset)
+        key = (rope.dims, rope.base, rope.scale, x.shape[-2], id(offset))
+        if key not in tables:
+            # the offset is kept too: its id stands for it as long as it lives
+            tables[key] = (*_table(rope, x.shape[-2], offset), offset)
+        cos, sin, _ = tables[key]
+        half = rope.dims // 2
+        swapped = mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
+        return (x * cos + swapped * sin).astype(x.dtype)
+
+    nn.RoPE.__call__ = together
+    try:
+        yield
+    finally:
+        nn.RoPE.__call__ = alone
+
+
+def _table(rope: nn.RoPE, rows: int, offset: mx.array) -> tuple[mx.array, mx.array]:
+    """cos and signed sin of the angles of `rows` positions from `offset` on: (rows, dims) each."""
+    positions = (mx.arange(rows) + offset).astype(mx.float32) * rope.scale
+    inverse = mx.exp(mx.arange(0, rope.dims, 2) * (-mx.log(mx.array(rope.base)) / rope.dims))
+    angles = positions[:, None] * inverse
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    return mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
