@@ -151,7 +151,8 @@ def cells(row: dict) -> dict:
         ours = amount(row["ours"], unit) + (f" ({', '.join(about)})" if about else "")
     made = "-"
     if row["machine"]:
-        made = f"{row['machine']['chip']}, {row['machine']['cores']} cores, {row['date'][:10]}"
+        cores = row["machine"]["cores"]
+        made = f"{row['machine']['chip']}, {cores} core{'s' * (cores != 1)}, {row['date'][:10]}"
     return {
         "claim": row["claim"],
         "paper": "not verified" if row["paper"] is None else amount(row["paper"], unit),

@@ -10,7 +10,8 @@ same few blocks, but each of its steps stands for R steps of the slow one:
 It owns no KV cache: queries come from p, keys and values from h. Everything trained is small
 and the model is frozen, so whatever the model verifies is the model's own output.
 
-The paper's equations are not public; these are our reconstruction (`data/paper/choices.toml`).
+We worked from the paper's abstract and texts about it; the equations are our reconstruction
+(`data/paper/choices.toml`).
 """
 
 import math

@@ -229,3 +229,11 @@ def test_a_download_that_goes_wrong_is_one_sentence_and_leaves_nothing(server, t
     with pytest.raises(UserError, match="cannot be downloaded"):
         download.fetch("http://127.0.0.1:1/x", target, download.gsm8k_lines)
     assert not target.parent.exists()
+
+
+def test_one_file_in_so_many_and_all_that_are_held_out():
+    few, fewer = corpus.code_documents(every=30), corpus.code_documents(every=90)
+    held_out = [{d.name for d in some if d.held_out} for some in (few, fewer)]
+    others = [{d.name for d in some if not d.held_out} for some in (few, fewer)]
+    assert held_out[0] == held_out[1] and len(held_out[0]) > 3
+    assert 0 < len(others[1]) < len(others[0])
