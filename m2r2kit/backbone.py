@@ -186,12 +186,14 @@ class Backbone:
 
         Args:
             room: positions to allocate at once (it grows if need be); passes of few tokens are
-                then compiled. By default mlx-lm's own cache, which grows with each token.
+                then compiled. By default, and where a model's positions cannot be compiled,
+                mlx-lm's own cache, which grows with each token.
         """
         cache = make_prompt_cache(self.model)
         if not all(type(c) is KVCache for c in cache):
             raise UserError("This model's cache cannot be cut back after a rejected draft; it is not served.")
-        if room is None:
+        ropes = {type(getattr(block[self.parts.attention], "rope", None)).__name__ for block in self.blocks}
+        if room is None or "DynamicNTKScalingRoPE" in ropes:  # its angles depend on the text's length
             return cache
         if self._entry_shapes is None:  # asked of the model, as each family makes its own
             self.run(self.embed(mx.array([[0]])), cache)

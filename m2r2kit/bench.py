@@ -8,13 +8,13 @@ with its smallest and largest. Beside it stand the things that it is made of:
                                    c    one draft, v  one verification, in plain steps
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
-import numpy as np
 
 from .backbone import Backbone, crop
 from .speculation import Plain, Sampler, generate
@@ -65,7 +65,8 @@ def is_tie(backbone: Backbone, prompt: list[int], one: list[int], other: list[in
         return False  # one text is the beginning of the other: no rounding does that
     logits = backbone.logits(mx.array([prompt + one[:n]]))[0, -1]
     a, b = logits[one[n]].item(), logits[other[n]].item()
-    return abs(a - b) <= TIE_ULP * float(np.spacing(np.float32(max(abs(a), abs(b)))))
+    unit = mx.finfo(logits.dtype).eps * 2.0 ** math.floor(math.log2(max(abs(a), abs(b), 1e-30)))
+    return abs(a - b) <= TIE_ULP * unit
 
 
 def check_equality(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from . import alignment, parallel
 from .backbone import Backbone
 from .corpus import ASSISTANT, EOS, USER
+from .errors import UserError
 from .own_text import beginnings, continue_greedily
 from .readouts import Bare, ExtraBlock, WideHead
 from .residuals import AcceleratedStream, StreamConfig
@@ -57,6 +58,8 @@ def lessons(backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[
     """Ask the teacher about rows of text (rows, WINDOW), in batches of ROWS rows: those of all
     processes together, where several train."""
     rows = max(1, ROWS // parallel.group().size())
+    if len(text) < rows:
+        raise UserError(f"{len(text)} rows of text are no lesson; ask for at least {ROWS}.")
     steps = range(0, len(text) - rows + 1, rows)
     return [
         teach(backbone, text[i : i + rows], depths, blocks)

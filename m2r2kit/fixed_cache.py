@@ -12,14 +12,15 @@ import mlx.core as mx
 
 from .rotation import shared_angles
 
-FEW = 16  # passes of up to so many tokens are compiled: one trace for each number
-STEP = 64  # positions are allocated in multiples of this
+FEW = 16  # passes of up to so many tokens are compiled: one trace for each number and each room
+STEP = 128  # positions are allocated in multiples of this
 
 
 class FixedKV:
     """Keys and values of one block, (B, heads, room, head width) each, of which `offset` are filled.
 
-    Takes the place of mlx-lm's `KVCache`. Inside a compiled function `offset` is an array.
+    Takes the place of mlx-lm's `KVCache`. Inside a compiled function `offset` is an array
+    without axes (with one, rotary embeddings would take it for one position a sequence).
     """
 
     def __init__(self, keys: mx.array, values: mx.array, offset=0):
@@ -39,10 +40,10 @@ class FixedKV:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write new positions; returns the whole arrays, so the caller must mask (`make_mask`)."""
-        rows, start = keys.shape[2], self.offset
+        rows = keys.shape[2]
         if not self.traced:
             self.reserve(rows)
-            start = mx.array([start])
+        start = mx.array(self.offset).reshape(1)
         self.keys = mx.slice_update(self.keys, keys, start, axes=(2,))
         self.values = mx.slice_update(self.values, values, start, axes=(2,))
         self.offset = self.offset + rows
@@ -106,7 +107,7 @@ class Traced:
             cache[l].reserve(rows)
         used = [cache[l] for l in self.blocks]
         keys, values = [e.keys for e in used], [e.values for e in used]
-        out, keys, values = self.function(keys, values, mx.array([offset]), x, *more)
+        out, keys, values = self.function(keys, values, mx.array(offset), x, *more)
         for l, k, v in zip(self.writes, keys, values, strict=True):
             entry = cache[l]
             entry.keys, entry.values, entry.offset = k, v, offset + rows

@@ -132,9 +132,8 @@ def rebound(nb: nbformat.NotebookNode) -> list[str]:
 def _reads(function: ast.FunctionDef, functions: dict) -> set[str]:
     """Names from outside that a function reads, also through other functions of the notebook."""
     names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
-    own = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {
-        a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)
-    }
+    own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    own |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
     found = {n.id for n in names} - own
     for name in found & functions.keys() - {function.name}:
         rest = {k: v for k, v in functions.items() if k != function.name}
@@ -150,6 +149,8 @@ def _binds(node: ast.AST) -> set[str]:
             found.add(child.name)
         elif isinstance(child, ast.alias):
             found.add((child.asname or child.name).split(".")[0])
+        elif isinstance(child, ast.ExceptHandler) and child.name:
+            found |= {child.name} | _binds(child)
         elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
             found.add(child.id)
         elif not isinstance(child, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):

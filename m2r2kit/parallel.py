@@ -1,8 +1,9 @@
 """Training on several cores: processes that each take a share of every batch and average gradients.
 
 MLX computes on a CPU in one thread. Two processes with a core each train this kit's models
-nearly twice as fast as one, and nothing in the result depends on it: a step sees the same
-batch, only its sum is taken in another order. They talk through MLX's own ring over loopback.
+nearly twice as fast as one. `train backbone` reads the same batches either way, only its sums
+are taken in another order; in `train stream` each process brings text of its own. They talk
+through MLX's ring over loopback.
 """
 
 import json
@@ -16,27 +17,19 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
-PATIENCE = 5.0  # seconds that the others get to save and leave once one process has ended
-
-
-def group() -> mx.distributed.Group:
-    """The processes that train together; of size 1 unless `launch` started this one."""
-    return mx.distributed.init(backend="ring" if "MLX_HOSTFILE" in os.environ else "any")
+PATIENCE = 5.0  # seconds that the others get to leave once one process has failed
 
 
-def any_of(yes: bool) -> bool:
-    """Whether any process says yes; all of them must ask, at the same place."""
-    if group().size() == 1:
-        return yes
-    return mx.distributed.all_sum(mx.array(float(yes)), group=group(), stream=mx.cpu).item() > 0
+class Alone:
+    """The group of a process that trains by itself."""
 
+    def size(self) -> int:
+        return 1
 
-def largest(value: float) -> float:
-    """The largest of the processes' values; all of them must ask, at the same place."""
-    if group().size() == 1:
-        return value
-    return mx.distributed.all_max(mx.array(float(value)), group=group(), stream=mx.cpu).item()
+    def rank(self) -> int:
+        return 0
 
 
 def started() -> bool:
@@ -44,38 +37,62 @@ def started() -> bool:
     return "MLX_HOSTFILE" in os.environ
 
 
+def group():
+    """The processes that train together: `size()` and `rank()`."""
+    return mx.distributed.init(backend="ring") if started() else Alone()
+
+
+def average(tree):
+    """Arrays averaged over the processes; all of them must ask, at the same place."""
+    return nn.average_gradients(tree, group()) if started() else tree
+
+
+def largest(value: float) -> float:
+    """The largest of the processes' values; all of them must ask, at the same place."""
+    if not started():
+        return value
+    return mx.distributed.all_max(mx.array(float(value)), group=group(), stream=mx.cpu).item()
+
+
+def any_of(yes: bool) -> bool:
+    """Whether any process says yes; all of them must ask, at the same place."""
+    return largest(yes) > 0
+
+
 def launch(processes: int, arguments: list[str]) -> int:
     """Run `m2r2kit ARGUMENTS` in several processes that train together; only the first one speaks.
 
     Returns:
-        The exit code of the first process, or of whichever failed.
+        0, or the exit code of the process that failed first.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     with tempfile.TemporaryDirectory(prefix="m2r2kit-") as folder:
         hosts = Path(folder, "hosts.json")
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(processes)]))
         environment = {**os.environ, "MLX_HOSTFILE": str(hosts), "OPENBLAS_NUM_THREADS": "1"}
-        children = []
-        for rank in range(processes):
-            # a core each: two busy processes that are moved about lose a third of their speed
-            pin = {cores[rank % len(cores)]} if processes <= len(cores) else None
-            children.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "m2r2kit", *arguments],
-                    env={**environment, "MLX_RANK": str(rank)},
-                    stdout=None if rank == 0 else subprocess.DEVNULL,
-                    stderr=None if rank == 0 else Path(folder, f"{rank}.log").open("w"),
-                    preexec_fn=(lambda pin=pin: os.sched_setaffinity(0, pin)) if pin else None,
-                )
-            )
-        previous = {
-            s: signal.signal(s, lambda number, _: [c.send_signal(number) for c in children])
-            for s in (signal.SIGTERM,)
-        }
-        # Ctrl-C reaches the children by itself, and they save; this process waits for them
-        previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+        children: list[subprocess.Popen] = []
+
+        def stop(*_):  # the first process saves on an interrupt, and none of them may miss it
+            for child in children:
+                child.send_signal(signal.SIGINT)
+
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return _wait(children, folder)
+            for rank in range(processes):
+                # a core each, where they fill the machine: moved about they lose a third of their speed
+                pin = {cores[rank]} if processes == len(cores) else None
+                with Path(folder, f"{rank}.log").open("w") as log:
+                    children.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", "m2r2kit", *arguments],
+                            env={**environment, "MLX_RANK": str(rank)},
+                            stdout=None if rank == 0 else subprocess.DEVNULL,
+                            stderr=None if rank == 0 else log,
+                            start_new_session=True,
+                            preexec_fn=(lambda pin=pin: os.sched_setaffinity(0, pin)) if pin else None,
+                        )
+                    )
+            return _wait(children, Path(folder))
         finally:
             for child in children:
                 if child.poll() is None:
@@ -84,21 +101,25 @@ def launch(processes: int, arguments: list[str]) -> int:
                 signal.signal(s, handler)
 
 
-def _wait(children: list[subprocess.Popen], folder: str) -> int:
-    first_end, code = None, 0
-    while any(c.poll() is None for c in children):
-        time.sleep(0.2)
-        ended = [c.returncode for c in children if c.returncode is not None]
-        if any(ended):  # one failed; the others wait for it in vain
-            first_end = first_end or time.monotonic()
-            if time.monotonic() - first_end > PATIENCE:
-                for c in children:
-                    c.kill()
-    code = next((c.returncode for c in children if c.returncode), 0)
-    if code and children[0].returncode in (0, -signal.SIGKILL):
-        for log in sorted(Path(folder).glob("*.log")):
-            sys.stderr.write(log.read_text()[-2000:])
-    return code if code >= 0 else 1
+def _wait(children: list[subprocess.Popen], folder: Path) -> int:
+    """Wait for all; once one has failed, end those that would wait for it in vain."""
+    failed, since = None, 0.0
+    while any(child.poll() is None for child in children):
+        time.sleep(0.1)
+        if failed is None:
+            failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
+            since = time.monotonic()
+        elif time.monotonic() - since > PATIENCE:
+            for child in children:
+                child.kill()
+    if failed is None:
+        failed = next((rank for rank, child in enumerate(children) if child.returncode), None)
+    if failed is None:
+        return 0
+    log = folder / f"{failed}.log"
+    if children[0].returncode != 2:  # 2: bad input, which all of them refuse, and the first one has said so
+        sys.stderr.write(log.read_text()[-2000:])
+    return max(1, children[failed].returncode)
 
 
 def _free_ports(count: int) -> list[int]:

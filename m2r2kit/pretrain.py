@@ -20,7 +20,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.nn import average_gradients
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import parallel
@@ -85,6 +84,13 @@ class Run:
             self.blocks = self.config.grow_from
             self.parameters = new_parameters(self.config, self.blocks)
             self._new_optimizer()
+        processes = self.group.size()
+        for window in (self.config.first_window, self.config.window):
+            if self.config.batch_tokens // window % processes:
+                raise UserError(
+                    f"{self.config.batch_tokens // window} windows a step cannot be shared by {processes} "
+                    "processes; ask for a number that divides them"
+                )
         self._compile()
 
     def _new_optimizer(self):
@@ -151,10 +157,6 @@ class Run:
         config = self.config
         self.window = self._window()
         self.rows = config.batch_tokens // self.window
-        if self.rows % self.group.size():
-            raise UserError(
-                f"{self.rows} windows a step cannot be shared by {self.group.size()} processes; ask for fewer"
-            )
         bias = causal_bias(self.rows // self.group.size(), self.window, config)
         gradient = mx.value_and_grad(mean_loss)
 
@@ -163,7 +165,7 @@ class Run:
             for o, r in zip(self.optimizer.optimizers, rates, strict=True):
                 o.learning_rate = r
             loss, gradients = gradient(parameters, windows, bias, config)
-            gradients = average_gradients(gradients, self.group)
+            loss, gradients = parallel.average([loss, gradients])
             parameters = cap_scores(self.optimizer.apply_gradients(gradients, parameters))
             return loss, parameters, self.optimizer.state
 

@@ -6,9 +6,13 @@ compiled pass they are computed once (RoFormer, arXiv 2104.09864, eq. 34).
 """
 
 from contextlib import contextmanager
+from threading import RLock
 
 import mlx.core as mx
 import mlx.nn as nn
+
+alone = nn.RoPE.__call__
+tracing = RLock()
 
 
 @contextmanager
@@ -18,7 +22,6 @@ def shared_angles():
         yield  # elsewhere it is one kernel
         return
     tables: dict[tuple, tuple] = {}
-    alone = nn.RoPE.__call__
 
     def together(rope: nn.RoPE, x: mx.array, offset=0) -> mx.array:
         if rope.traditional or rope.dims != x.shape[-1] or not isinstance(offset, mx.array):
@@ -32,11 +35,12 @@ def shared_angles():
         swapped = mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
         return (x * cos + swapped * sin).astype(x.dtype)
 
-    nn.RoPE.__call__ = together
-    try:
-        yield
-    finally:
-        nn.RoPE.__call__ = alone
+    with tracing:
+        before, nn.RoPE.__call__ = nn.RoPE.__call__, together
+        try:
+            yield
+        finally:
+            nn.RoPE.__call__ = before
 
 
 def _table(rope: nn.RoPE, rows: int, offset: mx.array) -> tuple[mx.array, mx.array]:

@@ -175,7 +175,7 @@ def distil(
         lesson = lessons[order.pop()]
         verified = unverified(rng, *lesson.tokens.shape, config.max_unverified)
         value, gradients = gradient(module, lesson, verified)
-        optimizer.update(module, nn.average_gradients(gradients, parallel.group()))
+        optimizer.update(module, parallel.average(gradients))
         mx.eval(value, module.parameters(), optimizer.state)
         if not math.isfinite(value.item()):
             raise FloatingPointError(f"the loss is not a number at step {step}; lower the rate")

@@ -6,7 +6,7 @@ import tiny
 from mlx.utils import tree_map
 
 from m2r2kit import fixed_cache
-from m2r2kit.backbone import DENSE, MOE, crop
+from m2r2kit.backbone import DENSE, MOE, Backbone, crop
 from m2r2kit.fixed_cache import FEW, STEP, FixedKV
 
 ROWS = (9, 1, 3, 1, FEW, FEW + 1, 1)  # passes of a prompt, of one token, and of drafts
@@ -41,7 +41,15 @@ def test_every_family(family):
 
 def test_it_grows_when_a_text_is_longer_than_was_said():
     view = tiny.backbone(max_position_embeddings=300)
-    check_same(view, (5, *([1, 7] * 12)), room=1)
+    check_same(view, (5, *([1, 7] * 20)), room=1)
+
+
+def test_positions_that_cannot_be_compiled_get_mlx_lm_s_cache(tmp_path):
+    """The angles of this kind depend on the length of the text, which a compiled pass does not know."""
+    scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    view = Backbone.load(tiny.make_folder("llama", tmp_path / "dynamic", **scaling))
+    assert not any(isinstance(c, FixedKV) for c in view.new_cache(8))
+    check_same(view)
 
 
 def test_room_is_made_in_steps():
@@ -106,14 +114,14 @@ def narrow(self, rows, **_):
 
 @pytest.mark.parametrize("mask", [wide, narrow])
 def test_a_mask_off_by_one_is_caught(mask, monkeypatch):
-    view = tiny.backbone(seed=5)  # a view of its own: compiled passes are kept
+    view = Backbone.load(tiny.folder("llama"))  # a view of its own: compiled passes are kept
     monkeypatch.setattr(FixedKV, "make_mask", mask)
     with pytest.raises(AssertionError):
         check_same(view)
 
 
 def test_a_position_that_is_not_passed_on_is_caught(monkeypatch):
-    view = tiny.backbone(seed=7)
+    view = Backbone.load(tiny.folder("llama"))
     call = fixed_cache.Traced.__call__
 
     def forgetful(self, cache, x, *more):

@@ -326,13 +326,21 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
     (tmp_path / "tiny.json").write_text(json.dumps({**asdict(TINY), "vocabulary": 300, "tokens": 64 * 1000}))
     out = tmp_path / "run"
     args = SimpleNamespace(
-        out=out, corpus=tmp_path, tokens=None, minutes=1e-9, to=None, config=tmp_path / "tiny.json"
+        out=out,
+        corpus=tmp_path,
+        tokens=None,
+        minutes=1e-9,
+        to=None,
+        config=tmp_path / "tiny.json",
+        processes=1,
     )
     assert train.backbone(args) == 0
     assert (
         "Saved after 64 of 64,000 tokens; go on with: m2r2kit train backbone --out" in capsys.readouterr().out
     )
-    args = SimpleNamespace(out=out, corpus=tmp_path, tokens=64 * 3, minutes=None, to=None, config=None)
+    args = SimpleNamespace(
+        out=out, corpus=tmp_path, tokens=64 * 3, minutes=None, to=None, config=None, processes=1
+    )
     assert train.backbone(args) == 0
     ((subject, record),) = written
     assert subject == "pretrain" and record["settings"]["tokens_seen"] == 64 * 3

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from mlx_lm.generate import generate_step
 
+from m2r2kit import fixed_cache
 from m2r2kit.errors import UserError
 from m2r2kit.speculation import M2R2, EarlyExit, Generation, Plain, Sampler, drafters, generate, loop
 
@@ -150,7 +151,8 @@ def check_cache(drafter, drafts, prompt=PROMPT, max_tokens=12, view=None, sample
     `room` None is mlx-lm's cache; the default is one of fixed size, so small that it must grow.
     """
     view = view or tiny.backbone()
-    cache, text, seen = view.new_cache(room), list(prompt), []
+    with patched(fixed_cache, "STEP", 8):
+        cache, text, seen = view.new_cache(room), list(prompt), []
     runs_ahead = sampler is None and (drafts == 0 or isinstance(drafter, Plain))
 
     def after_a_step(tokens, from_draft):

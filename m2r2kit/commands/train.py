@@ -42,7 +42,7 @@ def backbone(args) -> int:
     run.batches = Batches(tokens)
     _train(run, 60 * args.minutes if args.minutes else math.inf)
     if not first:
-        return 1 if run.stopped else 0
+        return 0  # the first process says how it ended
     if run.stopped or (run.seen < run.config.tokens and not args.to):
         print(f"Saved after {run.seen:,} of {run.config.tokens:,} tokens; go on with: {command}")
         return 1 if run.stopped else 0

@@ -40,8 +40,10 @@ def run(args) -> int:
     out = Path(args.out) if args.out else Path(args.model) / "stream"
     distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
     seed = args.seed + 1000 * group.rank()  # each process reads rows of its own
-    train, held_out = text(backbone, args.corpus, args.rows // group.size(), seed)
+    if args.rows < distillation.ROWS:
+        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {distillation.ROWS}.")
     if args.compare:
+        train, held_out = text(backbone, args.corpus, args.rows, seed)
         return compare(backbone, config, train, held_out, distil, args)
 
     mx.random.seed(args.seed)  # all processes begin with the same numbers
@@ -51,7 +53,8 @@ def run(args) -> int:
     unfinished = out / "unfinished"
     done = resume(stream, unfinished, backbone, config)
     if done:
-        print(f"Going on after {done} steps.")
+        print(f"Going on after {done} steps" + (", not from --start." if args.start else "."))
+    train, held_out = text(backbone, args.corpus, args.rows // group.size(), seed)
     depths, blocks = needs(stream)
     lessons = distillation.lessons(backbone, train, depths, blocks)
     judges = [] if group.rank() else distillation.lessons(backbone, held_out, depths, blocks)
@@ -138,7 +141,10 @@ def begin_with(stream: AcceleratedStream, folder: Path, config: StreamConfig) ->
     old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
     if old != config:
         raise UserError(f"The stream in {folder} has other settings ({old}); ask for the same ones.")
-    checkpoints.load_weights(stream, facts, facts["base_sha256"], folder, "stream")
+    try:
+        checkpoints.load_weights(stream, facts, facts["base_sha256"], folder, "stream")
+    except UserError as error:
+        raise UserError(f"{error} If it is whole, its model has other shapes than this one.") from error
 
 
 def forget(folder: Path) -> None:

@@ -20,6 +20,7 @@ from .accept import Sampler, accept_greedy, accept_sampled
 from .drafters import Plain
 
 MOST_DRAFTS = 16
+FIRST_ROOM = 256  # of an answer in the cache; it grows with a longer one
 
 
 @dataclass
@@ -84,7 +85,7 @@ def generate(
         )
     drafter, sampler = drafter or Plain(), sampler or Sampler()
     limit = min(max_tokens, room)
-    cache = backbone.new_cache(len(prompt) + limit) if cache is None else cache
+    cache = backbone.new_cache(len(prompt) + min(limit, FIRST_ROOM)) if cache is None else cache
     out, begun = Generation(), time.perf_counter()
 
     verified = len(prompt) - 1  # positions of the cache that hold the model's own states
