@@ -138,12 +138,15 @@ class Backbone:
         return h
 
     def _pass(self, kind: str, start: int, stop: int) -> Traced:
-        """A compiled pass through blocks start..stop-1: `run`, or to logits: `finish`, `logits`."""
+        """A compiled pass through blocks start..stop-1: `run`; to logits: `finish`; from tokens to
+        logits: `logits`; to both the last state and its logits: `read`."""
         if (kind, start, stop) not in self._traced:
 
             def body(entries, x):
-                x = self._run(self.embed(x) if kind == "logits" else x, entries, start, stop)
-                return x if kind == "run" else self.head(x)
+                h = self._run(self.embed(x) if kind in ("logits", "read") else x, entries, start, stop)
+                if kind == "run":
+                    return h
+                return (h, self.head(h)) if kind == "read" else self.head(h)
 
             self._traced[kind, start, stop] = Traced(body, self.depth, range(start, stop))
         return self._traced[kind, start, stop]
@@ -180,6 +183,14 @@ class Backbone:
         if is_fixed(cache, start) and h.shape[1] <= FEW:
             return self._pass("finish", start, self.depth)(cache, h)
         return self.head(self.run(h, cache, start))
+
+    def read(self, tokens: mx.array, cache: list, exit: int) -> tuple[mx.array, mx.array]:
+        """The bare residual at an exit, and what the head reads in it (the logit lens):
+        tokens (B, T) -> h_E (B, T, D), logits (B, T, V)."""
+        if is_fixed(cache, 0) and tokens.shape[1] <= FEW:
+            return self._pass("read", 0, exit)(cache, tokens)
+        h = self.run(self.embed(tokens), cache, 0, exit)
+        return h, self.head(h)
 
     def new_cache(self, room: int | None = None) -> list:
         """An empty KV cache for one sequence, one entry a block.

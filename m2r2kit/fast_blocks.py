@@ -12,10 +12,12 @@ import copy
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from .backbone import Backbone
 from .fixed_cache import FixedKV
+from .lean_pass import product
 
 # --- keys and values of the slow stream, as seen by p ---------------------------------------
 
@@ -73,7 +75,11 @@ class Delta(nn.Module):
         self.b = mx.zeros((rank, outputs))
 
     def __call__(self, x):
-        return (x @ self.a) @ self.b
+        return product(product(x, self.a), self.b)
+
+    def matrix(self) -> mx.array:
+        """A B, (in, out)."""
+        return self.a @ self.b
 
 
 FAST_ROW = mx.array([0.0, 1.0]).reshape(2, 1, 1)  # of a pair (h, p)
@@ -95,6 +101,34 @@ class Changed(nn.Module):
         return y + self.delta(x).astype(y.dtype)
 
 
+class TwoMatrices(nn.Module):
+    """For a pair (h, p) the frozen matrix and the changed one, as one product; so many numbers
+    are read twice that it pays in small blocks only."""
+
+    def __init__(self, base: nn.Linear, delta: Delta | None):
+        super().__init__()
+        slow = base.weight.T
+        self._matrices = mx.stack([slow, slow + delta.matrix() if delta else slow])  # (2, in, out)
+        self._bias = base.bias if "bias" in base else None
+        mx.eval(self._matrices)
+
+    def __call__(self, x):
+        y = x @ self._matrices
+        return y if self._bias is None else y + self._bias
+
+
+SMALL_BLOCK = 1 << 20  # numbers: a second read from the processor's cache costs less than an operation
+
+
+def is_small(block: nn.Module) -> bool:
+    """Whether a block's matrices may be read twice: few numbers, all in float32, on a CPU."""
+    weights = [w for _, w in tree_flatten(block.parameters())]
+    quantized = any(isinstance(m, nn.QuantizedLinear) for m in block.modules())
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    few = sum(w.size for w in weights) <= SMALL_BLOCK
+    return on_cpu and few and not quantized and all(w.dtype == mx.float32 for w in weights)
+
+
 def _matrix_shape(linear: nn.Module) -> tuple[int, int]:
     outputs, inputs = linear.weight.shape
     if isinstance(linear, nn.QuantizedLinear):
@@ -102,15 +136,15 @@ def _matrix_shape(linear: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
-def _changed(module: nn.Module, deltas: dict[str, Delta], pair: bool, path: str = "") -> nn.Module:
-    """A copy of a module that shares its weights, with the matrices named in `deltas` changed."""
+def _changed(module: nn.Module, make, path: str = "") -> nn.Module:
+    """A copy of a module that shares its weights; `make(matrix, name)` says what takes a matrix's place."""
     clone = copy.copy(module)
     for name, child in module.children().items():
         inner = f"{path}{name}"
-        if inner in deltas:
-            clone[name] = Changed(child, deltas[inner], pair)
+        if isinstance(child, (nn.Linear, nn.QuantizedLinear)):
+            clone[name] = make(child, inner)
         elif isinstance(child, nn.Module):
-            clone[name] = _changed(child, deltas, pair, f"{inner}/")
+            clone[name] = _changed(child, make, f"{inner}/")
     return clone
 
 
@@ -140,13 +174,8 @@ class SmallFFN(nn.Module):
 
     def __call__(self, p, h):
         x = [p, h] if self._feed_slow else [p]
-        return _small_ffn(x, self.norm.weight, self.down, self.up)
-
-
-@mx.compile  # for decoding, where a step is mostly the cost of starting small operations
-def _small_ffn(x: list, weight, down, up):
-    x = mx.concatenate([mx.fast.rms_norm(y, weight, 1e-5) for y in x], axis=-1)
-    return nn.silu(x @ down) @ up
+        x = mx.concatenate([mx.fast.rms_norm(y, self.norm.weight, 1e-5) for y in x], axis=-1)
+        return product(nn.silu(product(x, self.down)), self.up)
 
 
 class DeepAttention(nn.Module):
@@ -168,10 +197,10 @@ class DeepAttention(nn.Module):
         if keys is None or keys.shape[2] == 0:
             return mx.zeros_like(p)
         B, T, _ = p.shape
-        q = (self.norm(p) @ self.q).reshape(B, T, -1, self._head_dim).transpose(0, 2, 1, 3)
+        q = product(self.norm(p), self.q).reshape(B, T, -1, self._head_dim).transpose(0, 2, 1, 3)
         q = self._attention.rope(q, offset=offset)
         y = scaled_dot_product_attention(q, keys, values, cache=None, scale=self._attention.scale, mask=mask)
-        return y.transpose(0, 2, 1, 3).reshape(B, T, -1) @ self.o
+        return product(y.transpose(0, 2, 1, 3).reshape(B, T, -1), self.o)
 
 
 class FastBlock(nn.Module):
@@ -185,12 +214,13 @@ class FastBlock(nn.Module):
         self._form = config.form
         if config.form == "block":
             self.deltas = _new_deltas(block, config.rank)
-            self._base = _changed(block, self.deltas, pair=False)
-            self._pair = _changed(block, self.deltas, pair=True)
+            self._block = block
+            self._base = _changed(block, self._with_delta(pair=False))
+            self._pair = _changed(block, self._with_delta(pair=True))
         elif config.form == "attention":
             attention = block[parts.attention]
             self.deltas = _new_deltas(attention, config.rank)
-            self._base = _changed(attention, self.deltas, pair=False)
+            self._base = _changed(attention, self._with_delta(pair=False))
             self._norm = block[parts.attention_norm]
         if config.ffn_width:
             self.ffn = SmallFFN(backbone.width, config.ffn_width, config.feed_slow)
@@ -198,6 +228,19 @@ class FastBlock(nn.Module):
             attention = block[parts.attention]
             heads = backbone.config["num_attention_heads"]
             self.deep = DeepAttention(attention, backbone.width, heads, head_dim(backbone))
+
+    def _with_delta(self, pair: bool):
+        def make(matrix, name):
+            return Changed(matrix, self.deltas[name], pair) if name in self.deltas else matrix
+
+        return make
+
+    def merged_pair(self) -> nn.Module:
+        """What `pair` computes with, as it is now, in as few operations as a block of this size
+        allows; anew after training."""
+        if not is_small(self._block):
+            return self._pair
+        return _changed(self._block, lambda matrix, name: TwoMatrices(matrix, self.deltas.get(name)))
 
     def _own_parts(self, p, h, deep):
         """What comes on top of the base block: deep attention, then the small FFN."""
@@ -225,13 +268,14 @@ class FastBlock(nn.Module):
                 p = p + self._base(self._norm(p), mask, cache=shared)
         return self._own_parts(p, h, deep)
 
-    def pair(self, h, p, slow, deep):
+    def pair(self, h, p, slow, deep, merged=None):
         """(h_l, p_l) -> (h_{l+1}, p_{l+1}) for one new token: one read of each base matrix.
 
-        Only for the form `block`. `slow` is the slow cache entry of block l and grows by one.
+        Only for the form `block`. `slow` is the slow cache entry of block l and grows by one;
+        `merged` is what `merged_pair` gave.
         """
         mask = one_token_mask(slow)
-        both = self._pair(mx.concatenate([h, p]), mask, cache=PairKV(slow))
+        both = (merged or self._pair)(mx.concatenate([h, p]), mask, cache=PairKV(slow))
         return both[:1], self._own_parts(both[1:], both[:1], deep)
 
 

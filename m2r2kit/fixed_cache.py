@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from .rotation import shared_angles
+from .lean_pass import lean_pass
 
 FEW = 16  # passes of up to so many tokens are compiled: one trace for each number and each room
 STEP = 128  # positions are allocated in multiples of this
@@ -96,7 +96,7 @@ class Traced:
         entries: list[FixedKV | None] = [None] * self.depth
         for l, k, v in zip(self.blocks, keys, values, strict=True):
             entries[l] = FixedKV(k, v, offset)
-        with shared_angles():
+        with lean_pass():
             out = self.body(entries, *inputs)
         written = [entries[l] for l in self.writes]
         return out, [e.keys for e in written], [e.values for e in written]

@@ -154,10 +154,18 @@ class AcceleratedStream(nn.Module):
         """
         a, b = self.interval(exit or self.config.exits[0])
         if is_fixed(cache, 0):
-            return self._compiled_step(a, b)(cache, h, mx.array(verified))
+            return self._compiled("step", a, b)(cache, h, mx.array(verified))
         return self._step(h, cache, verified, a, b)
 
-    def _step(self, h, cache, verified, a, b):
+    def read(self, token, cache, verified: int, exit: int | None = None) -> tuple[mx.array, mx.array]:
+        """`step` from a token's id to what the head reads in p_E: (1, 1) -> h_E (1, 1, D), logits (1, 1, V)."""
+        a, b = self.interval(exit or self.config.exits[0])
+        if is_fixed(cache, 0):
+            return self._compiled("read", a, b)(cache, token, mx.array(verified))
+        h, p = self._step(self._backbone.embed(token), cache, verified, a, b)
+        return h, self._backbone.head(p)
+
+    def _step(self, h, cache, verified, a, b, merged=None):
         h = self._backbone.run(h, cache, 0, a)
         p = h
         for l in range(a, b):
@@ -168,25 +176,29 @@ class AcceleratedStream(nn.Module):
                 keys, values, deep_mask = seen(cache[block.read], verified)
                 deep = (keys, values, offset, deep_mask)
             if self.config.form == "block":
-                h, p = block.pair(h, p, cache[l], deep)
+                h, p = block.pair(h, p, cache[l], deep, merged[l] if merged else None)
             else:
                 h = self._backbone.run(h, cache, l, l + 1)
                 p = block(p, h, SharedKV(cache[l], 1), mask, deep)
         return h, p
 
-    def _compiled_step(self, a: int, b: int) -> Traced:
-        """`_step` compiled, and anew when training has put other weights in place."""
+    def _compiled(self, kind: str, a: int, b: int) -> Traced:
+        """`step` or `read` compiled, and anew when training has put other weights in place."""
         weights = [module[name] for module, name in self._places]
-        known, traced = self._traced.get(b, ([], None))
+        known, traced = self._traced.get((kind, b), ([], None))
         if traced is None or any(x is not y for x, y in zip(known, weights, strict=True)):
+            mx.eval(weights)  # or the compiled pass would make them anew each time
+            is_block = self.config.form == "block"
+            merged = {l: self.fast[l].merged_pair() for l in range(a, b)} if is_block else None
+
+            def body(entries, x, verified):
+                h = self._backbone.embed(x) if kind == "read" else x
+                h, p = self._step(h, entries, verified, a, b, merged)
+                return h, self._backbone.head(p) if kind == "read" else p
+
             reads = [self.fast[l].read for l in range(a, b)] if self.config.deep else ()
-            traced = Traced(
-                lambda entries, h, verified: self._step(h, entries, verified, a, b),
-                self._backbone.depth,
-                range(b),
-                reads,
-            )
-            self._traced[b] = weights, traced
+            traced = Traced(body, self._backbone.depth, range(b), reads)
+            self._traced[kind, b] = weights, traced
         return traced
 
 

@@ -45,8 +45,10 @@ def shared_angles():
 
 def _table(rope: nn.RoPE, rows: int, offset: mx.array) -> tuple[mx.array, mx.array]:
     """cos and signed sin of the angles of `rows` positions from `offset` on: (rows, dims) each."""
-    positions = (mx.arange(rows) + offset).astype(mx.float32) * rope.scale
-    inverse = mx.exp(mx.arange(0, rope.dims, 2) * (-mx.log(mx.array(rope.base)) / rope.dims))
-    angles = positions[:, None] * inverse
-    cos, sin = mx.cos(angles), mx.sin(angles)
-    return mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
+    inverse = rope.base ** (-mx.arange(0, rope.dims, 2) / rope.dims) * rope.scale
+    inverse = mx.concatenate([inverse, inverse])
+    sign = mx.concatenate([-mx.ones(rope.dims // 2), mx.ones(rope.dims // 2)])
+    positions = mx.arange(rows)[:, None]
+    mx.eval(inverse, sign, positions)  # constants of the compiled pass, not parts of it
+    angles = (positions + offset) * inverse
+    return mx.cos(angles), mx.sin(angles) * sign

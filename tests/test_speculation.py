@@ -49,7 +49,7 @@ class Scripted(EarlyExit):
         draft = drafters.Draft([], [], [])
         token = mx.array([[token]])
         for i in range(drafts):
-            h, _ = self._step(self.backbone.embed(token), cache, verified)
+            h, _ = self._read(token, cache, verified)
             token = mx.array([[self.text[verified + 1 + i]]])
             draft.states.append(h)
             draft.tokens.append(token)
@@ -345,15 +345,13 @@ def test_the_checks_pass_when_nothing_is_broken():
 
 
 def test_verifying_p_in_place_of_h_is_caught():
-    step = M2R2._step
+    def mixed_up(self, token, cache, verified):
+        _, p = self.stream.step(self.backbone.embed(token), cache, verified, self.exit)
+        return p, self.backbone.head(p)
 
-    def mixed_up(self, h, cache, verified):
-        _, p = step(self, h, cache, verified)
-        return p, p
-
-    with patched(M2R2, "_step", mixed_up), pytest.raises(AssertionError):
+    with patched(M2R2, "_read", mixed_up), pytest.raises(AssertionError):
         check_equal(m2r2(), 4)
-    with patched(M2R2, "_step", mixed_up), pytest.raises(AssertionError):
+    with patched(M2R2, "_read", mixed_up), pytest.raises(AssertionError):
         check_cache(m2r2(), 4)
 
 

@@ -100,6 +100,7 @@ def settings(args) -> StreamConfig:
         exits=(args.exit,) if args.exit else default.exits,
         rate=args.rate,
         rank=default.rank if args.rank is None else args.rank,
+        ffn_width=default.ffn_width if args.ffn_width is None else args.ffn_width,
         deep=default.deep,
     )
 

@@ -43,10 +43,9 @@ class EarlyExit:
             raise UserError(f"The exit must lie between 1 and {backbone.depth - 1}; got {exit}.")
         self.backbone, self.exit = backbone, exit
 
-    def _step(self, h: mx.array, cache: list, verified: int) -> tuple[mx.array, mx.array]:
-        """(slow state at the exit, state that the head reads) of one token, each (1, 1, D)."""
-        h = self.backbone.run(h, cache, 0, self.exit)
-        return h, h
+    def _read(self, token: mx.array, cache: list, verified: int) -> tuple[mx.array, mx.array]:
+        """What comes of one token (1, 1): the slow state at the exit (1, 1, D), and logits (1, 1, V)."""
+        return self.backbone.read(token, cache, self.exit)
 
     def __call__(self, token, drafts: int, sampler: Sampler, cache: list, verified: int) -> Draft:
         """Draft after the pending token.
@@ -58,8 +57,7 @@ class EarlyExit:
         draft = Draft([], [], [])
         token = mx.array([[token]]) if isinstance(token, int) else token
         for _ in range(drafts):
-            h, read = self._step(self.backbone.embed(token), cache, verified)
-            logits = self.backbone.head(read)
+            h, logits = self._read(token, cache, verified)
             draft.states.append(h)
             if sampler.greedy:  # stays lazy: the whole draft is computed with its verification
                 token = mx.argmax(logits, axis=-1)
@@ -81,5 +79,5 @@ class M2R2(EarlyExit):
         self.stream = stream
         stream.interval(self.exit)  # refuses an exit that it was not trained for
 
-    def _step(self, h, cache, verified):
-        return self.stream.step(h, cache, verified, self.exit)
+    def _read(self, token, cache, verified):
+        return self.stream.read(token, cache, verified, self.exit)

@@ -1,0 +1,91 @@
+"""Fewer operations in a compiled pass.
+
+In a small model a pass is mostly the cost of starting its operations one by one: some seventy in
+each block, of which the greater part moves no number. MLX takes a row times a matrix apart into
+a transpose, a flattening, the product and an unflattening, and attention on a CPU likewise.
+While a pass is traced, the functions below stand in their places. Each does the same arithmetic.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from threading import RLock, local
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .rotation import shared_angles
+
+linear, as_linear = nn.Linear.__call__, nn.Embedding.as_linear
+attention = mx.fast.scaled_dot_product_attention
+lock, here = RLock(), local()  # one pass at a time, and other threads compute as always
+
+
+@contextmanager
+def lean_pass():
+    """Whatever this thread traces inside is made of fewer operations."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        yield  # elsewhere MLX has one kernel for each of these
+        return
+    with lock, shared_angles(), ExitStack() as stack:
+        stack.enter_context(replaced(here, "tracing", True))
+        stack.enter_context(replaced(nn.Linear, "__call__", linear_))
+        stack.enter_context(replaced(nn.Embedding, "as_linear", as_linear_))
+        stack.enter_context(replaced(mx.fast, "scaled_dot_product_attention", attention_with({})))
+        yield
+
+
+def is_lean() -> bool:
+    """Whether this thread is tracing such a pass."""
+    return getattr(here, "tracing", False)
+
+
+@contextmanager
+def replaced(owner, name: str, stand_in):
+    """A value that stands in another's place for a while."""
+    before = getattr(owner, name, None)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def product(x: mx.array, matrix: mx.array) -> mx.array:
+    """x @ matrix, in a lean pass as one operation: x (B, T, in), matrix (in, out) -> (B, T, out)."""
+    if is_lean() and x.ndim == 3 and x.shape[0] == 1:
+        matrix = matrix[None]
+        mx.eval(matrix)  # a view made now is a constant of the compiled pass, not a part of it
+    return x @ matrix
+
+
+def linear_(layer: nn.Linear, x: mx.array) -> mx.array:
+    if not is_lean():
+        return linear(layer, x)
+    y = product(x, layer.weight.T)
+    return y + layer.bias if "bias" in layer else y
+
+
+def as_linear_(embedding: nn.Embedding, x: mx.array) -> mx.array:
+    return product(x, embedding.weight.T) if is_lean() else as_linear(embedding, x)
+
+
+def attention_with(masks: dict) -> Callable:
+    """Attention for passes with a yes-or-no mask. `masks` keeps those that were made for heads
+    which share their keys, as all blocks use the same."""
+
+    def attention_(q, k, v, *, scale, mask=None, sinks=None):
+        """q (B, heads, T, d), k and v (B, shared heads, room, d), mask (T, room) -> as q."""
+        plain = isinstance(mask, mx.array) and mask.dtype == mx.bool_ and mask.ndim <= 2
+        if sinks is not None or not plain or not is_lean():
+            return attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+        B, heads, T, d = q.shape
+        repeats = heads // k.shape[1]
+        if mask.ndim == 2 and min(repeats, mask.shape[0]) > 1:
+            if id(mask) not in masks:  # the mask is kept as well: its id stands for it as long as it lives
+                masks[id(mask)] = mx.tile(mask, (repeats, 1)), mask
+            mask = masks[id(mask)][0]
+        scores = (q.reshape(B, -1, repeats * T, d) @ k.swapaxes(-1, -2)) * scale
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        return (mx.softmax(scores, axis=-1, precise=True) @ v).reshape(B, heads, T, -1)
+
+    return attention_
