@@ -158,7 +158,7 @@ class AcceleratedStream(nn.Module):
         return self._step(h, cache, verified, a, b)
 
     def read(self, token, cache, verified: int, exit: int | None = None) -> tuple[mx.array, mx.array]:
-        """`step` from a token's id to what the head reads in p_E: (1, 1) -> h_E (1, 1, D), logits (1, 1, V)."""
+        """`step` from a token to what the head reads in p_E: (1, 1) -> h_E (1, 1, D), logits (1, 1, V)."""
         a, b = self.interval(exit or self.config.exits[0])
         if is_fixed(cache, 0):
             return self._compiled("read", a, b)(cache, token, mx.array(verified))

@@ -1,8 +1,8 @@
 """What this machine is, and what must be true before anything is computed on it.
 
-`prepare()` runs when `m2r2kit` is imported. On Linux it puts OpenBLAS under MLX (`blas.py`)
-asks the allocator to keep freed memory and the scheduler for fewer interruptions; on macOS, and where conda built MLX, it leaves
-the BLAS as it is.
+`prepare()` runs when `m2r2kit` is imported. On Linux it puts OpenBLAS under MLX (`blas.py`),
+asks the allocator to keep freed memory, and the scheduler for fewer interruptions; on macOS,
+and where conda built MLX, it leaves the BLAS as it is.
 
 Environment: `M2R2KIT_BLAS=stock` leaves MLX's BLAS alone.
 """

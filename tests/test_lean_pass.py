@@ -1,4 +1,4 @@
-"""A lean pass computes what MLX's own functions compute, with fewer operations, and only while it is traced."""
+"""A lean pass computes what MLX's own functions do, with fewer operations, and only while it is traced."""
 
 import re
 import threading
