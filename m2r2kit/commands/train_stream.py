@@ -102,6 +102,7 @@ def settings(args) -> StreamConfig:
         rank=default.rank if args.rank is None else args.rank,
         ffn_width=default.ffn_width if args.ffn_width is None else args.ffn_width,
         deep=default.deep,
+        carry=args.carry,
     )
 
 
