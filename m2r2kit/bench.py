@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from .backbone import Backbone, crop
 from .speculation import Plain, Sampler, generate
-from .speculation.loop import MOST_DRAFTS, Generation, draft_and_verify, one_token
+from .speculation.loop import MOST_DRAFTS, Generation, draft_and_verify, one_token, read_prompt, verify
 from .speculation.methods import mlx_lm_generate
 
 PLAIN_STEPS = 4  # timed together, because the loop starts each before the last one is read
@@ -142,12 +142,12 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
     Timed in turn after the same prompt, as the loop runs them: some plain steps, a whole step of
     drafts and verification, and the verification alone; medians. The drafts are the difference.
     """
-    K, E = arm.drafts, arm.drafter.exit
+    K, drafter = arm.drafts, arm.drafter
     cache = backbone.new_cache(len(prompt) + MOST_DRAFTS)
     pending, length, greedy = prompt[-1], len(prompt) - 1, Sampler()
+    drafter.begin(prompt, len(prompt) + MOST_DRAFTS)
     if length:
-        backbone.run(backbone.embed(mx.array([prompt[:-1]])), cache)
-    mx.eval([(c.keys, c.values) for c in cache if c.keys is not None])
+        read_prompt(backbone, drafter, prompt, cache)
 
     def plain():
         token, ahead = pending, None
@@ -155,26 +155,25 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
             (token,), ahead = one_token(backbone, token, ahead, i + 1 < PLAIN_STEPS, greedy, cache)
 
     def whole():
-        draft_and_verify(backbone, arm.drafter, pending, K, greedy, cache, length)
+        draft_and_verify(backbone, drafter, prompt, K, greedy, cache)
 
-    def verify():
-        states = [*drafted.states, backbone.run(backbone.embed(drafted.tokens[-1]), cache, 0, E)]
-        mx.eval(backbone.finish(mx.concatenate(states, axis=1), cache, E).argmax(-1))
+    def check():
+        mx.eval(verify(backbone, drafter, drafted, pending, cache)[0].argmax(-1))
 
-    times: dict[str, list[float]] = {"plain": [], "whole": [], "verify": []}
+    times: dict[str, list[float]] = {"plain": [], "whole": [], "check": []}
     for i in range(repeats + 2):  # the first two warm up
-        for part in (plain, whole, verify):
-            if part is verify:
-                drafted = arm.drafter(pending, K, greedy, cache, length)
+        for part in (plain, whole, check):
+            if part is check:
+                drafted = drafter(prompt, K, greedy, cache)
                 mx.eval(drafted.tokens, drafted.states)
             begun = time.perf_counter()
             part()
             if i >= 2:
                 times[part.__name__].append(time.perf_counter() - begun)
             crop(cache, length)
-    unit, step, check = (statistics.median(times[k]) for k in ("plain", "whole", "verify"))
+    unit, step, checked = (statistics.median(times[k]) for k in ("plain", "whole", "check"))
     unit /= PLAIN_STEPS
-    return (step - check) / K / unit, check / unit
+    return (step - checked) / K / unit, checked / unit
 
 
 # --- the whole ----------------------------------------------------------------------------

@@ -45,12 +45,12 @@ class Scripted(EarlyExit):
         super().__init__(view or tiny.backbone(), exit)
         self.text = text
 
-    def __call__(self, token, drafts, sampler, cache, verified):
-        draft = drafters.Draft([], [], [])
-        token = mx.array([[token]])
+    def __call__(self, text, drafts, sampler, cache):
+        draft = drafters.Draft()
+        token = mx.array([[text[-1]]])
         for i in range(drafts):
-            h, _ = self._read(token, cache, verified)
-            token = mx.array([[self.text[verified + 1 + i]]])
+            h, _ = self._read(token, cache, len(text) - 1)
+            token = mx.array([[self.text[len(text) + i]]])
             draft.states.append(h)
             draft.tokens.append(token)
         return draft
@@ -312,8 +312,8 @@ def test_a_step_leaves_one_position_a_row_and_reports_what_it_emitted():
     view, text = tiny.backbone(), PROMPT + plain(max_tokens=30).tokens
     cache = view.new_cache()
     view.run(view.embed(mx.array([PROMPT[:-1]])), cache)
-    emitted = loop.draft_and_verify(view, Scripted(text), PROMPT[-1], 3, Sampler(), cache, len(PROMPT) - 1)
-    assert emitted == text[len(PROMPT) :][:4]
+    emitted, drafted, _ = loop.draft_and_verify(view, Scripted(text), PROMPT, 3, Sampler(), cache)
+    assert emitted == text[len(PROMPT) :][:4] and drafted == 3
     assert [c.offset for c in cache] == [len(PROMPT) + 3] * tiny.BLOCKS
 
 
@@ -370,13 +370,13 @@ def test_a_cache_cropped_at_the_wrong_place_is_caught(off):
 def test_a_position_off_by_one_is_caught():
     verify = loop.draft_and_verify
 
-    def shifted(backbone, drafter, pending, k, sampler, cache, verified):
+    def shifted(backbone, drafter, text, k, sampler, cache):
         for c in cache[drafter.exit :]:  # the rows of the verification think they stand one further
             c.offset += 1
-        emitted = verify(backbone, drafter, pending, k, sampler, cache, verified)
+        step = verify(backbone, drafter, text, k, sampler, cache)
         for c in cache[drafter.exit :]:
             c.offset -= 1
-        return emitted
+        return step
 
     with patched(loop, "draft_and_verify", shifted):
         assert_caught(equal_and_cached(), at_least=2)

@@ -30,7 +30,7 @@ def run(args) -> int:
     arms = []
     for name in names:
         who = None if name == "mlx_lm" else drafter(name, backbone, folder, args.exit)
-        arms.append(Arm(name, who, drafts if name in ("early-exit", "m2r2") else 0))
+        arms.append(Arm(name, who, 0 if name in ("plain", "mlx_lm") else drafts))
     ids = [backbone.encode(p.prompt) for p in prompts]
     rounds = len(prompts) * len(arms) * (args.repeats + 1)
     with tqdm(total=rounds, unit="text", disable=not sys.stderr.isatty()) as bar:

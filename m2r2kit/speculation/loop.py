@@ -5,7 +5,7 @@ A step begins with one pending token, emitted but not yet in the cache:
     draft    K tokens, running the blocks below the exit E on each        (drafters.py)
     verify   the K + 1 rows through blocks E..N, in one pass
     accept   the longest right prefix and one token of the model's own    (accept.py)
-    crop     the cache to what was accepted
+    crop     the cache to what was accepted, and tell the drafter
 """
 
 import time
@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..backbone import Backbone, crop
 from ..errors import UserError
 from .accept import Sampler, accept_greedy, accept_sampled
-from .drafters import Plain
+from .drafters import Draft, Drafter, Plain, as_row
 
 MOST_DRAFTS = 16
 FIRST_ROOM = 256  # of an answer in the cache; it grows with a longer one
@@ -29,7 +29,7 @@ class Generation:
 
     Attributes:
         tokens: emitted ids, the end-of-text mark included if it was reached.
-        drafted: drafts offered in each step.
+        drafted: drafts offered in each step (a drafter may offer fewer than it is asked for).
         accepted: drafts accepted in each step (those after an end of text do not count).
         from_draft: for each emitted token, whether it was a draft.
         seconds: from the first pass over the prompt to the last token.
@@ -52,7 +52,7 @@ class Generation:
 def generate(
     backbone: Backbone,
     prompt: list[int],
-    drafter=None,
+    drafter: Drafter | None = None,
     drafts: int = 4,
     max_tokens: int = 128,
     sampler: Sampler | None = None,
@@ -89,28 +89,42 @@ def generate(
     out, begun = Generation(), time.perf_counter()
 
     verified = len(prompt) - 1  # positions of the cache that hold the model's own states
+    drafter.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
     if verified:
-        backbone.run(backbone.embed(mx.array([prompt[:-1]])), cache)
-        mx.eval([(c.keys, c.values) for c in cache])
-    pending, ahead = prompt[-1], None
+        read_prompt(backbone, drafter, prompt, cache)
+    text, ahead = list(prompt), None
     while len(out.tokens) < limit and out.stopped != "eos":
         k = min(drafts, limit - len(out.tokens) - 1)  # the pass itself adds one token
         if k == 0 or isinstance(drafter, Plain):
             more = len(out.tokens) + 1 < limit
-            emitted, ahead = one_token(backbone, pending, ahead, more, sampler, cache)
-            k = 0
+            emitted, ahead = one_token(backbone, text[-1], ahead, more, sampler, cache)
+            new = _keep(out, emitted, 0, backbone.eos)
         else:
-            emitted = draft_and_verify(backbone, drafter, pending, k, sampler, cache, verified)
-        new = _keep(out, emitted, k, backbone.eos)
+            emitted, drafted, states = draft_and_verify(backbone, drafter, text, k, sampler, cache)
+            new = _keep(out, emitted, drafted, backbone.eos)
+            crop(cache, verified + new)
+            if drafter.wants_states:
+                drafter.learn(states[:, :new])
         verified += new
-        pending = out.tokens[-1]
-        if k:
-            crop(cache, verified)
+        text += out.tokens[-new:]
         if on_tokens:
             on_tokens(out.tokens[-new:], out.from_draft[-new:])
     crop(cache, len(prompt) + len(out.tokens) - 1)
     out.seconds = time.perf_counter() - begun
     return out
+
+
+def read_prompt(backbone: Backbone, drafter: Drafter, prompt: list[int], cache: list) -> None:
+    """All but the last token of a prompt into the cache, and to the drafter if it wants their states."""
+    h = backbone.embed(mx.array([prompt[:-1]]))
+    if drafter.wants_states:
+        h = backbone.run(h, cache, 0, drafter.exit or backbone.depth)
+        drafter.learn(h)
+        if drafter.exit:
+            backbone.run(h, cache, drafter.exit)
+    else:
+        backbone.run(h, cache)
+    mx.eval([(c.keys, c.values) for c in cache])
 
 
 def one_token(backbone: Backbone, pending, ahead, more: bool, sampler: Sampler, cache: list):
@@ -132,23 +146,49 @@ def one_token(backbone: Backbone, pending, ahead, more: bool, sampler: Sampler, 
     return [choice.item()], ahead
 
 
-def draft_and_verify(backbone, drafter, pending: int, k: int, sampler: Sampler, cache: list, verified: int):
-    """One step with k >= 1 drafts: the tokens that it emits, 1..k + 1 of them.
+def draft_and_verify(
+    backbone: Backbone, drafter: Drafter, text: list[int], k: int, sampler: Sampler, cache: list
+) -> tuple[list[int], int, mx.array | None]:
+    """One step with up to k >= 1 drafts: (tokens that it emits, how many were drafted, states).
 
-    The cache grows by k + 1 positions, of which the caller keeps as many as were emitted.
+    Of K drafts it emits 1..K + 1 tokens. The cache grows by K + 1 positions, of which the caller keeps
+    as many as were emitted; so do the states (1, K + 1, D), which the drafter may want.
     """
-    E = drafter.exit
-    draft = drafter(pending, k, sampler, cache, verified)
-    # the last draft has not been through the blocks below the exit yet
-    last = draft.tokens[-1]
-    last = mx.array([[last]]) if isinstance(last, int) else last
-    states = [*draft.states, backbone.run(backbone.embed(last), cache, 0, E)]
-    logits = backbone.finish(mx.concatenate(states, axis=1), cache, E)[0]  # (k + 1, V)
+    draft = drafter(text, k, sampler, cache)
+    logits, states = verify(backbone, drafter, draft, text[-1], cache)
+    K = len(draft.tokens)
     if sampler.greedy:
         choices = mx.argmax(logits, axis=-1)
-        ids = mx.concatenate([*(t[0] for t in draft.tokens), choices]).tolist()
-        return accept_greedy(ids[:k], ids[k:])
-    return accept_sampled(draft.tokens, draft.q, sampler.probabilities(logits), sampler)
+        if K and isinstance(draft.tokens[0], mx.array):  # one wait for the draft and its verification
+            ids = mx.concatenate([*(t[0] for t in draft.tokens), choices]).tolist()
+        else:
+            ids = [*draft.tokens, *choices.tolist()]
+        return accept_greedy(ids[:K], ids[K:]), K, states
+    return accept_sampled(draft.tokens, draft.q, sampler.probabilities(logits), sampler), K, states
+
+
+def verify(
+    backbone: Backbone, drafter: Drafter, draft: Draft, pending: int, cache: list
+) -> tuple[mx.array, mx.array | None]:
+    """The pending token and K drafts through all blocks that they have not been through: logits
+    (K + 1, V), and the states that the drafter wants (`Drafter.learn`), (1, K + 1, D)."""
+    E = drafter.exit
+    read = sum(h.shape[1] for h in draft.states)
+    unread = [pending, *draft.tokens][read:]  # such as the last draft, which nobody has drafted after
+    if all(isinstance(token, int) for token in unread):
+        unread = mx.array([unread]) if unread else None
+    else:
+        unread = mx.concatenate([as_row(token) for token in unread], axis=1)
+    if E == 0:
+        if not drafter.wants_states:
+            return backbone.logits(unread, cache)[0], None
+        h, logits = backbone.read(unread, cache, backbone.depth)
+        return logits[0], h
+    rows = draft.states
+    if unread is not None:
+        rows = [*rows, backbone.run(backbone.embed(unread), cache, 0, E)]
+    h = mx.concatenate(rows, axis=1)
+    return backbone.finish(h, cache, E)[0], h
 
 
 def _keep(out: Generation, emitted: list[int], k: int, eos: set[int]) -> int:

@@ -11,8 +11,9 @@ from ..errors import UserError
 from ..residuals import StreamConfig, load_stream
 from .drafters import M2R2, EarlyExit, Plain
 from .loop import Generation
+from .prompt_lookup import PromptLookup
 
-METHODS = ("plain", "mlx_lm", "early-exit", "m2r2")
+METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup")
 DRAFTS = 4  # where the stream does not say better
 
 
@@ -47,6 +48,8 @@ def drafter(method: str, backbone: Backbone, folder: Path, exit: int | None = No
         return EarlyExit(backbone, exit)
     if method == "m2r2":
         return M2R2(backbone, load_stream(backbone, folder), exit)
+    if method == "prompt-lookup":
+        return PromptLookup(backbone)
     raise UserError(f"There is no method {method}; choose {', '.join(METHODS)}.")
 
 
