@@ -189,7 +189,10 @@ def _train_stream(parser):
         "--rank", type=natural, metavar="R", help="rank of its changes of the base matrices; 0 for none"
     )
     parser.add_argument(
-        "--carry", action="store_true", help="begin with the last state of the token before, as EAGLE does"
+        "--carry",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also begin with the last state of the token before, as in EAGLE (default: yes)",
     )
     parser.add_argument("--ffn-width", type=natural, metavar="W", help="width of its own FFN; 0 for none")
     parser.add_argument(

@@ -48,13 +48,13 @@ class StreamConfig:
     """
 
     form: str = "block"
-    exits: tuple[int, ...] = (2,)
+    exits: tuple[int, ...] = (1,)
     rate: float | None = None
     rank: int = 32
-    ffn_width: int = 160
+    ffn_width: int = 640
     feed_slow: bool = True
     deep: bool = True
-    carry: bool = False
+    carry: bool = True
 
 
 def intervals(config: StreamConfig) -> list[tuple[int, int]]:
