@@ -15,7 +15,7 @@ from .errors import UserError
 from .records import ROOT
 
 MODEL = ROOT / "data" / "pocket-dense"
-PEERS = ("draft-model",)  # those that are trained
+PEERS = ("draft-model", "eagle", "medusa", "kangaroo", "deed")  # those that are trained
 METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup", *PEERS)
 FORMS = ("block", "attention", "adapter")
 

@@ -173,7 +173,8 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
             crop(cache, length)
     unit, step, checked = (statistics.median(times[k]) for k in ("plain", "whole", "check"))
     unit /= PLAIN_STEPS
-    return (step - checked) / K / unit, checked / unit
+    made = max(1, len(drafted.tokens))  # some drafters stop by themselves
+    return (step - checked) / made / unit, checked / unit
 
 
 # --- the whole ----------------------------------------------------------------------------

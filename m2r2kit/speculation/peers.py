@@ -17,8 +17,12 @@ from .. import checkpoints
 from ..backbone import Backbone
 from ..errors import UserError
 from ..training import DistilConfig, History, Lesson, distil
+from .deed import Deed, DeedConfig, DeedExits
 from .draft_model import DraftModel, DraftModelConfig, TwoModels
 from .drafters import Drafter
+from .eagle import Eagle, EagleBlock, EagleConfig
+from .kangaroo import Kangaroo, KangarooBlock, KangarooConfig
+from .medusa import Medusa, MedusaConfig, MedusaHeads
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Kind:
 
 KINDS = {
     "draft-model": Kind(DraftModelConfig, DraftModel, TwoModels),
+    "eagle": Kind(EagleConfig, EagleBlock, Eagle),
+    "medusa": Kind(MedusaConfig, MedusaHeads, Medusa),
+    "kangaroo": Kind(KangarooConfig, KangarooBlock, Kangaroo),
+    "deed": Kind(DeedConfig, DeedExits, Deed),
 }
 
 
