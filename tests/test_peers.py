@@ -16,6 +16,7 @@ from m2r2kit.errors import UserError
 from m2r2kit.speculation import EarlyExit, Sampler, generate, loop, peers
 from m2r2kit.speculation.draft_model import DraftModel, DraftModelConfig
 from m2r2kit.speculation.eagle import Eagle
+from m2r2kit.speculation.lookahead import Lookahead
 from m2r2kit.speculation.own_parts import OwnPass
 from m2r2kit.speculation.prompt_lookup import PromptLookup, lookup
 from m2r2kit.training import DistilConfig, teach
@@ -49,8 +50,12 @@ def untrained(kind, **settings):
     return make
 
 
+def lookahead(view):
+    return Lookahead(view, window=3, ngram=3, candidates=3)
+
+
 SURE = {"kangaroo": {"threshold": 0.2}, "deed": {"threshold": 0.2}}  # of some tokens, with shaken weights
-MAKERS = [prompt_lookup, *(untrained(kind, **SURE.get(kind, {})) for kind in peers.KINDS)]
+MAKERS = [lookahead, prompt_lookup, *(untrained(kind, **SURE.get(kind, {})) for kind in peers.KINDS)]
 each_kind = pytest.mark.parametrize("kind", peers.KINDS)
 each_drafter = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
@@ -142,7 +147,7 @@ def ids(draft):
     return [t if isinstance(t, int) else t.item() for t in draft.tokens]
 
 
-@each_drafter
+@pytest.mark.parametrize("make", MAKERS[1:], ids=lambda make: make.__name__)  # lookahead's is of its passes
 def test_memory_is_that_of_the_text(make):
     for prompt in PROMPTS:
         check_memory(make, prompt)

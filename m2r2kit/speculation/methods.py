@@ -11,10 +11,11 @@ from ..errors import UserError
 from ..residuals import StreamConfig, load_stream
 from . import peers
 from .drafters import M2R2, Drafter, EarlyExit, Plain
+from .lookahead import Lookahead
 from .loop import Generation
 from .prompt_lookup import PromptLookup
 
-METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup", *peers.KINDS)
+METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup", "lookahead", *peers.KINDS)
 DRAFTS = 4  # where the stream does not say better
 
 
@@ -65,6 +66,8 @@ def drafter(
         return M2R2(backbone, load_stream(backbone, stream), exit)
     if method == "prompt-lookup":
         return PromptLookup(backbone)
+    if method == "lookahead":
+        return Lookahead(backbone)
     if method in peers.KINDS:
         folder = (Path(stream).parent / "drafters" if drafters is None else drafters) / method
         return peers.drafter(backbone, method, peers.load(backbone, method, folder)[0])
