@@ -15,7 +15,8 @@ from .errors import UserError
 from .records import ROOT
 
 MODEL = ROOT / "data" / "pocket-dense"
-METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup")
+PEERS = ("draft-model", "eagle", "medusa", "kangaroo", "deed")  # those that are trained
+METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup", "lookahead", *PEERS)
 FORMS = ("block", "attention", "adapter")
 
 
@@ -78,6 +79,12 @@ def _drafting(parser):
         type=Path,
         metavar="DIR",
         help="the trained accelerated stream (default: the folder 'stream' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--drafters",
+        type=Path,
+        metavar="DIR",
+        help="the trained peers (default: the folder 'drafters' inside the model's folder)",
     )
     parser.add_argument("--draft", type=natural, metavar="K", help="tokens drafted before each verification")
     parser.add_argument(
@@ -218,6 +225,29 @@ def _train_stream(parser):
     _processes(parser)
 
 
+def _train_drafter(parser):
+    _model(parser)
+    parser.add_argument("--kind", choices=PEERS, required=True, help="which way of drafting")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to save it (default: 'drafters/KIND' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
+    )
+    parser.add_argument(
+        "--rows", type=count, default=2400, metavar="N", help="rows of 128 tokens to learn from"
+    )
+    parser.add_argument("--steps", type=count, metavar="N", help="training steps")
+    parser.add_argument(
+        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
+    )
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+
+
 def parser() -> Parser:
     """Every command and its arguments."""
     main = Parser(
@@ -256,12 +286,14 @@ def parser() -> Parser:
     about = "compare ways of decoding on the same prompts, interleaved, output checked first"
     _bench_speculation(add(bench, "speculation", _run_bench, about))
 
-    train = commands.add_parser("train", help="train a pocket model, or the accelerated stream of a model")
+    train = commands.add_parser("train", help="train a pocket model, or what drafts for a model")
     train = train.add_subparsers(dest="subject", metavar="WHAT", required=True)
     about = "train a pocket language model from nothing; saves, and goes on where it stopped"
     _train_backbone(add(train, "backbone", _run_train_backbone, about))
     about = "train the accelerated stream of a model, which stays as it is"
     _train_stream(add(train, "stream", _run_train_stream, about))
+    about = "train a peer of the stream, another way of drafting for the same model"
+    _train_drafter(add(train, "drafter", _run_train_drafter, about))
 
     report = add(commands, "report", _run_report, "print the paper's figures beside ours, from records")
     form = report.add_mutually_exclusive_group()
@@ -309,6 +341,12 @@ def _run_train_stream(args):
     from .commands import train_stream
 
     return train_stream.run(args)
+
+
+def _run_train_drafter(args):
+    from .commands import train_drafter
+
+    return train_drafter.run(args)
 
 
 def _run_report(args):

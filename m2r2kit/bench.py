@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from .backbone import Backbone, crop
 from .speculation import Plain, Sampler, generate
+from .speculation.drafters import Draft
 from .speculation.loop import MOST_DRAFTS, Generation, draft_and_verify, one_token, read_prompt, verify
 from .speculation.methods import mlx_lm_generate
 
@@ -165,7 +166,8 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
         for part in (plain, whole, check):
             if part is check:
                 drafted = drafter(prompt, K, greedy, cache)
-                mx.eval(drafted.tokens, drafted.states)
+                if isinstance(drafted, Draft):
+                    mx.eval(drafted.tokens, drafted.states)
             begun = time.perf_counter()
             part()
             if i >= 2:
@@ -173,7 +175,8 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
             crop(cache, length)
     unit, step, checked = (statistics.median(times[k]) for k in ("plain", "whole", "check"))
     unit /= PLAIN_STEPS
-    return (step - checked) / K / unit, checked / unit
+    made = max(1, len(drafted.tokens))  # some drafters stop by themselves
+    return (step - checked) / made / unit, checked / unit
 
 
 # --- the whole ----------------------------------------------------------------------------

@@ -44,11 +44,12 @@ def shared_angles():
 
 
 def _table(rope: nn.RoPE, rows: int, offset: mx.array) -> tuple[mx.array, mx.array]:
-    """cos and signed sin of the angles of `rows` positions from `offset` on: (rows, dims) each."""
+    """cos and signed sin of the angles of `rows` positions from `offset` on, or at the positions in
+    `offset` if there is one for each row: (rows, dims) each."""
     inverse = rope.base ** (-mx.arange(0, rope.dims, 2) / rope.dims) * rope.scale
     inverse = mx.concatenate([inverse, inverse])
     sign = mx.concatenate([-mx.ones(rope.dims // 2), mx.ones(rope.dims // 2)])
     positions = mx.arange(rows)[:, None]
     mx.eval(inverse, sign, positions)  # constants of the compiled pass, not parts of it
-    angles = (positions + offset) * inverse
+    angles = (offset[:, None] if offset.size > 1 else positions + offset) * inverse
     return mx.cos(angles), mx.sin(angles) * sign

@@ -16,6 +16,7 @@ COMMANDS = (
     ("train",),
     ("train", "backbone"),
     ("train", "stream"),
+    ("train", "drafter"),
     ("report",),
 )
 
@@ -45,6 +46,8 @@ def test_help_describes_every_command(command, capsys):
         (["bench", "speculation", "--methods", ","], "an empty list is no method"),
         (["train", "backbone"], "required: --out"),
         (["train", "stream", "--form", "cube"], "invalid choice: 'cube'"),
+        (["train", "drafter"], "required: --kind"),
+        (["train", "drafter", "--kind", "magic"], "invalid choice: 'magic'"),
         (["notebooks", "eat"], "invalid choice: 'eat'"),
         (["report", "--json", "--markdown"], "not allowed with argument"),
     ],
@@ -63,6 +66,12 @@ def test_defaults_are_those_that_programs_rely_on():
     assert generate.model.endswith("data/pocket-dense")
     bench = cli.parser().parse_args(["bench", "speculation", "--methods", "plain, m2r2"])
     assert (bench.methods, bench.repeats, bench.max_tokens) == (["plain", "m2r2"], 5, 128)
+
+
+def test_the_names_of_methods_are_those_of_the_drafters():
+    from m2r2kit.speculation import methods, peers  # the command line names them without importing them
+
+    assert cli.METHODS == methods.METHODS and cli.PEERS == tuple(peers.KINDS)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,25 @@
 """Peers as drafters: whatever drafts, the text and the cache are those of plain decoding."""
 
+from dataclasses import replace
+
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from mlx.utils import tree_flatten, tree_map
 from test_accept import FEW, check_counts, model_joint, sample_model
-from test_speculation import WithEnds, check_cache, check_equal, plain
+from test_speculation import WithEnds, check_cache, check_equal, patched, plain
 
+from m2r2kit import own_text
 from m2r2kit.bench import Arm, step_costs
-from m2r2kit.speculation import Sampler, generate
+from m2r2kit.errors import UserError
+from m2r2kit.speculation import EarlyExit, Sampler, generate, loop, peers
+from m2r2kit.speculation.draft_model import DraftModel, DraftModelConfig
+from m2r2kit.speculation.eagle import Eagle
+from m2r2kit.speculation.lookahead import Lookahead
+from m2r2kit.speculation.own_parts import OwnPass
 from m2r2kit.speculation.prompt_lookup import PromptLookup, lookup
+from m2r2kit.training import DistilConfig, teach
 
 AGAIN = tiny.prompt(4, seed=3) * 3  # a text that repeats itself
 PROMPTS = [[7], tiny.prompt(2), tiny.prompt(6), AGAIN]
@@ -21,7 +32,31 @@ def prompt_lookup(view):
     return PromptLookup(view)
 
 
-MAKERS = [prompt_lookup]
+def shake(w):
+    return w + 0.3 * mx.random.normal(w.shape) * w.shape[-1] ** -0.5
+
+
+def untrained(kind, **settings):
+    """A drafter of a peer whose every number was shaken, so that it drafts something of its own."""
+
+    def make(view):
+        config = replace(peers.KINDS[kind].settings.for_model(view, exit=1), **settings)
+        mx.random.seed(0)
+        module = peers.KINDS[kind].module(view, config)
+        module.update(tree_map(shake, module.trainable_parameters()))
+        return peers.drafter(view, kind, module)
+
+    make.__name__ = kind
+    return make
+
+
+def lookahead(view):
+    return Lookahead(view, window=3, ngram=3, candidates=3)
+
+
+SURE = {"kangaroo": {"threshold": 0.2}, "deed": {"threshold": 0.2}}  # of some tokens, with shaken weights
+MAKERS = [lookahead, prompt_lookup, *(untrained(kind, **SURE.get(kind, {})) for kind in peers.KINDS)]
+each_kind = pytest.mark.parametrize("kind", peers.KINDS)
 each_drafter = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
@@ -73,6 +108,202 @@ def test_sampled_text_has_the_model_s_distribution(make):
 def test_costs_of_a_step_can_be_measured(make):
     c, v = step_costs(tiny.backbone(), Arm("peer", make(tiny.backbone()), 3), AGAIN, repeats=1)
     assert np.isfinite(c) and v > 0
+
+
+@pytest.mark.parametrize("family", ["gemma", "phi3", "olmo2", "qwen3_moe"])
+def test_other_families_have_peers_too(family):
+    view = tiny.backbone(family)
+    for kind in peers.KINDS:
+        check_equal(untrained(kind)(view), 3, view=view, max_tokens=8)
+
+
+# --- what a drafter remembers -------------------------------------------------------------
+
+
+def check_memory(make, prompt=PROMPTS[2], drafts=4) -> int:
+    """In each step it drafts what a new drafter would that was given the text at once; returns the
+    number of different counts of accepted drafts."""
+    view = WithEnds(tiny.backbone(), ())
+    drafter, made = make(view), []
+
+    class Watched(type(drafter)):
+        def __call__(self, text, drafts, sampler, cache):
+            draft = super().__call__(text, drafts, sampler, cache)
+            made.append((list(text), drafts, ids(draft)))
+            return draft
+
+    drafter.__class__ = Watched
+    out = generate(view, prompt, drafter, drafts, 24)
+    for text, k, drafted in made:
+        new, cache = make(view), view.new_cache(len(text))
+        new.begin(text, len(text))
+        if len(text) > 1:
+            loop.read_prompt(view, new, text, cache)
+        assert ids(new(text, k, Sampler(), cache)) == drafted, f"after {len(text)} tokens"
+    return len(set(out.accepted))
+
+
+def ids(draft):
+    return [t if isinstance(t, int) else t.item() for t in draft.tokens]
+
+
+@pytest.mark.parametrize("make", MAKERS[1:], ids=lambda make: make.__name__)  # lookahead's is of its passes
+def test_memory_is_that_of_the_text(make):
+    for prompt in PROMPTS:
+        check_memory(make, prompt)
+
+
+def all_right(kind):
+    """A maker of a peer that has learnt one text by heart: its drafts are often accepted."""
+    view = tiny.backbone()
+    module = new(view, kind)
+    peers.train(module, lessons(view, module.depths), DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
+    return lambda view: peers.drafter(view, kind, module)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "kangaroo"])
+def test_a_memory_that_is_not_cropped_is_caught_though_it_changes_no_text(kind):
+    make = all_right(kind)
+    assert max(check_memory(make, start) for start in STARTS[:4].tolist()) > 1
+    with patched(OwnPass, "crop", lambda self, length: None):
+        with pytest.raises(AssertionError, match="after"):
+            for start in STARTS[:4].tolist():
+                check_memory(make, start)
+        for start in STARTS[:4].tolist():
+            check_equal(make(tiny.backbone()), 3, start)
+
+
+def test_the_states_of_other_rows_are_caught():
+    make, learn = untrained("eagle"), Eagle.learn
+    with patched(Eagle, "learn", lambda self, states: learn(self, mx.roll(states, 1, axis=1))):
+        check_equal(make(tiny.backbone()), 3)
+        with pytest.raises(AssertionError, match="after"):
+            check_memory(make)
+
+
+# --- trained ------------------------------------------------------------------------------
+
+
+STARTS = np.random.default_rng(5).integers(0, tiny.EOS, (16, 2))
+
+
+def lessons(view, depths, length=24):
+    """Text that the tiny model wrote itself, and what the model says of it."""
+    text = own_text.continue_greedily(view, STARTS, length)
+    return [teach(view, text[i : i + 8], depths, set()) for i in range(0, len(text), 8)]
+
+
+def tokens_a_step(view, drafter, drafts=3) -> float:
+    """On the text of the lessons, which is all that so small a peer can learn."""
+    outs = [generate(view, start, drafter, drafts, 22) for start in STARTS[:6].tolist()]
+    return sum(len(out.tokens) for out in outs) / sum(out.steps for out in outs)
+
+
+def new(view, kind):
+    """A peer with room to learn; a tenth of a tiny model has next to none."""
+    if kind == "draft-model":
+        return DraftModel(view, DraftModelConfig(1, 32, 4, 2, 64, tiny.VOCABULARY, tiny.CONTEXT))
+    return peers.new(view, kind, exit=1)
+
+
+@each_kind
+def test_training_lowers_the_loss_and_raises_acceptance(kind):
+    view = tiny.backbone()
+    module = new(view, kind)
+    text = lessons(view, module.depths)
+    loss, tokens = peers.mean_loss(module, text), tokens_a_step(view, peers.drafter(view, kind, module))
+    peers.train(module, text, DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
+    assert peers.mean_loss(module, text) < loss - 0.5
+    assert tokens_a_step(view, peers.drafter(view, kind, module)) > tokens + 0.15
+
+
+@each_kind
+def test_a_saved_peer_comes_back_to_its_own_model_only(kind, tmp_path):
+    view = tiny.backbone()
+    module = peers.new(view, kind, exit=1)
+    peers.save(module, view, tmp_path, drafts=3)
+    loaded, facts = peers.load(view, kind, tmp_path)
+    assert facts["drafts"] == 3 and loaded.config == module.config
+    saved, found = (dict(tree_flatten(m.trainable_parameters())) for m in (module, loaded))
+    assert saved.keys() == found.keys()
+    assert all(mx.allclose(found[name], saved[name], atol=1e-2) for name in saved)
+    other = tiny.backbone("qwen3")
+    with pytest.raises(UserError, match=f"trained for another model .*{other.sha256[:12]}") as refusal:
+        peers.load(other, kind, tmp_path)
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match="There is no trained drafter in"):
+        peers.load(view, kind, tmp_path / "nothing")
+
+
+# --- the draft model ----------------------------------------------------------------------
+
+
+def test_a_draft_model_has_a_tenth_of_the_parameters():
+    view = tiny.backbone("llama", vocab_size=512, num_hidden_layers=24)
+    models = view.model, peers.new(view, "draft-model")
+    large, small = (sum(w.size for _, w in tree_flatten(m.parameters())) for m in models)
+    assert 0.05 < small / large <= 0.1  # widths go in steps of 8
+
+
+def test_a_draft_model_with_other_tokens_is_refused():
+    with pytest.raises(UserError, match="knows 4096 tokens and the model 96; they must share a tokenizer"):
+        DraftModel(tiny.backbone(), DraftModelConfig())
+
+
+# --- confidence ---------------------------------------------------------------------------
+
+
+def drafted(drafter, text, drafts=5):
+    view = tiny.backbone()
+    cache = view.new_cache(len(text))
+    drafter.begin(text, len(text))
+    loop.read_prompt(view, drafter, text, cache)
+    return ids(drafter(text, drafts, Sampler(), cache)), cache
+
+
+def test_kangaroo_stops_where_it_is_not_sure():
+    view = tiny.backbone()
+    counts = {t: len(drafted(untrained("kangaroo", threshold=t)(view), AGAIN)[0]) for t in (0.0, 1.0)}
+    assert counts == {0.0: 5, 1.0: 1}
+
+
+@pytest.mark.parametrize(("threshold", "exit"), [(0.0, 1), (1.1, 3)])
+def test_deed_drafts_at_its_first_or_at_its_last_exit(threshold, exit):
+    """Before training its exits read what a bare early exit reads."""
+    view = tiny.backbone()
+    module = peers.new(view, "deed", exit=1)
+    assert module.config.exits == (1, 2, 3)
+    module.config = replace(module.config, threshold=threshold)
+    deed = peers.drafter(view, "deed", module)
+    found, cache = drafted(deed, AGAIN)
+    assert found == drafted(EarlyExit(view, exit), AGAIN)[0]
+    assert [c.offset for c in cache] == [len(AGAIN) + 4] + [len(AGAIN) - 1] * 3
+
+
+def test_deed_computes_deeper_states_of_tokens_that_left_early():
+    """Each draft is what its exit says after a fresh pass over the text: none attends to a gap."""
+    view, exits = tiny.backbone(), set()
+    module = peers.new(view, "deed", exit=1)
+    for threshold in (0.3, 0.5, 0.7):
+        module.config = replace(module.config, threshold=threshold)
+        for text in PROMPTS[1:]:
+            tokens = list(text)
+            for token in drafted(peers.drafter(view, "deed", module), text)[0]:
+                h = view.states(mx.array([tokens]))
+                for exit in (1, 2, 3):
+                    p = mx.softmax(view.head(h[exit])[0, -1])
+                    if p.max().item() >= threshold:
+                        break
+                assert token == p.argmax().item()
+                exits.add(exit)
+                tokens.append(token)
+    assert exits == {1, 2, 3}
+
+
+def test_exits_that_a_model_does_not_have_are_refused():
+    for kind in ("kangaroo", "deed"):
+        with pytest.raises(UserError, match="The exit must lie between 1 and 3; got 9"):
+            peers.new(tiny.backbone(), kind, exit=9)
 
 
 # --- prompt lookup ------------------------------------------------------------------------

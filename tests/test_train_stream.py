@@ -7,6 +7,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
+from m2r2kit import prompts
 from m2r2kit.backbone import Backbone
 from m2r2kit.commands import train_stream
 from m2r2kit.corpus import Document
@@ -22,10 +23,10 @@ def written(monkeypatch):
         for kind in ("code", "arithmetic", "shell")
         for i in range(200)
     ]
-    found, read = [], train_stream.prompts.read
+    found, read = [], prompts.read
     monkeypatch.setattr(train_stream, "documents", lambda folder: documents)
     monkeypatch.setattr(train_stream, "HELD_OUT_ROWS", 8)
-    monkeypatch.setattr(train_stream.prompts, "read", lambda file: read(file)[:2])
+    monkeypatch.setattr(prompts, "read", lambda file: read(file)[:2])
     monkeypatch.setattr(train_stream.records, "append", lambda subject, **f: found.append((subject, f)))
     return found
 
@@ -33,14 +34,14 @@ def written(monkeypatch):
 @pytest.fixture
 def untuned(monkeypatch):
     """The search for the best number of drafts takes most of the time; one test of it is enough."""
-    monkeypatch.setattr(train_stream, "tune", lambda backbone, stream: (3, 1.0))
+    monkeypatch.setattr(train_stream, "tune", lambda backbone, drafter: (3, 1.0))
 
 
 def arguments(out, **changes):
     values = {
         "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
-        "exit": 2, "rate": None, "rank": 4, "rows": 16, "compare": False, "steps": 3, "minutes": None,
-        "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False, "ffn_width": None,
+        "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "rows": 16, "compare": False, "steps": 3,
+        "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 

@@ -12,7 +12,7 @@ from ..backbone import Backbone
 from ..bench import Arm, compare
 from ..errors import UserError
 from ..speculation.loop import MOST_DRAFTS
-from ..speculation.methods import drafter, stream_folder, tuned_drafts
+from ..speculation.methods import drafter, drafters_folder, stream_folder, tuned_drafts
 
 
 def run(args) -> int:
@@ -20,8 +20,8 @@ def run(args) -> int:
     prompts = prompt_files.read(args.prompts or prompt_files.ALL)
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)
     backbone = Backbone.load(args.model)
-    folder = stream_folder(args.model, args.stream)
-    drafts = tuned_drafts(folder) if args.draft is None else args.draft
+    folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
+    drafts = tuned_drafts("m2r2", *folders) if args.draft is None else args.draft
     if not 1 <= drafts <= MOST_DRAFTS:
         raise UserError(f"The number of drafts must lie between 1 and {MOST_DRAFTS}; got {drafts}.")
     if args.json and not args.json.parent.is_dir():
@@ -29,8 +29,9 @@ def run(args) -> int:
     names = args.methods if "plain" in args.methods else ["plain", *args.methods]
     arms = []
     for name in names:
-        who = None if name == "mlx_lm" else drafter(name, backbone, folder, args.exit)
-        arms.append(Arm(name, who, 0 if name in ("plain", "mlx_lm") else drafts))
+        who = None if name == "mlx_lm" else drafter(name, backbone, folders[0], args.exit, folders[1])
+        own = tuned_drafts(name, *folders) if args.draft is None else drafts
+        arms.append(Arm(name, who, 0 if name in ("plain", "mlx_lm") else own))
     ids = [backbone.encode(p.prompt) for p in prompts]
     rounds = len(prompts) * len(arms) * (args.repeats + 1)
     with tqdm(total=rounds, unit="text", disable=not sys.stderr.isatty()) as bar:

@@ -7,7 +7,7 @@ from ..backbone import Backbone
 from ..prompts import Prompt, read
 from ..speculation import Sampler, generate
 from ..speculation.loop import Generation
-from ..speculation.methods import drafter, mlx_lm_generate, stream_folder, tuned_drafts
+from ..speculation.methods import drafter, drafters_folder, mlx_lm_generate, stream_folder, tuned_drafts
 
 
 def run(args) -> int:
@@ -15,9 +15,11 @@ def run(args) -> int:
     prompts = read(args.prompts) if args.prompts else [Prompt("prompt", args.prompt)]
     backbone = Backbone.load(args.model)
     ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first
-    folder = stream_folder(args.model, args.stream)
-    who = None if args.method == "mlx_lm" else drafter(args.method, backbone, folder, args.exit)
-    drafts = tuned_drafts(folder) if args.draft is None else args.draft
+    folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
+    who = None
+    if args.method != "mlx_lm":
+        who = drafter(args.method, backbone, folders[0], args.exit, folders[1])
+    drafts = tuned_drafts(args.method, *folders) if args.draft is None else args.draft
     for prompt, tokens in zip(prompts, ids, strict=True):
         sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)
         show = None if args.json else Stream(backbone)

@@ -11,15 +11,14 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from .. import checkpoints, distillation, download, parallel, prompts, records
+from .. import checkpoints, distillation, download, parallel, records
 from ..backbone import Backbone
-from ..bench import Arm, acceptance, step_costs
 from ..corpus import KINDS, documents
-from ..costs import speedup
 from ..errors import UserError
 from ..residuals import AcceleratedStream, StreamConfig, check, tau
-from ..speculation import M2R2, generate
+from ..speculation import M2R2
 from ..training import DistilConfig, Lesson, needs
+from ..tuning import tune
 
 HELD_OUT_ROWS = 96
 OWN = 0.6  # share of the rows that the model writes itself
@@ -79,7 +78,7 @@ def run(args) -> int:
     if group.rank():
         return 0
     print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
-    drafts, estimate = tune(backbone, stream)
+    drafts, estimate = tune(backbone, M2R2(backbone, stream))
     print(f"Best number of drafts on the tuning prompts: {drafts} (predicted {estimate:.2f}x).")
     facts = {"steps": step, "train_seconds": round(trained.seconds), "drafts": drafts}
     checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)
@@ -158,27 +157,6 @@ def forget(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     if folder.exists():
         folder.rmdir()
-
-
-def tune(
-    backbone: Backbone, stream: AcceleratedStream, max_tokens: int = 48, most: int = 8
-) -> tuple[int, float]:
-    """The number of drafts with the best predicted speed-up on the tuning prompts, and that speed-up."""
-    drafter = M2R2(backbone, stream)
-    accepted, drafted = [], []
-    asked = prompts.read(prompts.TUNING)
-    for p in tqdm(asked, desc="tuning", leave=False):
-        out = generate(backbone, backbone.encode(p.prompt), drafter, most, max_tokens)
-        accepted += out.accepted
-        drafted += out.drafted
-    a = acceptance(accepted, drafted)
-    ids = backbone.encode(asked[0].prompt)
-    best = (1, 0.0)
-    for k in range(1, most + 1):
-        c, v = step_costs(backbone, Arm("m2r2", drafter, k), ids, repeats=9)
-        if (s := speedup(a[:k], k, c, v)) > best[1]:
-            best = (k, s)
-    return best
 
 
 def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: DistilConfig, args) -> int:

@@ -75,6 +75,8 @@ class Drafter:
             drafts: draft at most this many tokens, at least 1.
             cache: the model's; the blocks below the exit grow by the tokens that are read, the
                 others hold the verified len(text) - 1 positions.
+
+        Several chains of drafts are `Branches` (branches.py); their drafter has a method `look`.
         """
         raise NotImplementedError
 

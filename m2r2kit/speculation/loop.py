@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..backbone import Backbone, crop
 from ..errors import UserError
 from .accept import Sampler, accept_greedy, accept_sampled
+from .branches import Branches, accept_branches, verify_branches
 from .drafters import Draft, Drafter, Plain, as_row
 
 MOST_DRAFTS = 16
@@ -156,6 +157,10 @@ def draft_and_verify(
     draft = drafter(text, k, sampler, cache)
     logits, states = verify(backbone, drafter, draft, text[-1], cache)
     K = len(draft.tokens)
+    if isinstance(draft, Branches):
+        emitted, seen = accept_branches(draft, logits, sampler, cache, len(text) - 1)
+        drafter.look(seen)
+        return emitted, K, None
     if sampler.greedy:
         choices = mx.argmax(logits, axis=-1)
         if K and isinstance(draft.tokens[0], mx.array):  # one wait for the draft and its verification
@@ -167,10 +172,15 @@ def draft_and_verify(
 
 
 def verify(
-    backbone: Backbone, drafter: Drafter, draft: Draft, pending: int, cache: list
+    backbone: Backbone, drafter: Drafter, draft: Draft | Branches, pending: int, cache: list
 ) -> tuple[mx.array, mx.array | None]:
     """The pending token and K drafts through all blocks that they have not been through: logits
-    (K + 1, V), and the states that the drafter wants (`Drafter.learn`), (1, K + 1, D)."""
+    (K + 1, V), and the states that the drafter wants (`Drafter.learn`), (1, K + 1, D).
+
+    Of `Branches` the logits of all rows; the cache then holds rows to choose from (`accept_branches`).
+    """
+    if isinstance(draft, Branches):
+        return verify_branches(backbone, draft, pending, cache), None
     E = drafter.exit
     read = sum(h.shape[1] for h in draft.states)
     unread = [pending, *draft.tokens][read:]  # such as the last draft, which nobody has drafted after

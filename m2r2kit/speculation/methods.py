@@ -9,11 +9,13 @@ from .. import checkpoints
 from ..backbone import Backbone
 from ..errors import UserError
 from ..residuals import StreamConfig, load_stream
-from .drafters import M2R2, EarlyExit, Plain
+from . import peers
+from .drafters import M2R2, Drafter, EarlyExit, Plain
+from .lookahead import Lookahead
 from .loop import Generation
 from .prompt_lookup import PromptLookup
 
-METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup")
+METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup", "lookahead", *peers.KINDS)
 DRAFTS = 4  # where the stream does not say better
 
 
@@ -22,34 +24,53 @@ def stream_folder(model: str | Path, stream: str | Path | None) -> Path:
     return Path(stream) if stream else Path(model) / "stream"
 
 
-def tuned_drafts(folder: Path) -> int:
-    """How many drafts a stream was tuned to (on tuning prompts), from its JSON."""
+def drafters_folder(model: str | Path, drafters: str | Path | None) -> Path:
+    """Where the trained peers of a model lie, a folder each: as given, or beside its weights."""
+    return Path(drafters) if drafters else Path(model) / "drafters"
+
+
+def tuned_drafts(method: str, stream: Path, drafters: Path) -> int:
+    """How many drafts a method was tuned to (on tuning prompts), from its JSON; the folders are as for
+    `drafter`."""
     try:
-        return int(checkpoints.read_settings(folder, "stream", StreamConfig)[1].get("drafts", DRAFTS))
+        if method in peers.KINDS:
+            settings = peers.KINDS[method].settings
+            facts = checkpoints.read_settings(drafters / method, "drafter", settings)[1]
+        else:
+            facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
+        return int(facts.get("drafts", DRAFTS))
     except UserError:
         return DRAFTS
 
 
-def drafter(method: str, backbone: Backbone, folder: Path, exit: int | None = None):
+def drafter(
+    method: str, backbone: Backbone, stream: Path, exit: int | None = None, drafters: Path | None = None
+) -> Drafter:
     """The drafter of a method.
 
     Args:
-        folder: of the trained stream, for `m2r2` and for the default exit of `early-exit`.
-        exit: the depth at which it drafts; by default the stream's first exit.
+        stream: folder of the trained stream, for `m2r2` and for the default exit of `early-exit`.
+        exit: the depth at which these two draft; by default the stream's first exit.
+        drafters: folder of the trained peers; by default beside the stream.
 
     Raises:
-        UserError: no stream, one of another model, or an exit that it does not have.
+        UserError: nothing trained, or for another model, or an exit that it does not have.
     """
     if method == "plain":
         return Plain()
     if method == "early-exit":
         if exit is None:
-            exit = checkpoints.read_settings(folder, "stream", StreamConfig)[0].exits[0]
+            exit = checkpoints.read_settings(stream, "stream", StreamConfig)[0].exits[0]
         return EarlyExit(backbone, exit)
     if method == "m2r2":
-        return M2R2(backbone, load_stream(backbone, folder), exit)
+        return M2R2(backbone, load_stream(backbone, stream), exit)
     if method == "prompt-lookup":
         return PromptLookup(backbone)
+    if method == "lookahead":
+        return Lookahead(backbone)
+    if method in peers.KINDS:
+        folder = (Path(stream).parent / "drafters" if drafters is None else drafters) / method
+        return peers.drafter(backbone, method, peers.load(backbone, method, folder)[0])
     raise UserError(f"There is no method {method}; choose {', '.join(METHODS)}.")
 
 

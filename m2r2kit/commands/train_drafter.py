@@ -1,0 +1,54 @@
+"""`m2r2kit train drafter`: a peer of the accelerated stream, trained on the same rows in the same way."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from .. import distillation, records
+from ..backbone import Backbone
+from ..errors import UserError
+from ..speculation import peers
+from ..speculation.methods import drafters_folder
+from ..training import DistilConfig
+from ..tuning import tune
+from .train_stream import command, text
+
+
+def run(args) -> int:
+    """Train, tune the number of drafts, save and record."""
+    if args.rows < distillation.ROWS:
+        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {distillation.ROWS}.")
+    backbone = Backbone.load(args.model)
+    out = Path(args.out) if args.out else drafters_folder(args.model, None) / args.kind
+    module = peers.new(backbone, args.kind, args.exit, args.seed)
+    distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
+    train, held_out = text(backbone, args.corpus, args.rows, args.seed)
+    lessons = distillation.lessons(backbone, train, module.depths, set())
+    judges = distillation.lessons(backbone, held_out, module.depths, set())
+    before = peers.mean_loss(module, judges)
+    with tqdm(total=distil.steps, unit="step") as bar:
+
+        def report(step, loss):
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        seconds = 60 * args.minutes if args.minutes else math.inf
+        history = peers.train(module, lessons, distil, report, seconds)
+    after = peers.mean_loss(module, judges)
+    drafts, estimate = tune(backbone, peers.drafter(backbone, args.kind, module))
+    print(f"Held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")
+    print(f"Best number of drafts on the tuning prompts: {drafts} (predicted {estimate:.2f}x).")
+    facts = {"steps": len(history.losses), "train_seconds": round(history.seconds), "drafts": drafts}
+    peers.save(module, backbone, out, **facts)
+    parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
+    figures = facts | {"parameters": parameters, "predicted_speedup": estimate}
+    figures |= {"held_out_loss": after, "held_out_loss_before": before}
+    model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
+    settings = {"kind": args.kind, "model": model, "model_sha256": backbone.sha256, "rows": args.rows}
+    settings |= asdict(module.config) | asdict(distil)
+    records.append("drafters", command=command(), settings=settings, figures=figures)
+    print(f"Saved in {out}.")
+    return 0

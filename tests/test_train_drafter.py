@@ -1,0 +1,46 @@
+"""`m2r2kit train drafter`: each kind trained, saved with its record, and found by its name."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from test_train_stream import written  # noqa: F401  (a fixture: little text and few prompts)
+
+from m2r2kit.commands import train_drafter
+from m2r2kit.errors import UserError
+from m2r2kit.speculation import generate, methods, peers
+
+MODEL = {"max_position_embeddings": 512}
+
+
+def arguments(out, **changes):
+    values = {
+        "model": str(tiny.folder("llama", **MODEL)), "kind": "draft-model", "out": out, "exit": 1, "rows": 16,
+        "steps": 2, "minutes": None, "corpus": out, "seed": 0,
+    }  # fmt: skip
+    return SimpleNamespace(**(values | changes))
+
+
+@pytest.mark.parametrize("kind", peers.KINDS)
+def test_a_peer_is_trained_saved_recorded_and_found(kind, tmp_path, written, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train_drafter, "tune", lambda backbone, drafter: (3, 1.0))
+    assert train_drafter.run(arguments(tmp_path / kind, kind=kind)) == 0
+    ((subject, record),) = written
+    assert subject == "drafters" and record["settings"]["kind"] == kind
+    assert record["figures"]["steps"] == 2 and record["figures"]["parameters"] > 0
+    assert methods.tuned_drafts(kind, tmp_path, tmp_path) == 3
+    view = tiny.backbone("llama", **MODEL)
+    drafter = methods.drafter(kind, view, tmp_path / "stream", drafters=tmp_path)
+    plain = generate(view, tiny.prompt(6), max_tokens=8)
+    assert generate(view, tiny.prompt(6), drafter, 3, 8).tokens == plain.tokens
+
+
+def test_drafts_are_tuned_on_the_tuning_prompts(tmp_path, written):  # noqa: F811
+    train_drafter.run(arguments(tmp_path))
+    ((_, record),) = written
+    assert 1 <= record["figures"]["drafts"] <= 8 and record["figures"]["predicted_speedup"] > 0
+
+
+def test_too_little_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match="3 rows of text are no lesson"):
+        train_drafter.run(arguments(tmp_path, rows=3))
