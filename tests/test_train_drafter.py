@@ -9,6 +9,7 @@ from test_train_stream import written  # noqa: F401  (a fixture: little text and
 from m2r2kit.commands import train_drafter
 from m2r2kit.errors import UserError
 from m2r2kit.speculation import generate, methods, peers
+from m2r2kit.tuning import Tuned
 
 MODEL = {"max_position_embeddings": 512}
 
@@ -23,7 +24,7 @@ def arguments(out, **changes):
 
 @pytest.mark.parametrize("kind", peers.KINDS)
 def test_a_peer_is_trained_saved_recorded_and_found(kind, tmp_path, written, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(train_drafter, "tune", lambda backbone, drafter: (3, 1.0))
+    monkeypatch.setattr(train_drafter, "tune", lambda *found: Tuned(3, 0.0, 1.0))
     assert train_drafter.run(arguments(tmp_path / kind, kind=kind)) == 0
     ((subject, record),) = written
     assert subject == "drafters" and record["settings"]["kind"] == kind

@@ -13,6 +13,7 @@ from m2r2kit.commands import train_stream
 from m2r2kit.corpus import Document
 from m2r2kit.errors import UserError
 from m2r2kit.residuals import load_stream
+from m2r2kit.tuning import Tuned
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def written(monkeypatch):
 @pytest.fixture
 def untuned(monkeypatch):
     """The search for the best number of drafts takes most of the time; one test of it is enough."""
-    monkeypatch.setattr(train_stream, "tune", lambda backbone, drafter: (3, 1.0))
+    monkeypatch.setattr(train_stream, "tune", lambda *found: Tuned(3, 0.2, 1.0))
 
 
 def arguments(out, **changes):

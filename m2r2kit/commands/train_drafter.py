@@ -38,13 +38,13 @@ def run(args) -> int:
         seconds = 60 * args.minutes if args.minutes else math.inf
         history = peers.train(module, lessons, distil, report, seconds)
     after = peers.mean_loss(module, judges)
-    drafts, estimate = tune(backbone, peers.drafter(backbone, args.kind, module))
+    tuned = tune(backbone, peers.drafter(backbone, args.kind, module))
     print(f"Held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")
-    print(f"Best number of drafts on the tuning prompts: {drafts} (predicted {estimate:.2f}x).")
-    facts = {"steps": len(history.losses), "train_seconds": round(history.seconds), "drafts": drafts}
+    print(tuned)
+    facts = {"steps": len(history.losses), "train_seconds": round(history.seconds), "drafts": tuned.drafts}
     peers.save(module, backbone, out, **facts)
     parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
-    figures = facts | {"parameters": parameters, "predicted_speedup": estimate}
+    figures = facts | {"parameters": parameters, "predicted_speedup": tuned.estimate}
     figures |= {"held_out_loss": after, "held_out_loss_before": before}
     model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
     settings = {"kind": args.kind, "model": model, "model_sha256": backbone.sha256, "rows": args.rows}
