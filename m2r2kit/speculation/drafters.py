@@ -136,19 +136,21 @@ class M2R2(EarlyExit):
         self.stream, self.threshold = stream, threshold
         stream.interval(self.exit)  # refuses an exit that it was not trained for
         self.learns = backbone.depth if stream.config.carry else None
+        self._last = None  # the model's last state, of the newest verified token
         self._before = None  # the last state of the token before: the model's, then the draft's own
 
     def begin(self, prompt, room):
-        self._before = None
+        self._last = None
 
     def learn(self, states):
-        self._before = states[:, -1:]
+        self._last = states[:, -1:]
 
     def _read(self, token, cache, verified):
         h, self._before, logits = self.stream.read(token, cache, verified, self.exit, self._before)
         return h, logits
 
     def __call__(self, text, drafts, sampler, cache):
+        self._before = self._last
         if self.threshold == 0:
             return super().__call__(text, drafts, sampler, cache)
         draft, token, sure, chance = Draft(), as_row(text[-1]), None, 1.0
