@@ -195,6 +195,12 @@ def _train_stream(parser):
     parser.add_argument(
         "--rank", type=natural, metavar="R", help="rank of its changes of the base matrices; 0 for none"
     )
+    parser.add_argument(
+        "--carry",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also begin with the last state of the token before, as in EAGLE (default: yes)",
+    )
     parser.add_argument("--ffn-width", type=natural, metavar="W", help="width of its own FFN; 0 for none")
     parser.add_argument(
         "--rows", type=count, default=2400, metavar="N", help="rows of 128 tokens to learn from"

@@ -5,7 +5,7 @@ import numpy as np
 
 from .backbone import Backbone
 from .residuals import AcceleratedStream, tau
-from .training import Lesson, cosine, unverified
+from .training import Lesson, carried, cosine, unverified
 
 
 def agreement(backbone: Backbone, state: mx.array, final: mx.array) -> float:
@@ -52,7 +52,9 @@ def of_stream(
     """`of_readout` for p_E, and by block the cosine of p_l to h_tau(l) beside that of h_l."""
     exit = exit or stream.config.exits[0]
     a, b = stream.interval(exit)
-    figures = of_readout(backbone, lambda x, v: stream(x.states, x.cache, v, exit)[-1], lessons)
+    figures = of_readout(
+        backbone, lambda x, v: stream(x.states, x.cache, v, exit, carried(stream, x, v))[-1], lessons
+    )
     ahead, bare = [], []
     for l in range(a, b + 1):
         depth = tau(l, a, b, backbone.depth, stream.config.rate)

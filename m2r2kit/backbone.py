@@ -138,15 +138,16 @@ class Backbone:
         return h
 
     def _pass(self, kind: str, start: int, stop: int) -> Traced:
-        """A compiled pass through blocks start..stop-1: `run`; to logits: `finish`; from tokens to
-        logits: `logits`; to both the last state and its logits: `read`."""
+        """A compiled pass through blocks start..stop-1: `run`, from states to states; `logits` and
+        `read`, from tokens to logits, or to the last states as well; `finish` and `close`, the same
+        two from states."""
         if (kind, start, stop) not in self._traced:
 
             def body(entries, x):
                 h = self._run(self.embed(x) if kind in ("logits", "read") else x, entries, start, stop)
                 if kind == "run":
                     return h
-                return (h, self.head(h)) if kind == "read" else self.head(h)
+                return (h, self.head(h)) if kind in ("read", "close") else self.head(h)
 
             self._traced[kind, start, stop] = Traced(body, self.depth, range(start, stop))
         return self._traced[kind, start, stop]
@@ -183,6 +184,13 @@ class Backbone:
         if is_fixed(cache, start) and h.shape[1] <= FEW:
             return self._pass("finish", start, self.depth)(cache, h)
         return self.head(self.run(h, cache, start))
+
+    def close(self, h: mx.array, cache: list, start: int) -> tuple[mx.array, mx.array]:
+        """`finish` with the last states as well: h_start (B, T, D) -> h_N (B, T, D), logits (B, T, V)."""
+        if is_fixed(cache, start) and h.shape[1] <= FEW:
+            return self._pass("close", start, self.depth)(cache, h)
+        h = self.run(h, cache, start)
+        return h, self.head(h)
 
     def read(self, tokens: mx.array, cache: list, exit: int) -> tuple[mx.array, mx.array]:
         """The bare residual at an exit, and what the head reads in it (the logit lens):

@@ -132,12 +132,14 @@ def comparison(backbone: Backbone, exit: int, base: StreamConfig) -> list[tuple[
         each = AcceleratedStream(backbone, replace(config, ffn_width=2)).parameter_count() - small
         return replace(config, ffn_width=max(1, 1 + round((size - small) / each)))
 
+    bare = replace(base, deep=False, carry=False)
     return [
         ("bare", lambda: Bare(exit)),
         ("low-rank head", lambda: WideHead(backbone, exit, size)),
-        ("adapter", widened(replace(base, form="adapter", deep=False))),
-        ("attention", widened(replace(base, form="attention", deep=False))),
-        ("block, own cache depth", widened(replace(base, deep=False))),
+        ("adapter", widened(replace(bare, form="adapter"))),
+        ("attention", widened(replace(bare, form="attention"))),
+        ("block, own cache depth", widened(bare)),
+        ("block, nothing carried", widened(replace(base, carry=False))),
         ("block", base),
         ("R=1 block", replace(base, rate=1.0)),
         ("extra block", lambda: ExtraBlock(backbone, exit, size)),

@@ -178,6 +178,21 @@ class SmallFFN(nn.Module):
         return product(nn.silu(product(x, self.down)), self.up)
 
 
+class Carry(nn.Module):
+    """What p takes along from the token before: the model's last state there, h_N, or where the model
+    has not been yet, p_E, which stands for it. Adds norm(state) C to p_0; zero at the start.
+
+    The recurrence is EAGLE's (arXiv 2401.15077, section 3), which begins a draft from the last state."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.matrix = mx.zeros((width, width))
+
+    def __call__(self, state):
+        return product(self.norm(state), self.matrix)
+
+
 class DeepAttention(nn.Module):
     """Attention of p to the slow keys and values of a deeper block, of verified tokens only.
 

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from . import checkpoints
 from .backbone import Backbone
 from .errors import UserError
-from .fast_blocks import FastBlock, SharedKV, one_token_mask, seen
+from .fast_blocks import Carry, FastBlock, SharedKV, one_token_mask, seen
 from .fixed_cache import Traced, is_fixed
 
 FORMS = ("block", "attention", "adapter")
@@ -44,15 +44,17 @@ class StreamConfig:
         feed_slow: the own FFN reads h as well as p.
         deep: p also attends to the slow keys and values of the block it stands for, of all
             tokens that the model has already verified.
+        carry: p also begins with the last state of the token before it (`fast_blocks.Carry`).
     """
 
     form: str = "block"
-    exits: tuple[int, ...] = (2,)
+    exits: tuple[int, ...] = (1,)
     rate: float | None = None
     rank: int = 32
-    ffn_width: int = 160
+    ffn_width: int = 640
     feed_slow: bool = True
     deep: bool = True
+    carry: bool = True
 
 
 def intervals(config: StreamConfig) -> list[tuple[int, int]]:
@@ -90,6 +92,8 @@ class AcceleratedStream(nn.Module):
                 # the last block that brings the slow stream to where p_{l+1} stands
                 read = max(tau(l + 1, a, b, backbone.depth, config.rate) - 1, 0)
                 self.fast.append(FastBlock(backbone, l, read, config))
+        if config.carry:
+            self.carry = Carry(backbone.width)
         # plain attributes, as MLX takes a module's dicts and lists for parameters
         object.__setattr__(self, "_traced", {})
         object.__setattr__(self, "_places", places(self))
@@ -109,7 +113,7 @@ class AcceleratedStream(nn.Module):
             f"This stream has no exit {exit}; it was trained for {', '.join(map(str, self.config.exits))}."
         )
 
-    def __call__(self, states, cache, verified=None, exit: int | None = None) -> list[mx.array]:
+    def __call__(self, states, cache, verified=None, exit: int | None = None, before=None) -> list[mx.array]:
         """p_a .. p_E over whole sequences, for training and for measuring.
 
         Args:
@@ -117,6 +121,8 @@ class AcceleratedStream(nn.Module):
             cache: the slow KV cache after the same tokens (T positions in every block).
             verified: (B, T) or (T,), how many positions before each token the model has
                 verified; None means all that come before it.
+            before: for `carry`, the last state of the token before each, (B, T, D); None means
+                the model's own, h_N.
             exit: which exit; by default the first.
 
         Returns:
@@ -127,6 +133,9 @@ class AcceleratedStream(nn.Module):
         mask = "causal" if T > 1 else None
         deep_mask = self._deep_mask(T, verified) if self.config.deep else None
         p = [states[a]]
+        if self.config.carry and a == 0:
+            before = shifted(states[self._backbone.depth]) if before is None else before
+            p = [p[0] + self.carry(before).astype(p[0].dtype)]
         for l in range(a, b):
             block = self.fast[l]
             deep = (*cache[block.read].keys_and_values(), 0, deep_mask) if self.config.deep else None
@@ -144,30 +153,34 @@ class AcceleratedStream(nn.Module):
         mask = mx.where(mx.arange(T) < limit, 0.0, -1e9)
         return mask if mask.ndim == 2 else mask[:, None]
 
-    def step(self, h, cache, verified: int, exit: int | None = None) -> tuple[mx.array, mx.array]:
-        """One new token through both streams: h_0 (1, 1, D) -> h_E, p_E.
+    def step(self, h, cache, verified: int, exit: int | None = None, before=None):
+        """One new token through both streams: h_0 (1, 1, D) -> h_E, p_E, each (1, 1, D).
 
         The slow cache of the blocks below the exit grows by one position; p writes nothing.
 
         Args:
             verified: positions (from the first) that the model has verified: the deep keys.
+            before: for `carry`, the last state of the token before, (1, 1, D); None means zeros.
         """
-        a, b = self.interval(exit or self.config.exits[0])
-        if is_fixed(cache, 0):
-            return self._compiled("step", a, b)(cache, h, mx.array(verified))
-        return self._step(h, cache, verified, a, b)
+        return self._one("step", h, cache, verified, exit, before)
 
-    def read(self, token, cache, verified: int, exit: int | None = None) -> tuple[mx.array, mx.array]:
-        """`step` from a token to what the head reads in p_E: (1, 1) -> h_E (1, 1, D), logits (1, 1, V)."""
-        a, b = self.interval(exit or self.config.exits[0])
-        if is_fixed(cache, 0):
-            return self._compiled("read", a, b)(cache, token, mx.array(verified))
-        h, p = self._step(self._backbone.embed(token), cache, verified, a, b)
-        return h, self._backbone.head(p)
+    def read(self, token, cache, verified: int, exit: int | None = None, before=None):
+        """`step` from a token (1, 1) to what the head reads: (h_E, p_E, logits (1, 1, V))."""
+        return self._one("read", token, cache, verified, exit, before)
 
-    def _step(self, h, cache, verified, a, b, merged=None):
-        h = self._backbone.run(h, cache, 0, a)
-        p = h
+    def _one(self, kind, x, cache, verified, exit, before):
+        a, b = self.interval(exit or self.config.exits[0])
+        more = ()
+        if self.config.carry:
+            more = (mx.zeros((1, 1, self._backbone.width)) if before is None else before,)
+        if is_fixed(cache, 0):
+            return self._compiled(kind, a, b)(cache, x, mx.array(verified), *more)
+        return self._body(kind, x, cache, verified, a, b, None, *more)
+
+    def _body(self, kind, x, cache, verified, a, b, merged, before=None):
+        """A step of one of the `kind`s above, through the blocks a..b-1 as `merged` if there are such."""
+        h = self._backbone.run(self._backbone.embed(x) if kind == "read" else x, cache, 0, a)
+        p = h if before is None or a > 0 else h + self.carry(before).astype(h.dtype)
         for l in range(a, b):
             block = self.fast[l]
             offset, mask = cache[l].offset, one_token_mask(cache[l])
@@ -180,26 +193,29 @@ class AcceleratedStream(nn.Module):
             else:
                 h = self._backbone.run(h, cache, l, l + 1)
                 p = block(p, h, SharedKV(cache[l], 1), mask, deep)
-        return h, p
+        return (h, p) if kind == "step" else (h, p, self._backbone.head(p))
 
     def _compiled(self, kind: str, a: int, b: int) -> Traced:
-        """`step` or `read` compiled, and anew when training has put other weights in place."""
+        """A step compiled, and anew when training has put other weights in place."""
         weights = [module[name] for module, name in self._places]
         known, traced = self._traced.get((kind, b), ([], None))
         if traced is None or any(x is not y for x, y in zip(known, weights, strict=True)):
             mx.eval(weights)  # or the compiled pass would make them anew each time
             is_block = self.config.form == "block"
             merged = {l: self.fast[l].merged_pair() for l in range(a, b)} if is_block else None
-
-            def body(entries, x, verified):
-                h = self._backbone.embed(x) if kind == "read" else x
-                h, p = self._step(h, entries, verified, a, b, merged)
-                return h, self._backbone.head(p) if kind == "read" else p
-
             reads = [self.fast[l].read for l in range(a, b)] if self.config.deep else ()
+
+            def body(entries, x, verified, *more):
+                return self._body(kind, x, entries, verified, a, b, merged, *more)
+
             traced = Traced(body, self._backbone.depth, range(b), reads)
             self._traced[kind, b] = weights, traced
         return traced
+
+
+def shifted(states: mx.array) -> mx.array:
+    """For each token the state of the one before it, and zeros for the first: (B, T, D)."""
+    return mx.pad(states[:, :-1], [(0, 0), (1, 0), (0, 0)])
 
 
 def places(module) -> list[tuple[dict, str]]:

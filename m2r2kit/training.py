@@ -21,7 +21,7 @@ import numpy as np
 from . import parallel
 from .backbone import Backbone
 from .numerics import fast_exp
-from .residuals import AcceleratedStream, intervals, tau
+from .residuals import AcceleratedStream, intervals, shifted, tau
 
 
 @dataclass
@@ -108,14 +108,27 @@ def cosine(x: mx.array, y: mx.array) -> mx.array:
     return (x * y).sum(-1) * mx.rsqrt((x * x).sum(-1) * (y * y).sum(-1) + 1e-12)
 
 
+def carried(stream: AcceleratedStream, lesson: Lesson, verified: mx.array) -> mx.array | None:
+    """What each token takes along from the one before (`StreamConfig.carry`): h_N where the model has
+    been there, else p_E, which the stream makes without learning from it; (B, T, D)."""
+    if not stream.config.carry:
+        return None
+    final, T = lesson.states[stream._backbone.depth], verified.shape[1]
+    # the token before a draft was drafted with as many tokens verified, but not more than it has behind it
+    then = mx.minimum(mx.concatenate([verified[:, 1:], verified[:, -1:]], axis=1), mx.arange(T))
+    own = mx.stop_gradient(stream(lesson.states, lesson.cache, then)[-1])
+    known = (verified == mx.arange(T))[..., None]
+    return mx.where(known, shifted(final), shifted(own))
+
+
 def stream_loss(stream: AcceleratedStream, lesson: Lesson, verified: mx.array, weight: float) -> mx.array:
     """The loss above, summed over the exits; one number."""
     backbone, config = stream._backbone, stream.config
     depth = backbone.depth
     teacher = mx.stop_gradient(backbone.head(lesson.states[depth])).reshape(-1, backbone.config["vocab_size"])
-    total = 0.0
+    total, before = 0.0, carried(stream, lesson, verified)
     for a, b in intervals(config):
-        p = stream(lesson.states, lesson.cache, verified, exit=b)
+        p = stream(lesson.states, lesson.cache, verified, b, before)
         student = backbone.head(p[-1]).reshape(teacher.shape)
         total = total + distance(student, teacher).mean()
         if weight:
@@ -137,9 +150,12 @@ class History:
     seconds: float = 0.0
 
 
+FEWER = 0.3  # later drafts count less: they are reached only if the ones before were right
+
+
 def unverified(rng: np.random.Generator, B: int, T: int, most: int) -> mx.array:
     """For each token, how many positions before it the model has verified: (B, T)."""
-    behind = rng.integers(0, most + 1, (B, T))
+    behind = np.minimum(rng.geometric(FEWER, (B, T)) - 1, most)
     return mx.array(np.maximum(np.arange(T) - behind, 0))
 
 

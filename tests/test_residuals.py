@@ -1,12 +1,14 @@
 """The accelerated stream: where it starts, what it may not touch, and that its two ways of running agree."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import tiny
 
 from m2r2kit.backbone import MOE, Backbone, crop
 from m2r2kit.errors import UserError
-from m2r2kit.residuals import FORMS, AcceleratedStream, StreamConfig, intervals, tau
+from m2r2kit.residuals import FORMS, AcceleratedStream, StreamConfig, intervals, shifted, tau
+from m2r2kit.training import carried, needs, teach
 
 LENGTH = 7
 
@@ -156,12 +158,14 @@ def step_equals_sequence(family, stream, exit, drafted, length=LENGTH):
     known = length - drafted - 1
     states, whole = slow(view, tokens)
     verified = mx.minimum(mx.arange(length), known)
-    wanted = stream(states, whole, verified, exit)[-1]
+    before = mx.random.normal((1, length, view.width)) if stream.config.carry else None
+    wanted = stream(states, whole, verified, exit, before)[-1]
     cache = view.new_cache()
     if known:
         view.run(view.embed(mx.array([tokens[:known]])), cache)
     for i in range(known, length):
-        h, p = stream.step(view.embed(mx.array([[tokens[i]]])), cache, known, exit)
+        last = None if before is None else before[:, i : i + 1]
+        h, p = stream.step(view.embed(mx.array([[tokens[i]]])), cache, known, exit, last)
         close(h[:, 0], states[exit][:, i], 1e-4)
         close(p[:, 0], wanted[:, i], 1e-4)
 
@@ -171,6 +175,8 @@ CASES = [
     ("llama", {"form": "block", "deep": False, "ffn_width": 0}),
     ("llama", {"form": "attention", "feed_slow": False}),
     ("llama", {"form": "adapter"}),
+    ("llama", {"form": "block", "carry": True}),
+    ("llama", {"form": "attention", "carry": True}),
     ("llama", {"form": "block", "rate": 1}),
     ("llama", {"form": "block", "rank": 0}),
     ("phi3", {"form": "block"}),
@@ -204,6 +210,23 @@ def test_the_very_first_token_needs_no_deep_keys():
     h_0 = view.embed(mx.array([[5]]))
     (h, p), (h_used, p_used) = stream.step(h_0, fresh, 0), stream.step(h_0, used, 0)
     assert mx.array_equal(p, p_used) and mx.array_equal(h, h_used) and mx.isfinite(p).all()
+
+
+def test_what_a_token_carries_on():
+    """h_N of the token before it, where the model has been; else p_E, made with what was verified then."""
+    view, stream, tokens = tiny.backbone(), tiny.stream(carry=True), tiny.prompt(LENGTH)
+    lesson = teach(view, np.array([tokens]), *needs(stream))
+    verified = mx.array([[0, 1, 2, 2, 2, 5, 6]])
+    taken = carried(stream, lesson, verified)
+    final = lesson.states[view.depth]
+    assert mx.array_equal(taken[:, 0], mx.zeros((1, view.width)))
+    for t in (1, 2, 5, 6):
+        assert mx.array_equal(taken[:, t], final[:, t - 1])
+    for t in (3, 4):
+        limit = mx.minimum(mx.arange(LENGTH), verified[:, t : t + 1])
+        close(taken[:, t], stream(lesson.states, lesson.cache, limit)[-1][:, t - 1])
+    given = stream(lesson.states, lesson.cache, before=shifted(final))[-1]
+    assert mx.array_equal(stream(lesson.states, lesson.cache)[-1], given)
 
 
 def test_unverified_deep_keys_are_not_seen():

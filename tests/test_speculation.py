@@ -193,10 +193,10 @@ def test_no_drafts_is_mlx_lm_token_for_token(length):
 
 
 @pytest.mark.parametrize("exit", EXITS)
-@pytest.mark.parametrize("kind", ["early-exit", "m2r2"])
+@pytest.mark.parametrize("kind", ["early-exit", "m2r2", "carry"])
 def test_every_exit_and_every_number_of_drafts(exit, kind):
     view = tiny.backbone()
-    drafter = EarlyExit(view, exit) if kind == "early-exit" else m2r2(exit)
+    drafter = EarlyExit(view, exit) if kind == "early-exit" else m2r2(exit, carry=kind == "carry")
     runs = [check_equal(drafter, drafts, max_tokens=10) for drafts in range(9)]
     assert sum(tie for _, tie in runs) <= 1  # of 9 texts of 10 tokens
     assert [max(out.drafted) for out, _ in runs] == list(range(9))
@@ -208,13 +208,34 @@ def test_drafts_are_sometimes_accepted():
     assert {0, 1} < accepted
 
 
+def test_a_draft_carries_the_last_state_on(monkeypatch):
+    """The model's own state into the first draft, then the stream's own."""
+    drafter, taken, made = m2r2(carry=True), [], []
+    read = drafter.stream.read
+
+    def watched(token, cache, verified, exit, before):
+        h, p, logits = read(token, cache, verified, exit, before)
+        taken.append((verified, before))
+        made.append(p)
+        return h, p, logits
+
+    monkeypatch.setattr(drafter.stream, "read", watched, raising=False)
+    out = generate(tiny.backbone(), PROMPT, drafter, 3, 9)
+    final = tiny.backbone().states(mx.array([PROMPT + out.tokens]))[-1]
+    assert len({verified for verified, _ in taken}) >= 2
+    for i, (verified, before) in enumerate(taken):
+        is_first = i == 0 or taken[i - 1][0] != verified
+        right = final[:, verified - 1 : verified] if is_first else made[i - 1]
+        assert mx.allclose(before, right, atol=1e-4)
+
+
 def found(drafter):
     return generate(tiny.backbone(), PROMPT, drafter, 4, 30).accepted
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 17])
 def test_prompt_lengths(length):
-    for drafter in (EarlyExit(tiny.backbone(), 2), m2r2(), m2r2(form="attention")):
+    for drafter in (EarlyExit(tiny.backbone(), 2), m2r2(), m2r2(form="attention"), m2r2(carry=True)):
         check_equal(drafter, 3, tiny.prompt(length), 8)
 
 

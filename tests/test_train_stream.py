@@ -40,8 +40,8 @@ def untuned(monkeypatch):
 def arguments(out, **changes):
     values = {
         "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
-        "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "rows": 16, "compare": False, "steps": 3,
-        "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1,
+        "exit": 2, "rate": None, "rank": 4, "rows": 16, "compare": False, "steps": 3, "minutes": None,
+        "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False, "ffn_width": None,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 
@@ -98,6 +98,17 @@ def test_a_stream_may_begin_with_that_of_another_model(tmp_path, written, untune
     assert same(weights(new), weights(old, view))
     with pytest.raises(UserError, match="has other settings"):
         train_stream.run(arguments(new, start=old, rank=8))
+
+
+def test_a_stream_that_carries_may_begin_with_one_that_does_not(tmp_path, written, untuned):
+    old, new = tmp_path / "old", tmp_path / "new"
+    train_stream.run(arguments(old))
+    train_stream.run(arguments(new, start=old, carry=True, minutes=1e-9))
+    assert same(weights(old), weights(new)) and not weights(new)["carry.matrix"].any()
+    train_stream.run(arguments(new, start=new, carry=True))
+    assert weights(new)["carry.matrix"].any()
+    with pytest.raises(UserError, match="has other settings"):
+        train_stream.run(arguments(old, start=new))
 
 
 def test_a_comparison_runs_in_one_process(tmp_path, written):

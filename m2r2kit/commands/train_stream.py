@@ -101,6 +101,7 @@ def settings(args) -> StreamConfig:
         rank=default.rank if args.rank is None else args.rank,
         ffn_width=default.ffn_width if args.ffn_width is None else args.ffn_width,
         deep=default.deep,
+        carry=args.carry,
     )
 
 
@@ -137,14 +138,17 @@ def resume(stream: AcceleratedStream, folder: Path, backbone: Backbone, config: 
 
 
 def begin_with(stream: AcceleratedStream, folder: Path, config: StreamConfig) -> None:
-    """Start from another trained stream: of this model, or of one with the same shapes."""
+    """Start from another trained stream: of this model, or of one with the same shapes. One that
+    carries nothing from token to token may go on as one that does, as that begins with zeros."""
     old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
-    if old != config:
+    if old not in (config, replace(config, carry=False)):
         raise UserError(f"The stream in {folder} has other settings ({old}); ask for the same ones.")
+    start = stream if old == config else AcceleratedStream(stream._backbone, old)
     try:
-        checkpoints.load_weights(stream, facts, facts["base_sha256"], folder, "stream")
+        checkpoints.load_weights(start, facts, facts["base_sha256"], folder, "stream")
     except UserError as error:
         raise UserError(f"{error} If it is whole, its model has other shapes than this one.") from error
+    stream.update(start.trainable_parameters())
 
 
 def forget(folder: Path) -> None:

@@ -53,19 +53,19 @@ class Drafter:
 
     Attributes:
         exit: E, blocks that it runs on each token it reads.
-        wants_states: whether `learn` is to be given states.
+        learns: depth of the states that `learn` is given, E or N; None if it needs none.
     """
 
     exit = 0
-    wants_states = False
+    learns: int | None = None
 
     def begin(self, prompt: list[int], room: int) -> None:
         """Forget the last text; this one has room for `room` tokens at first."""
 
     def learn(self, states: mx.array) -> None:
-        """Slow states of the tokens that have just been verified, (1, T, D): after the first pass
-        those of the prompt but for its last token, later those of the pending token and the accepted
-        drafts. They are h_E, or where the exit is 0 the final h_N."""
+        """Slow states at the depth `learns` of the tokens that have just been verified, (1, T, D):
+        after the first pass those of the prompt but for its last token, later those of the pending
+        token and the accepted drafts."""
 
     def __call__(self, text: list[int], drafts: int, sampler: Sampler, cache: list) -> Draft:
         """Draft after a text.
@@ -125,9 +125,18 @@ class M2R2(EarlyExit):
         super().__init__(backbone, exit or stream.config.exits[0])
         self.stream = stream
         stream.interval(self.exit)  # refuses an exit that it was not trained for
+        self.learns = backbone.depth if stream.config.carry else None
+        self._before = None  # the last state of the token before: the model's, then the draft's own
+
+    def begin(self, prompt, room):
+        self._before = None
+
+    def learn(self, states):
+        self._before = states[:, -1:]
 
     def _read(self, token, cache, verified):
-        return self.stream.read(token, cache, verified, self.exit)
+        h, self._before, logits = self.stream.read(token, cache, verified, self.exit, self._before)
+        return h, logits
 
 
 def check_exit(backbone: Backbone, exit: int) -> None:

@@ -69,9 +69,9 @@ class Eagle(Drafter):
     on own guesses as in the third, and a chain in place of the tree.
     """
 
-    wants_states = True
-
     def __init__(self, backbone: Backbone, module: EagleBlock):
+        self.learns = backbone.depth
+
         def body(entry, states, tokens):
             h = module(tokens, states, create_attention_mask(states, entry), entry)[:, -1:]
             return h, backbone.head(h)

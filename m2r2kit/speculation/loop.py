@@ -104,7 +104,7 @@ def generate(
             emitted, drafted, states = draft_and_verify(backbone, drafter, text, k, sampler, cache)
             new = _keep(out, emitted, drafted, backbone.eos)
             crop(cache, verified + new)
-            if drafter.wants_states:
+            if drafter.learns is not None:
                 drafter.learn(states[:, :new])
         verified += new
         text += out.tokens[-new:]
@@ -118,13 +118,12 @@ def generate(
 def read_prompt(backbone: Backbone, drafter: Drafter, prompt: list[int], cache: list) -> None:
     """All but the last token of a prompt into the cache, and to the drafter if it wants their states."""
     h = backbone.embed(mx.array([prompt[:-1]]))
-    if drafter.wants_states:
-        h = backbone.run(h, cache, 0, drafter.exit or backbone.depth)
+    h = backbone.run(h, cache, 0, drafter.exit)
+    if drafter.learns == drafter.exit:
         drafter.learn(h)
-        if drafter.exit:
-            backbone.run(h, cache, drafter.exit)
-    else:
-        backbone.run(h, cache)
+    h = backbone.run(h, cache, drafter.exit)
+    if drafter.learns == backbone.depth:
+        drafter.learn(h)
     mx.eval([(c.keys, c.values) for c in cache])
 
 
@@ -189,8 +188,9 @@ def verify(
         unread = mx.array([unread]) if unread else None
     else:
         unread = mx.concatenate([as_row(token) for token in unread], axis=1)
+    final = drafter.learns == backbone.depth
     if E == 0:
-        if not drafter.wants_states:
+        if not final:
             return backbone.logits(unread, cache)[0], None
         h, logits = backbone.read(unread, cache, backbone.depth)
         return logits[0], h
@@ -198,6 +198,9 @@ def verify(
     if unread is not None:
         rows = [*rows, backbone.run(backbone.embed(unread), cache, 0, E)]
     h = mx.concatenate(rows, axis=1)
+    if final:
+        h, logits = backbone.close(h, cache, E)
+        return logits[0], h
     return backbone.finish(h, cache, E)[0], h
 
 

@@ -71,9 +71,8 @@ class Medusa(Drafter):
     which changes the output, is left out.
     """
 
-    wants_states = True
-
     def __init__(self, backbone: Backbone, module: MedusaHeads):
+        self.learns = backbone.depth
         mx.eval(module.parameters())
 
         def logits(h):
