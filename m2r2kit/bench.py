@@ -147,7 +147,13 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
     cache = backbone.new_cache(len(prompt) + MOST_DRAFTS)
     pending, length, greedy = prompt[-1], len(prompt) - 1, Sampler()
     drafter.begin(prompt, len(prompt) + MOST_DRAFTS)
-    if length:
+    if length > 1:  # one step before the last token, so that its drafter stands as in the midst of a text
+        read_prompt(backbone, drafter, prompt[:-1], cache)
+        *_, states = draft_and_verify(backbone, drafter, prompt[:-1], K, greedy, cache)
+        crop(cache, length)
+        if drafter.learns is not None:
+            drafter.learn(states[:, :1])
+    elif length:
         read_prompt(backbone, drafter, prompt, cache)
 
     def plain():
@@ -204,7 +210,8 @@ def compare(
         steps = len(arm.drafted)
         tau = (len(arm.accepted) + sum(arm.accepted)) / steps
         c, v = (0.0, 1.0) if not any(arm.drafted) else step_costs(backbone, arm, prompts[0])
-        predicted = tau / (arm.drafts * c + v) if any(arm.drafted) else 1.0
+        made = sum(arm.drafted) / steps  # drafts a step: some drafters stop by themselves
+        predicted = tau / (made * c + v) if any(arm.drafted) else 1.0
         figures["arms"][arm.name] = {
             "tokens": arm.tokens,
             "seconds": arm.seconds,
