@@ -164,7 +164,13 @@ def _step_costs(backbone, drafter, K, prompt, repeats):
     cache = backbone.new_cache(len(prompt) + MOST_DRAFTS)
     pending, length, greedy = prompt[-1], len(prompt) - 1, Sampler()
     drafter.begin(prompt, len(prompt) + MOST_DRAFTS)
-    if length:
+    if length > 1:  # one step before the last token, so that its drafter stands as in the midst of a text
+        read_prompt(backbone, drafter, prompt[:-1], cache)
+        *_, states = draft_and_verify(backbone, drafter, prompt[:-1], K, greedy, cache)
+        crop(cache, length)
+        if drafter.learns is not None:
+            drafter.learn(states[:, :1])
+    elif length:
         read_prompt(backbone, drafter, prompt, cache)
 
     def plain():

@@ -11,6 +11,7 @@ from test_accept import FEW, check_counts, model_joint, sample_model
 from test_speculation import WithEnds, check_cache, check_equal, patched, plain
 
 from m2r2kit import own_text
+from m2r2kit.backbone import crop
 from m2r2kit.bench import step_costs
 from m2r2kit.errors import UserError
 from m2r2kit.speculation import EarlyExit, Sampler, generate, loop, peers
@@ -102,6 +103,20 @@ def test_the_end_of_the_context(make):
 def test_sampled_text_has_the_model_s_distribution(make):
     drafter = make(tiny.backbone("llama", **FEW))
     check_counts(sample_model(300, drafter, temperature=2.0), model_joint(temperature=2.0))
+
+
+@each_drafter
+def test_the_same_draft_can_be_made_again(make):
+    """As when its cost is measured."""
+    view = tiny.backbone()
+    drafter, cache = make(view), view.new_cache(len(AGAIN))
+    drafter.begin(AGAIN, len(AGAIN))
+    loop.read_prompt(view, drafter, AGAIN, cache)
+    made = []
+    for _ in range(3):
+        made.append(ids(drafter(AGAIN, 3, Sampler(), cache)))
+        crop(cache, len(AGAIN) - 1)
+    assert made[0] and made[1:] == made[:-1]
 
 
 @each_drafter

@@ -64,12 +64,14 @@ class EagleBlock(nn.Module):
 class Eagle(Drafter):
     """Drafts from the last state of each verified token, then from its own guesses of the next ones.
 
-    EAGLE (arXiv 2401.15077) reports about 3x with Vicuna-13B, its second and third versions (2406.16858,
-    2503.01840) about 4x and 5.6x; we have the block on states and tokens, the loss on states, training
-    on own guesses as in the third, and a chain in place of the tree.
+    EAGLE's authors report 3x with Vicuna-13B (arXiv 2401.15077), and 4x and 5.6x for its later versions
+    (2406.16858, 2503.01840); we have the block on states and tokens, the loss on states and training on
+    own guesses as in the third, not its states of several depths, and a chain in place of their trees.
     """
 
     def __init__(self, backbone: Backbone, module: EagleBlock):
+        self.learns = backbone.depth
+
         def body(entry, states, tokens):
             h = module(tokens, states, create_attention_mask(states, entry), entry)[:, -1:]
             return h, backbone.head(h)
@@ -79,7 +81,7 @@ class Eagle(Drafter):
 
     def begin(self, prompt, room):
         self.own.begin(room)
-        self.states, self.known = None, 0  # not yet read; positions read with the model's own states
+        self.states = None  # h_N of what was verified last
 
     def learn(self, states):
         self.states = states
@@ -88,9 +90,9 @@ class Eagle(Drafter):
         draft = Draft()
         if self.states is None:  # a text of one token: the model has said nothing yet
             return draft
-        self.own.crop(self.known)  # forget the guesses
-        h, logits = self.own(self.states, mx.array([text[self.known + 1 :]]))
-        self.states, self.known = None, len(text) - 1
+        known = len(text) - 1 - self.states.shape[1]  # positions that were read with the model's own states
+        self.own.crop(known)  # the others were guesses
+        h, logits = self.own(self.states, mx.array([text[known + 1 :]]))
         while True:
             token = draft.take(logits, sampler)
             if len(draft.tokens) == drafts:

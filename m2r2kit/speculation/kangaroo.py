@@ -63,7 +63,8 @@ class Kangaroo(Drafter):
     """
 
     def __init__(self, backbone: Backbone, module: KangarooBlock):
-        self.backbone, self.exit, self.threshold = backbone, module.config.exit, module.config.threshold
+        self.backbone, self.threshold = backbone, module.config.threshold
+        self.exit = self.learns = module.config.exit
 
         def body(entry, h):
             logits = backbone.unembed(module(h, create_attention_mask(h, entry), entry)[:, -1:])
