@@ -1,8 +1,11 @@
-"""Draw the measured figures in README.md from the newest records.
+"""Draw the measured figures in README.md from the newest records, and what a first command prints.
 
-`python ci/readme_figures.py` rewrites what stands between the two marks, and nothing else.
+`python ci/readme_figures.py` rewrites what stands between the marks, and nothing else.
 """
 
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from m2r2kit import records  # noqa: E402
 from m2r2kit.commands.bench import table  # noqa: E402
 
 README = ROOT / "README.md"
+SEEN, SEEN_END = "<!-- seen: drawn by ci/readme_figures.py -->\n", "<!-- end of seen -->\n"
 BEGIN, END = "<!-- measured: drawn by ci/readme_figures.py -->\n", "<!-- end of measured -->\n"
 
 
@@ -51,5 +55,24 @@ def draw(text: str) -> str:
     return before + BEGIN + figures() + END + rest.split(END)[1]
 
 
+def seen(text: str) -> str:
+    """The text of a README with what the first command in it prints, apart from the speed."""
+    before, rest = text.split(SEEN)
+    command = shlex.split(next(line for line in before.splitlines() if "m2r2kit generate --prompt" in line))
+    run = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    last = re.sub(r", \d+ tokens/s", "", run.stderr.strip().splitlines()[-1])
+    lines = [*run.stdout.rstrip().splitlines(), last]
+    return (
+        before
+        + SEEN
+        + "\n".join(f"    {line}".rstrip() for line in lines)
+        + "\n"
+        + SEEN_END
+        + rest.split(SEEN_END)[1]
+    )
+
+
 if __name__ == "__main__":
-    README.write_text(draw(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(seen(draw(README.read_text(encoding="utf-8"))), encoding="utf-8")

@@ -73,20 +73,29 @@ def _model(parser):
     )
 
 
-def _drafting(parser):
+def _stream(parser):
     parser.add_argument(
         "--stream",
         type=Path,
         metavar="DIR",
         help="the trained accelerated stream (default: the folder 'stream' inside the model's folder)",
     )
+
+
+def _drafting(parser):
+    _stream(parser)
     parser.add_argument(
         "--drafters",
         type=Path,
         metavar="DIR",
         help="the trained peers (default: the folder 'drafters' inside the model's folder)",
     )
-    parser.add_argument("--draft", type=natural, metavar="K", help="tokens drafted before each verification")
+    parser.add_argument(
+        "--draft",
+        type=natural,
+        metavar="K",
+        help="tokens drafted before each verification (default: as tuned)",
+    )
     parser.add_argument(
         "--exit",
         type=count,
@@ -295,6 +304,11 @@ def parser() -> Parser:
     about = "train a peer of the stream, another way of drafting for the same model"
     _train_drafter(add(train, "drafter", _run_train_drafter, about))
 
+    about = "choose how long a stream's drafts are on this machine, and write it into its JSON"
+    tune = add(commands, "tune", _run_tune, about)
+    _model(tune)
+    _stream(tune)
+
     report = add(commands, "report", _run_report, "print the paper's figures beside ours, from records")
     form = report.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
@@ -347,6 +361,12 @@ def _run_train_drafter(args):
     from .commands import train_drafter
 
     return train_drafter.run(args)
+
+
+def _run_tune(args):
+    from .commands import tune
+
+    return tune.run(args)
 
 
 def _run_report(args):

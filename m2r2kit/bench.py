@@ -12,13 +12,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from .backbone import Backbone, crop
 from .speculation import Plain, Sampler, generate
-from .speculation.drafters import Draft
+from .speculation.drafters import Draft, Drafter
 from .speculation.loop import MOST_DRAFTS, Generation, draft_and_verify, one_token, read_prompt, verify
 from .speculation.methods import mlx_lm_generate
 
@@ -137,13 +138,29 @@ def acceptance(accepted: list[int], drafted: list[int]) -> list[float]:
     return a
 
 
-def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 15) -> tuple[float, float]:
-    """(c, v) of an arm in plain steps: one draft, and one verification of K + 1 rows.
+@contextmanager
+def not_stopping(drafter: Drafter):
+    """A drafter that stops by itself drafts on for a while, at the same cost, however unsure it is."""
+    before, drafter.threshold = drafter.threshold, min(drafter.threshold, 1e-30)
+    try:
+        yield
+    finally:
+        drafter.threshold = before
+
+
+def step_costs(
+    backbone: Backbone, drafter: Drafter, K: int, prompt: list[int], repeats: int = 15
+) -> tuple[float, float]:
+    """(c, v) in plain steps: one draft of K, and one verification of K + 1 rows.
 
     Timed in turn after the same prompt, as the loop runs them: some plain steps, a whole step of
     drafts and verification, and the verification alone; medians. The drafts are the difference.
     """
-    K, drafter = arm.drafts, arm.drafter
+    with not_stopping(drafter):
+        return _step_costs(backbone, drafter, K, prompt, repeats)
+
+
+def _step_costs(backbone, drafter, K, prompt, repeats):
     cache = backbone.new_cache(len(prompt) + MOST_DRAFTS)
     pending, length, greedy = prompt[-1], len(prompt) - 1, Sampler()
     drafter.begin(prompt, len(prompt) + MOST_DRAFTS)
@@ -181,7 +198,7 @@ def step_costs(backbone: Backbone, arm: Arm, prompt: list[int], repeats: int = 1
             crop(cache, length)
     unit, step, checked = (statistics.median(times[k]) for k in ("plain", "whole", "check"))
     unit /= PLAIN_STEPS
-    made = max(1, len(drafted.tokens))  # some drafters stop by themselves
+    made = max(1, len(drafted.tokens))  # a pool or a text may have none to offer
     return (step - checked) / made / unit, checked / unit
 
 
@@ -209,9 +226,10 @@ def compare(
     for arm in arms:
         steps = len(arm.drafted)
         tau = (len(arm.accepted) + sum(arm.accepted)) / steps
-        c, v = (0.0, 1.0) if not any(arm.drafted) else step_costs(backbone, arm, prompts[0])
-        made = sum(arm.drafted) / steps  # drafts a step: some drafters stop by themselves
-        predicted = tau / (made * c + v) if any(arm.drafted) else 1.0
+        c, v, predicted = 0.0, 1.0, 1.0
+        if made := sum(arm.drafted) / steps:  # fewer than K where a drafter stops by itself
+            c, v = step_costs(backbone, arm.drafter, max(1, round(made)), prompts[0])
+            predicted = tau / (made * c + v)
         figures["arms"][arm.name] = {
             "tokens": arm.tokens,
             "seconds": arm.seconds,

@@ -78,6 +78,22 @@ def read_settings(folder: str | Path, name: str, config_type: type):
         raise UserError(f"{path} is damaged ({error}); copy it again or train anew.") from error
 
 
+def note(folder: str | Path, name: str, **facts) -> None:
+    """Add facts to the JSON of a saved module, or put others in their place.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    path, new = Path(folder) / f"{name}.json", Path(folder) / f"{name}.json.new"
+    text = json.loads(path.read_text()) | facts
+    try:
+        new.write_text(json.dumps(text, indent=1) + "\n")
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); free some space.") from error
+
+
 def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | Path, name: str) -> None:
     """Fill a module with saved weights, in float32 on a CPU.
 

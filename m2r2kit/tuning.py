@@ -1,35 +1,70 @@
-"""How many tokens a drafter should draft: chosen on the tuning prompts, never on those of a figure."""
+"""How many tokens a drafter should draft: chosen on the tuning prompts, never on those of a figure.
+
+The answer depends on the machine: where a draft is cheap or rows are, longer drafts pay.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from . import prompts
 from .backbone import Backbone
-from .bench import Arm, step_costs
+from .bench import step_costs
 from .speculation import Drafter, generate
 
+THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.45)
 
-def tune(backbone: Backbone, drafter: Drafter, max_tokens: int = 48, most: int = 8) -> tuple[int, float]:
-    """The number of drafts with the best predicted speed-up on the tuning prompts, and that speed-up.
 
-    The prompts are decoded once, with the most drafts; the beginnings of those drafts say what
-    shorter ones would have given, also where a drafter stops by itself.
+@dataclass
+class Tuned:
+    """The best that was found: the most drafts in a step, the threshold below which it drafts no
+    further (`Drafter.threshold`), and the speed-up that is predicted with both."""
+
+    drafts: int = 1
+    threshold: float = 0.0
+    estimate: float = 0.0
+
+    def __str__(self) -> str:
+        stop = f", on while all are right with a chance of {self.threshold:g}" if self.threshold else ""
+        return f"Best on the tuning prompts: {self.drafts} drafts{stop} (predicted {self.estimate:.2f}x)."
+
+
+def tune(
+    backbone: Backbone,
+    drafter: Drafter,
+    thresholds: Sequence[float] = (),
+    max_tokens: int = 48,
+    most: int = 8,
+) -> Tuned:
+    """The best number of drafts, and of some thresholds the best; by default the drafter's own.
+
+    The prompts are decoded once for each threshold, with the most drafts; the beginnings of those
+    drafts say what shorter ones would have given.
     """
-    accepted, drafted = [], []
-    asked = prompts.read(prompts.TUNING)
-    for p in tqdm(asked, desc="tuning", leave=False):
-        out = generate(backbone, backbone.encode(p.prompt), drafter, most, max_tokens)
-        accepted += out.accepted
-        drafted += out.drafted
-    full = np.array(drafted) > 0  # the last token of a text is never drafted for
-    accepted, drafted = np.array(accepted)[full], np.array(drafted)[full]
-    best = (1, 0.0)
-    if not len(drafted):
-        return best
-    ids = backbone.encode(asked[0].prompt)
-    for k in range(1, most + 1):
-        c, v = step_costs(backbone, Arm("tuning", drafter, k), ids, repeats=9)
-        tau, made = 1 + np.minimum(accepted, k).mean(), np.minimum(drafted, k).mean()
-        if (s := float(tau / (made * c + v))) > best[1]:
-            best = (k, s)
+    best, costs, lengths = Tuned(threshold=drafter.threshold), {}, range(1, most + 1)
+    asked = [backbone.encode(p.prompt) for p in prompts.read(prompts.TUNING)]
+    for threshold in tqdm(thresholds or (drafter.threshold,), desc="tuning", leave=False):
+        drafter.threshold = threshold
+        if (stops := threshold > 0) not in costs:  # how unsure a drafter may be does not change what it costs
+            costs[stops] = np.array([step_costs(backbone, drafter, k, asked[0], repeats=9) for k in lengths])
+        made, right = drafted(backbone, drafter, asked, most, max_tokens)
+        for k in lengths if len(made) else ():
+            mean = np.minimum(made, k).mean()
+            c, v = (np.interp(mean, lengths, cost) for cost in costs[stops].T)
+            estimate = float((1 + np.minimum(right, k).mean()) / (mean * c + v))
+            if estimate > best.estimate:
+                best = Tuned(k, threshold, estimate)
+    drafter.threshold = best.threshold
     return best
+
+
+def drafted(backbone: Backbone, drafter: Drafter, asked: list[list[int]], most: int, max_tokens: int):
+    """In each step over all prompts: how many tokens were drafted, and how many of them were right."""
+    pairs = []
+    for ids in asked:
+        out = generate(backbone, ids, drafter, most, max_tokens)
+        pairs += zip(out.drafted, out.accepted, strict=True)
+    made, right = np.array(pairs).T
+    return made[made > 0], right[made > 0]  # none is made for a text's last token

@@ -12,7 +12,7 @@ from test_speculation import WithEnds, check_cache, check_equal, patched, plain
 
 from m2r2kit import own_text
 from m2r2kit.backbone import crop
-from m2r2kit.bench import Arm, step_costs
+from m2r2kit.bench import step_costs
 from m2r2kit.errors import UserError
 from m2r2kit.speculation import EarlyExit, Sampler, generate, loop, peers
 from m2r2kit.speculation.draft_model import DraftModel, DraftModelConfig
@@ -121,7 +121,7 @@ def test_the_same_draft_can_be_made_again(make):
 
 @each_drafter
 def test_costs_of_a_step_can_be_measured(make):
-    c, v = step_costs(tiny.backbone(), Arm("peer", make(tiny.backbone()), 3), AGAIN, repeats=1)
+    c, v = step_costs(tiny.backbone(), make(tiny.backbone()), 3, AGAIN, repeats=1)
     assert np.isfinite(c) and v > 0
 
 

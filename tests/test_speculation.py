@@ -13,6 +13,7 @@ import tiny
 from mlx_lm.generate import generate_step
 
 from m2r2kit import fixed_cache
+from m2r2kit.backbone import crop
 from m2r2kit.errors import UserError
 from m2r2kit.speculation import M2R2, EarlyExit, Generation, Plain, Sampler, drafters, generate, loop
 
@@ -34,8 +35,8 @@ def plain(prompt=PROMPT, max_tokens=14, view=None) -> Generation:
 KNOWN: dict[tuple, Generation] = {}  # plain decoding is asked for again and again
 
 
-def m2r2(exit=2, **settings) -> M2R2:
-    return M2R2(tiny.backbone(), tiny.stream(exits=(exit,), **settings))
+def m2r2(exit=2, threshold=0.0, **settings) -> M2R2:
+    return M2R2(tiny.backbone(), tiny.stream(exits=(exit,), **settings), threshold=threshold)
 
 
 class Scripted(EarlyExit):
@@ -193,10 +194,12 @@ def test_no_drafts_is_mlx_lm_token_for_token(length):
 
 
 @pytest.mark.parametrize("exit", EXITS)
-@pytest.mark.parametrize("kind", ["early-exit", "m2r2", "carry"])
+@pytest.mark.parametrize("kind", ["early-exit", "m2r2", "carry", "stopping"])
 def test_every_exit_and_every_number_of_drafts(exit, kind):
     view = tiny.backbone()
-    drafter = EarlyExit(view, exit) if kind == "early-exit" else m2r2(exit, carry=kind == "carry")
+    drafter = EarlyExit(view, exit)
+    if kind != "early-exit":
+        drafter = m2r2(exit, 1e-30 if kind == "stopping" else 0.0, carry=kind == "carry")
     runs = [check_equal(drafter, drafts, max_tokens=10) for drafts in range(9)]
     assert sum(tie for _, tie in runs) <= 1  # of 9 texts of 10 tokens
     assert [max(out.drafted) for out, _ in runs] == list(range(9))
@@ -227,6 +230,44 @@ def test_a_draft_carries_the_last_state_on(monkeypatch):
         is_first = i == 0 or taken[i - 1][0] != verified
         right = final[:, verified - 1 : verified] if is_first else made[i - 1]
         assert mx.allclose(before, right, atol=1e-4)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_draft_ends_where_it_is_no_longer_sure(carry, temperature, monkeypatch):
+    """After the token that makes the chance of all so far fall below the threshold."""
+    view, drafter = tiny.backbone(), m2r2(carry=carry, size=0.1)
+    ids, cache = PROMPT, view.new_cache(64)
+    view.run(view.embed(mx.array([ids[:-1]])), cache)
+    sure = []
+    read = drafter._read
+
+    def watched(token, cache, verified):
+        h, logits = read(token, cache, verified)
+        sure.append(mx.softmax(logits[0, -1]))
+        return h, logits
+
+    monkeypatch.setattr(drafter, "_read", watched)
+    drafter.threshold = 1e-30
+    whole = drafter(ids, 6, Sampler(temperature), cache)
+    tokens = [t if isinstance(t, int) else t.item() for t in whole.tokens]
+    chances = np.cumprod([p[t].item() for p, t in zip(sure, tokens, strict=True)])
+    assert len(tokens) == 6 and (chances[1:] < chances[:-1]).all()
+    for stop in range(1, 6):
+        crop(cache, len(ids) - 1)
+        drafter.begin(ids, 64)
+        drafter.threshold = (chances[stop - 1] + chances[stop]) / 2
+        draft = drafter(ids, 6, Sampler(temperature), cache)
+        assert [t if isinstance(t, int) else t.item() for t in draft.tokens] == tokens[: stop + 1]
+        read_too = stop + 1 < 6  # while it waited, it went on to read its last token
+        assert len(draft.states) == stop + 1 + read_too == cache[0].offset - len(ids) + 1
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.1, 0.5])
+def test_drafts_of_any_length_are_verified(threshold):
+    out, _ = check_equal(m2r2(threshold=threshold, size=0.1), 6, max_tokens=14)
+    check_cache(m2r2(threshold=threshold, size=0.1), 6)
+    assert min(out.drafted[:-1]) >= 1 and max(out.drafted) <= 6
 
 
 def found(drafter):

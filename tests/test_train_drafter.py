@@ -9,6 +9,7 @@ from test_train_stream import written  # noqa: F401  (a fixture: little text and
 from m2r2kit.commands import train_drafter
 from m2r2kit.errors import UserError
 from m2r2kit.speculation import generate, methods, peers
+from m2r2kit.tuning import Tuned
 
 MODEL = {"max_position_embeddings": 512}
 
@@ -23,7 +24,7 @@ def arguments(out, **changes):
 
 @pytest.mark.parametrize("kind", peers.KINDS)
 def test_a_peer_is_trained_saved_recorded_and_found(kind, tmp_path, written, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(train_drafter, "tune", lambda backbone, drafter: (3, 1.0))
+    monkeypatch.setattr(train_drafter, "tune", lambda *found: Tuned(3, 0.0, 1.0))
     assert train_drafter.run(arguments(tmp_path / kind, kind=kind)) == 0
     ((subject, record),) = written
     assert subject == "drafters" and record["settings"]["kind"] == kind
@@ -44,9 +45,10 @@ def test_drafts_are_tuned_on_the_tuning_prompts(tmp_path, written):  # noqa: F81
 @pytest.mark.parametrize("kind", ["kangaroo", "deed"])
 def test_a_threshold_of_confidence_is_tuned_too(kind, monkeypatch):
     view, worth = tiny.backbone("llama", **MODEL), {0.2: 1.1, 0.4: 1.5, 0.6: 1.4, 0.8: 0.9}
-    monkeypatch.setattr(train_drafter, "tune", lambda backbone, drafter: (4, worth[drafter.threshold]))
     module = peers.new(view, kind, exit=1)
-    assert train_drafter.tuned(view, kind, module) == (4, 1.5)
+    tuned = {t: Tuned(4, 0.0, worth[t]) for t in worth}
+    monkeypatch.setattr(train_drafter, "tune", lambda *found: tuned[module.config.threshold])
+    assert train_drafter.best(view, kind, module).estimate == 1.5
     assert module.config.threshold == 0.4
 
 

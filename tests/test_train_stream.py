@@ -13,6 +13,7 @@ from m2r2kit.commands import train_stream
 from m2r2kit.corpus import Document
 from m2r2kit.errors import UserError
 from m2r2kit.residuals import load_stream
+from m2r2kit.tuning import Tuned
 
 
 @pytest.fixture
@@ -34,14 +35,14 @@ def written(monkeypatch):
 @pytest.fixture
 def untuned(monkeypatch):
     """The search for the best number of drafts takes most of the time; one test of it is enough."""
-    monkeypatch.setattr(train_stream, "tune", lambda backbone, drafter: (3, 1.0))
+    monkeypatch.setattr(train_stream, "tune", lambda *found: Tuned(3, 0.2, 1.0))
 
 
 def arguments(out, **changes):
     values = {
         "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
-        "exit": 2, "rate": None, "rank": 4, "rows": 16, "compare": False, "steps": 3, "minutes": None,
-        "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False, "ffn_width": None,
+        "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "rows": 16, "compare": False, "steps": 3,
+        "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 

@@ -30,6 +30,8 @@ def run(args) -> int:
     arms = []
     for name in names:
         who = None if name == "mlx_lm" else drafter(name, backbone, folders[0], args.exit, folders[1])
+        if args.draft is not None and name == "m2r2":
+            who.threshold = 0.0  # then it drafts as many as were asked for
         own = tuned_drafts(name, *folders) if args.draft is None else drafts
         arms.append(Arm(name, who, 0 if name in ("plain", "mlx_lm") else own))
     ids = [backbone.encode(p.prompt) for p in prompts]

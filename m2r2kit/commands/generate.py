@@ -19,6 +19,8 @@ def run(args) -> int:
     who = None
     if args.method != "mlx_lm":
         who = drafter(args.method, backbone, folders[0], args.exit, folders[1])
+    if args.draft is not None and args.method == "m2r2":
+        who.threshold = 0.0  # then it drafts as many as were asked for
     drafts = tuned_drafts(args.method, *folders) if args.draft is None else args.draft
     for prompt, tokens in zip(prompts, ids, strict=True):
         sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)

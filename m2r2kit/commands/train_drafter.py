@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..speculation import peers
 from ..speculation.methods import drafters_folder
 from ..training import DistilConfig
-from ..tuning import tune
+from ..tuning import Tuned, tune
 from .train_stream import command, text
 
 THRESHOLDS = (0.2, 0.4, 0.6, 0.8)  # of confidence, where a kind has one
@@ -40,13 +40,13 @@ def run(args) -> int:
         seconds = 60 * args.minutes if args.minutes else math.inf
         history = peers.train(module, lessons, distil, report, seconds)
     after = peers.mean_loss(module, judges)
-    drafts, estimate = tuned(backbone, args.kind, module)
+    tuned = best(backbone, args.kind, module)
     print(f"Held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")
-    print(f"Best number of drafts on the tuning prompts: {drafts} (predicted {estimate:.2f}x).")
-    facts = {"steps": len(history.losses), "train_seconds": round(history.seconds), "drafts": drafts}
+    print(tuned)
+    facts = {"steps": len(history.losses), "train_seconds": round(history.seconds), "drafts": tuned.drafts}
     peers.save(module, backbone, out, **facts)
     parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
-    figures = facts | {"parameters": parameters, "predicted_speedup": estimate}
+    figures = facts | {"parameters": parameters, "predicted_speedup": tuned.estimate}
     figures |= {"held_out_loss": after, "held_out_loss_before": before}
     model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
     settings = {"kind": args.kind, "model": model, "model_sha256": backbone.sha256, "rows": args.rows}
@@ -56,13 +56,12 @@ def run(args) -> int:
     return 0
 
 
-def tuned(backbone: Backbone, kind: str, module) -> tuple[int, float]:
-    """The best number of drafts and its predicted speed-up; the module keeps its best threshold."""
+def best(backbone: Backbone, kind: str, module) -> Tuned:
+    """The best number of drafts; of a kind with a threshold of confidence the module keeps the best."""
     found = []
     for threshold in THRESHOLDS if hasattr(module.config, "threshold") else [None]:
         if threshold is not None:
             module.config = replace(module.config, threshold=threshold)
-        drafts, estimate = tune(backbone, peers.drafter(backbone, kind, module))
-        found.append((estimate, drafts, module.config))
-    estimate, drafts, module.config = max(found, key=lambda each: each[0])
-    return drafts, estimate
+        found.append((tune(backbone, peers.drafter(backbone, kind, module)), module.config))
+    tuned, module.config = max(found, key=lambda each: each[0].estimate)
+    return tuned

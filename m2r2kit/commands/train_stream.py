@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..residuals import AcceleratedStream, StreamConfig, check, tau
 from ..speculation import M2R2
 from ..training import DistilConfig, Lesson, needs
-from ..tuning import tune
+from ..tuning import THRESHOLDS, tune
 
 HELD_OUT_ROWS = 96
 OWN = 0.6  # share of the rows that the model writes itself
@@ -78,12 +78,14 @@ def run(args) -> int:
     if group.rank():
         return 0
     print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
-    drafts, estimate = tune(backbone, M2R2(backbone, stream))
-    print(f"Best number of drafts on the tuning prompts: {drafts} (predicted {estimate:.2f}x).")
-    facts = {"steps": step, "train_seconds": round(trained.seconds), "drafts": drafts}
+    tuned = tune(backbone, M2R2(backbone, stream), THRESHOLDS)
+    print(tuned)
+    facts = {"steps": step, "train_seconds": round(trained.seconds)}
+    facts |= {"drafts": tuned.drafts, "threshold": tuned.threshold}
     checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)
     forget(unfinished)
-    figures = trained.figures | facts | {"parameters": trained.parameters, "predicted_speedup": estimate}
+    figures = trained.figures | facts | {"parameters": trained.parameters}
+    figures |= {"predicted_speedup": tuned.estimate}
     records.append(
         "stream", command=command(), settings=described(backbone, config, distil, args), figures=figures
     )

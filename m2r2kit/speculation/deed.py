@@ -10,8 +10,8 @@ from ..errors import UserError
 from ..fast_blocks import SmallFFN
 from ..lean_pass import lean_pass
 from ..training import Lesson
-from .drafters import Draft, Drafter, as_row, check_exit
-from .own_parts import confidence, divergence
+from .drafters import Draft, Drafter, as_row, check_exit, confidence
+from .own_parts import divergence
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Deed(Drafter):
 
     def __init__(self, backbone: Backbone, module: DeedExits):
         mx.eval(module.parameters())
-        self.backbone, self.exits, self.threshold = backbone, module.config.exits, module.config.threshold
+        self.backbone, self.exits, self.leaves = backbone, module.config.exits, module.config.threshold
         self.exit = self.exits[0]
 
         def reader(j):
@@ -98,7 +98,7 @@ class Deed(Drafter):
             waiting[0].append(h)
             logits, sure = self.readers[0](h)
             for j in range(1, len(self.exits)):
-                if sure.item() >= self.threshold:
+                if sure.item() >= self.leaves:
                     break
                 # with it go all tokens before it that left early: it attends to them
                 h = mx.concatenate(waiting[j - 1], axis=1)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..backbone import Backbone
 from ..errors import UserError
+from ..numerics import fast_exp
 from ..residuals import AcceleratedStream
 from .accept import Sampler
 
@@ -54,10 +55,12 @@ class Drafter:
     Attributes:
         exit: E, blocks that it runs on each token it reads.
         learns: depth of the states that `learn` is given, E or N; None if it needs none.
+        threshold: how sure it must be to draft on; 0 if it never stops by itself.
     """
 
     exit = 0
     learns: int | None = None
+    threshold = 0.0
 
     def begin(self, prompt: list[int], room: int) -> None:
         """Forget the last text; this one has room for `room` tokens at first."""
@@ -119,24 +122,58 @@ class EarlyExit(Drafter):
 
 
 class M2R2(EarlyExit):
-    """Reads the accelerated residual p_E, which stands for the end of the model."""
+    """Reads the accelerated residual p_E, which stands for the end of the model.
 
-    def __init__(self, backbone: Backbone, stream: AcceleratedStream, exit: int | None = None):
+    Args:
+        threshold: draft on while the chance that all drafts so far are right, by p_E's own
+            probabilities, is at least this; 0 drafts as many as it is asked for.
+    """
+
+    def __init__(
+        self, backbone: Backbone, stream: AcceleratedStream, exit: int | None = None, threshold: float = 0.0
+    ):
         super().__init__(backbone, exit or stream.config.exits[0])
-        self.stream = stream
+        self.stream, self.threshold = stream, threshold
         stream.interval(self.exit)  # refuses an exit that it was not trained for
         self.learns = backbone.depth if stream.config.carry else None
+        self._last = None  # the model's last state, of the newest verified token
         self._before = None  # the last state of the token before: the model's, then the draft's own
 
     def begin(self, prompt, room):
-        self._before = None
+        self._last = None
 
     def learn(self, states):
-        self._before = states[:, -1:]
+        self._last = states[:, -1:]
 
     def _read(self, token, cache, verified):
         h, self._before, logits = self.stream.read(token, cache, verified, self.exit, self._before)
         return h, logits
+
+    def __call__(self, text, drafts, sampler, cache):
+        self._before = self._last
+        if self.threshold == 0:
+            return super().__call__(text, drafts, sampler, cache)
+        draft, token, sure, chance = Draft(), as_row(text[-1]), None, 1.0
+        while True:
+            h, logits = self._read(token, cache, len(text) - 1)
+            draft.states.append(h)
+            if sure is not None:
+                mx.async_eval(logits)  # goes on while we wait for the token before
+                chance *= sure.item()
+                if chance < self.threshold:
+                    return draft  # its last token has been read, which the verification needs anyway
+            token = draft.take(logits, sampler)
+            sure = confidence(logits) if sampler.greedy else draft.q[-1][draft.tokens[-1]]
+            if len(draft.tokens) == drafts:
+                return draft
+            if sampler.greedy:
+                mx.async_eval(token, sure)
+
+
+@mx.compile
+def confidence(logits: mx.array) -> mx.array:
+    """Probability of the first choice, from logits (1, 1, V); one number."""
+    return 1 / fast_exp(logits.astype(mx.float32) - logits.max()).sum()
 
 
 def check_exit(backbone: Backbone, exit: int) -> None:

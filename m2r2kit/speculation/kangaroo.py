@@ -8,8 +8,8 @@ from mlx_lm.models.base import create_attention_mask
 
 from ..backbone import Backbone
 from ..training import Lesson
-from .drafters import Draft, Drafter, as_row, check_exit
-from .own_parts import OwnPass, confidence, divergence, new_block
+from .drafters import Draft, Drafter, as_row, check_exit, confidence
+from .own_parts import OwnPass, divergence, new_block
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Kangaroo(Drafter):
             return logits, confidence(logits)
 
         self.own = OwnPass(module, module.block.self_attn, body)
+        self.learns = self.exit
 
     def begin(self, prompt, room):
         self.own.begin(room)

@@ -74,6 +74,7 @@ class Medusa(Drafter):
     def __init__(self, backbone: Backbone, module: MedusaHeads):
         self.learns = backbone.depth
         mx.eval(module.parameters())
+        self.learns = backbone.depth
 
         def logits(h):
             with lean_pass():

@@ -63,7 +63,9 @@ def drafter(
             exit = checkpoints.read_settings(stream, "stream", StreamConfig)[0].exits[0]
         return EarlyExit(backbone, exit)
     if method == "m2r2":
-        return M2R2(backbone, load_stream(backbone, stream), exit)
+        facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
+        threshold = float(facts.get("threshold", 0.0)) if exit is None else 0.0  # tuned at its own exit
+        return M2R2(backbone, load_stream(backbone, stream), exit, threshold)
     if method == "prompt-lookup":
         return PromptLookup(backbone)
     if method == "lookahead":

@@ -81,8 +81,3 @@ def divergence(backbone: Backbone, logits: mx.array, final: mx.array) -> mx.arra
     V = logits.shape[-1]
     teacher = mx.stop_gradient(backbone.head(final))
     return distance(logits.reshape(-1, V), teacher.reshape(-1, V)).mean()
-
-
-def confidence(logits: mx.array) -> mx.array:
-    """Probability of the first choice, from logits (1, 1, V); one number."""
-    return mx.exp(logits.max() - mx.logsumexp(logits))
