@@ -48,16 +48,23 @@ def tune(
     for threshold in tqdm(thresholds or (drafter.threshold,), desc="tuning", leave=False):
         drafter.threshold = threshold
         if (stops := threshold > 0) not in costs:  # how unsure a drafter may be does not change what it costs
-            costs[stops] = np.array([step_costs(backbone, drafter, k, asked[0], repeats=9) for k in lengths])
+            costs[stops] = smooth(lengths, backbone, drafter, asked[0])
         made, right = drafted(backbone, drafter, asked, most, max_tokens)
         for k in lengths if len(made) else ():
             mean = np.minimum(made, k).mean()
-            c, v = (np.interp(mean, lengths, cost) for cost in costs[stops].T)
-            estimate = float((1 + np.minimum(right, k).mean()) / (mean * c + v))
+            c, (slope, first) = costs[stops]
+            estimate = float((1 + np.minimum(right, k).mean()) / (mean * c + first + slope * mean))
             if estimate > best.estimate:
                 best = Tuned(k, threshold, estimate)
     drafter.threshold = best.threshold
     return best
+
+
+def smooth(lengths: range, backbone: Backbone, drafter: Drafter, prompt: list[int]):
+    """The cost of a draft, and that of a verification as a line over the drafts (slope, value at 0).
+    A single timing on a busy machine may be off by more than two lengths differ."""
+    c, v = zip(*(step_costs(backbone, drafter, k, prompt, repeats=9) for k in lengths), strict=True)
+    return float(np.median(c)), np.polyfit(lengths, v, 1)
 
 
 def drafted(backbone: Backbone, drafter: Drafter, asked: list[list[int]], most: int, max_tokens: int):

@@ -42,6 +42,16 @@ def test_drafts_are_tuned_on_the_tuning_prompts(tmp_path, written):  # noqa: F81
     assert 1 <= record["figures"]["drafts"] <= 8 and record["figures"]["predicted_speedup"] > 0
 
 
+@pytest.mark.parametrize("kind", ["kangaroo", "deed"])
+def test_a_threshold_of_confidence_is_tuned_too(kind, monkeypatch):
+    view, worth = tiny.backbone("llama", **MODEL), {0.2: 1.1, 0.4: 1.5, 0.6: 1.4, 0.8: 0.9}
+    module = peers.new(view, kind, exit=1)
+    tuned = {t: Tuned(4, 0.0, worth[t]) for t in worth}
+    monkeypatch.setattr(train_drafter, "tune", lambda *found: tuned[module.config.threshold])
+    assert train_drafter.best(view, kind, module).estimate == 1.5
+    assert module.config.threshold == 0.4
+
+
 def test_too_little_text_is_refused(tmp_path):
     with pytest.raises(UserError, match="3 rows of text are no lesson"):
         train_drafter.run(arguments(tmp_path, rows=3))
