@@ -40,7 +40,8 @@ def windows(
         parts += [ids[s : s + WINDOW] for s in starts]
         if written:
             parts += list(_written(backbone, beginnings(ids, marks, written, BEGINNING, rng)))
-    return np.stack(parts)[rng.permutation(len(parts))]
+    # joined with an empty text, ids would have become numbers with a point
+    return np.stack(parts)[rng.permutation(len(parts))].astype(np.int32)
 
 
 def _written(backbone: Backbone, starts: np.ndarray, batch: int = 64) -> np.ndarray:

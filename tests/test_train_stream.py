@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from m2r2kit import prompts
+from m2r2kit import distillation, prompts
 from m2r2kit.backbone import Backbone
 from m2r2kit.commands import train_stream
 from m2r2kit.corpus import Document
@@ -110,6 +111,12 @@ def test_a_stream_that_carries_may_begin_with_one_that_does_not(tmp_path, writte
     assert weights(new)["carry.matrix"].any()
     with pytest.raises(UserError, match="has other settings"):
         train_stream.run(arguments(old, start=new))
+
+
+def test_rows_are_token_ids_even_beside_an_empty_text():
+    ids = np.concatenate([[], np.arange(300) % 50])
+    rows = distillation.windows(tiny.backbone(), {"code": ids}, 8, own=0)
+    assert rows.shape == (8, distillation.WINDOW) and rows.dtype == np.int32
 
 
 def test_a_comparison_runs_in_one_process(tmp_path, written):
