@@ -1,4 +1,4 @@
-"""The command line: `m2r2kit doctor | notebooks | generate | bench | train | report`.
+"""The command line: `m2r2kit doctor | notebooks | generate | bench | train | tune | report`.
 
 Exit codes: 0 done, 1 a check failed, 2 bad arguments or input, 130 interrupted. This file only
 reads arguments; what a command needs is imported when it runs, so that `--help` answers at once.
@@ -6,6 +6,7 @@ reads arguments; what a command needs is imported when it runs, so that `--help`
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -183,6 +184,19 @@ def _processes(parser):
     )
 
 
+def _lessons(parser):
+    """What the stream and its peers learn from, and for how long."""
+    parser.add_argument(
+        "--rows", type=count, default=2400, metavar="N", help="rows of 128 tokens to learn from"
+    )
+    parser.add_argument("--steps", type=count, metavar="N", help="training steps")
+    parser.add_argument(
+        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
+    )
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+
+
 def _train_stream(parser):
     _model(parser)
     parser.add_argument(
@@ -212,19 +226,11 @@ def _train_stream(parser):
     )
     parser.add_argument("--ffn-width", type=natural, metavar="W", help="width of its own FFN; 0 for none")
     parser.add_argument(
-        "--rows", type=count, default=2400, metavar="N", help="rows of 128 tokens to learn from"
-    )
-    parser.add_argument(
         "--compare",
         action="store_true",
         help="train other readouts of the same size for as long, and record them all; saves none",
     )
-    parser.add_argument("--steps", type=count, metavar="N", help="training steps")
-    parser.add_argument(
-        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
-    )
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+    _lessons(parser)
     parser.add_argument(
         "--start",
         type=Path,
@@ -246,15 +252,7 @@ def _train_drafter(parser):
     parser.add_argument(
         "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
     )
-    parser.add_argument(
-        "--rows", type=count, default=2400, metavar="N", help="rows of 128 tokens to learn from"
-    )
-    parser.add_argument("--steps", type=count, metavar="N", help="training steps")
-    parser.add_argument(
-        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
-    )
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+    _lessons(parser)
 
 
 def parser() -> Parser:
@@ -287,25 +285,25 @@ def parser() -> Parser:
         "--full", action="store_true", help="check with the notebook's own parameters, not CI's small ones"
     )
 
-    generate = add(commands, "generate", _run_generate, "answer prompts; drafted tokens are told apart")
+    generate = add(commands, "generate", _runs("generate"), "answer prompts; drafted tokens are told apart")
     _generate(generate)
 
     bench = commands.add_parser("bench", help="measure how fast the methods are, and whether they agree")
     bench = bench.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
     about = "compare ways of decoding on the same prompts, interleaved, output checked first"
-    _bench_speculation(add(bench, "speculation", _run_bench, about))
+    _bench_speculation(add(bench, "speculation", _runs("bench"), about))
 
     train = commands.add_parser("train", help="train a pocket model, or what drafts for a model")
     train = train.add_subparsers(dest="subject", metavar="WHAT", required=True)
     about = "train a pocket language model from nothing; saves, and goes on where it stopped"
     _train_backbone(add(train, "backbone", _run_train_backbone, about))
     about = "train the accelerated stream of a model, which stays as it is"
-    _train_stream(add(train, "stream", _run_train_stream, about))
+    _train_stream(add(train, "stream", _runs("train_stream"), about))
     about = "train a peer of the stream, another way of drafting for the same model"
-    _train_drafter(add(train, "drafter", _run_train_drafter, about))
+    _train_drafter(add(train, "drafter", _runs("train_drafter"), about))
 
     about = "choose how long a stream's drafts are on this machine, and write it into its JSON"
-    tune = add(commands, "tune", _run_tune, about)
+    tune = add(commands, "tune", _runs("tune"), about)
     _model(tune)
     _stream(tune)
 
@@ -333,40 +331,15 @@ def _run_notebooks(args):
     return notebooks.run(args.names) if args.action == "run" else notebooks.build(args.names)
 
 
-def _run_generate(args):
-    from .commands import generate
-
-    return generate.run(args)
-
-
-def _run_bench(args):
-    from .commands import bench
-
-    return bench.run(args)
+def _runs(name: str):
+    """What runs a command of `commands/`."""
+    return lambda args: importlib.import_module(f".commands.{name}", __package__).run(args)
 
 
 def _run_train_backbone(args):
     from .commands import train
 
     return train.backbone(args)
-
-
-def _run_train_stream(args):
-    from .commands import train_stream
-
-    return train_stream.run(args)
-
-
-def _run_train_drafter(args):
-    from .commands import train_drafter
-
-    return train_drafter.run(args)
-
-
-def _run_tune(args):
-    from .commands import tune
-
-    return tune.run(args)
 
 
 def _run_report(args):

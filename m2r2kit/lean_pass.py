@@ -14,12 +14,10 @@ from threading import RLock, local
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.activations import swiglu
 
 from .numerics import exact_exp
 from .rotation import shared_angles
 
-linear, as_linear = nn.Linear.__call__, nn.Embedding.as_linear
 attention = mx.fast.scaled_dot_product_attention
 lock, here = RLock(), local()  # one pass at a time, and other threads compute as always
 
@@ -30,14 +28,19 @@ def lean_pass():
     if mx.default_device() != mx.Device(mx.cpu):
         yield  # elsewhere MLX has one kernel for each of these
         return
-    with lock, shared_angles(), ExitStack() as stack:
+    stand_ins = [
+        (nn.RoPE, "__call__", shared_angles()),
+        (nn.Linear, "__call__", linear),
+        (nn.Embedding, "as_linear", as_linear),
+        (mx.fast, "scaled_dot_product_attention", shared_attention()),
+    ]
+    for name, module in list(sys.modules.items()):  # each family took it by its name
+        if name.startswith("mlx_lm.models.") and hasattr(module, "swiglu"):
+            stand_ins.append((module, "swiglu", swiglu))
+    with lock, ExitStack() as stack:
         stack.enter_context(replaced(here, "tracing", True))
-        stack.enter_context(replaced(nn.Linear, "__call__", linear_))
-        stack.enter_context(replaced(nn.Embedding, "as_linear", as_linear_))
-        stack.enter_context(replaced(mx.fast, "scaled_dot_product_attention", attention_with({})))
-        for name, module in list(sys.modules.items()):  # each family took it by its name
-            if name.startswith("mlx_lm.models.") and hasattr(module, "swiglu"):
-                stack.enter_context(replaced(module, "swiglu", swiglu_))
+        for owner, name, stand_in in stand_ins:
+            stack.enter_context(replaced(owner, name, in_this_thread(stand_in, getattr(owner, name))))
         yield
 
 
@@ -57,6 +60,15 @@ def replaced(owner, name: str, stand_in):
         setattr(owner, name, before)
 
 
+def in_this_thread(stand_in: Callable, before: Callable) -> Callable:
+    """A function that does what it did before for whoever is not tracing."""
+
+    def function(*arguments, **options):
+        return (stand_in if is_lean() else before)(*arguments, **options)
+
+    return function
+
+
 def product(x: mx.array, matrix: mx.array) -> mx.array:
     """x @ matrix, in a lean pass as one operation: x (B, T, in), matrix (in, out) -> (B, T, out)."""
     if is_lean() and x.ndim == 3 and x.shape[0] == 1:
@@ -65,32 +77,28 @@ def product(x: mx.array, matrix: mx.array) -> mx.array:
     return x @ matrix
 
 
-def linear_(layer: nn.Linear, x: mx.array) -> mx.array:
-    if not is_lean():
-        return linear(layer, x)
+def linear(layer: nn.Linear, x: mx.array) -> mx.array:
     y = product(x, layer.weight.T)
     return y + layer.bias if "bias" in layer else y
 
 
-def as_linear_(embedding: nn.Embedding, x: mx.array) -> mx.array:
-    return product(x, embedding.weight.T) if is_lean() else as_linear(embedding, x)
+def as_linear(embedding: nn.Embedding, x: mx.array) -> mx.array:
+    return product(x, embedding.weight.T)
 
 
-def swiglu_(gate: mx.array, x: mx.array) -> mx.array:
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x."""
-    if not is_lean():
-        return swiglu(gate, x)
     return (gate * x) / (1 + exact_exp(-gate.astype(mx.float32))).astype(x.dtype)
 
 
-def attention_with(masks: dict) -> Callable:
-    """Attention for passes with a yes-or-no mask. `masks` keeps those that were made for heads
-    which share their keys, as all blocks use the same."""
+def shared_attention() -> Callable:
+    """What stands in for attention in one pass, where the mask is a yes or no."""
+    masks: dict[int, tuple] = {}  # those for heads that share their keys: all blocks use the same
 
-    def attention_(q, k, v, *, scale, mask=None, sinks=None):
+    def attend(q, k, v, *, scale, mask=None, sinks=None):
         """q (B, heads, T, d), k and v (B, shared heads, room, d), mask (T, room) -> as q."""
         plain = isinstance(mask, mx.array) and mask.dtype == mx.bool_ and mask.ndim <= 2
-        if sinks is not None or not plain or not is_lean():
+        if sinks is not None or not plain:
             return attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
         B, heads, T, d = q.shape
         repeats = heads // k.shape[1]
@@ -104,4 +112,4 @@ def attention_with(masks: dict) -> Callable:
         y = (weights.astype(v.dtype) @ v) / weights.sum(-1, keepdims=True)  # fewer numbers to divide
         return y.astype(q.dtype).reshape(B, heads, T, -1)
 
-    return attention_
+    return attend

@@ -5,22 +5,16 @@ each block: two fifths of a decoding step. All blocks turn by the same angles, s
 compiled pass they are computed once (RoFormer, arXiv 2104.09864, eq. 34).
 """
 
-from contextlib import contextmanager
-from threading import RLock
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
 alone = nn.RoPE.__call__
-tracing = RLock()
 
 
-@contextmanager
-def shared_angles():
-    """While a pass is being traced, every plain `nn.RoPE` in it shares one table of angles."""
-    if mx.default_device() != mx.Device(mx.cpu):
-        yield  # elsewhere it is one kernel
-        return
+def shared_angles() -> Callable:
+    """What stands in for `nn.RoPE` in one pass: every plain one in it shares one table of angles."""
     tables: dict[tuple, tuple] = {}
 
     def together(rope: nn.RoPE, x: mx.array, offset=0) -> mx.array:
@@ -35,12 +29,7 @@ def shared_angles():
         swapped = mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
         return (x * cos + swapped * sin).astype(x.dtype)
 
-    with tracing:
-        before, nn.RoPE.__call__ = nn.RoPE.__call__, together
-        try:
-            yield
-        finally:
-            nn.RoPE.__call__ = before
+    return together
 
 
 def _table(rope: nn.RoPE, rows: int, offset: mx.array) -> tuple[mx.array, mx.array]:

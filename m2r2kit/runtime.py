@@ -87,7 +87,7 @@ def _keep_freed_memory() -> None:
 
 def _take_turns_less_often() -> None:
     """Schedule this process as one that works rather than answers (SCHED_BATCH). MLX hands every
-    operation to a thread of its own; on one core the two would change places at each (1.3x)."""
+    operation to a thread of its own; on one core the two would change places at each."""
     try:
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 from test_accept import FEW, V, check_counts, joint, model_joint, probabilities, sample_model, tables
-from test_speculation import PROMPT, assert_caught, check_cache, check_equal, patched, plain
+from test_broken_speculation import assert_caught
+from test_speculation import PROMPT, check_cache, check_equal, patched, plain
 
 from m2r2kit import masked_pass
 from m2r2kit.errors import UserError

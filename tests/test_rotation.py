@@ -4,14 +4,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from m2r2kit.rotation import shared_angles
+from m2r2kit.lean_pass import lean_pass
 
 cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="only used on a CPU")
 
 
 def turned(rope, x, offset):
     """(shared, MLX's own)"""
-    with shared_angles():
+    with lean_pass():
         mine = rope(x, offset=offset)
     return mine, rope(x, offset=offset)
 
@@ -37,7 +37,7 @@ def test_the_angles_are_computed_once(monkeypatch):
     table = rotation._table
     monkeypatch.setattr(rotation, "_table", lambda *a: tables.append(a) or table(*a))
     x, here, there = mx.random.normal((1, 2, 3, 8)), mx.array([4]), mx.array([5])
-    with shared_angles():
+    with lean_pass():
         first, again, other = nn.RoPE(8)(x, here), nn.RoPE(8)(x, here), nn.RoPE(8)(x, there)
         nn.RoPE(8, base=100)(x, here)
     assert len(tables) == 3
@@ -46,6 +46,6 @@ def test_the_angles_are_computed_once(monkeypatch):
 
 def test_it_ends_with_the_pass():
     alone = nn.RoPE.__call__
-    with pytest.raises(KeyError), shared_angles():
+    with pytest.raises(KeyError), lean_pass():
         raise KeyError
     assert nn.RoPE.__call__ is alone

@@ -8,12 +8,13 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from m2r2kit import distillation, prompts
+from m2r2kit import checkpoints, distillation, prompts
 from m2r2kit.backbone import Backbone
-from m2r2kit.commands import train_stream
+from m2r2kit.commands import train_stream, tune
 from m2r2kit.corpus import Document
 from m2r2kit.errors import UserError
-from m2r2kit.residuals import load_stream
+from m2r2kit.residuals import StreamConfig, load_stream
+from m2r2kit.speculation import methods
 from m2r2kit.tuning import Tuned
 
 
@@ -111,6 +112,19 @@ def test_a_stream_that_carries_may_begin_with_one_that_does_not(tmp_path, writte
     assert weights(new)["carry.matrix"].any()
     with pytest.raises(UserError, match="has other settings"):
         train_stream.run(arguments(old, start=new))
+
+
+def test_tuning_changes_how_long_drafts_are_and_nothing_else(tmp_path, written, untuned, monkeypatch, capsys):
+    train_stream.run(arguments(tmp_path))
+    before, trained = checkpoints.read_settings(tmp_path, "stream", StreamConfig)[1], weights(tmp_path)
+    monkeypatch.setattr(tune, "tune", lambda *found: Tuned(5, 0.4, 1.0))
+    assert tune.run(SimpleNamespace(model=arguments(tmp_path).model, stream=tmp_path)) == 0
+    after = checkpoints.read_settings(tmp_path, "stream", StreamConfig)[1]
+    assert before["drafts"] == 3 and after == before | {"drafts": 5, "threshold": 0.4}
+    assert same(weights(tmp_path), trained) and "5 drafts" in capsys.readouterr().out
+    view = tiny.backbone("llama", max_position_embeddings=512)
+    assert methods.drafter("m2r2", view, tmp_path).threshold == 0.4
+    assert methods.drafter("m2r2", view, tmp_path, stops=False).threshold == 0.0
 
 
 def test_rows_are_token_ids_even_beside_an_empty_text():

@@ -29,9 +29,11 @@ def run(args) -> int:
     names = args.methods if "plain" in args.methods else ["plain", *args.methods]
     arms = []
     for name in names:
-        who = None if name == "mlx_lm" else drafter(name, backbone, folders[0], args.exit, folders[1])
-        if args.draft is not None and name == "m2r2":
-            who.threshold = 0.0  # then it drafts as many as were asked for
+        who = (
+            None
+            if name == "mlx_lm"
+            else drafter(name, backbone, folders[0], args.exit, folders[1], stops=args.draft is None)
+        )
         own = tuned_drafts(name, *folders) if args.draft is None else drafts
         arms.append(Arm(name, who, 0 if name in ("plain", "mlx_lm") else own))
     ids = [backbone.encode(p.prompt) for p in prompts]

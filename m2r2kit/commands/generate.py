@@ -18,9 +18,7 @@ def run(args) -> int:
     folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
     who = None
     if args.method != "mlx_lm":
-        who = drafter(args.method, backbone, folders[0], args.exit, folders[1])
-    if args.draft is not None and args.method == "m2r2":
-        who.threshold = 0.0  # then it drafts as many as were asked for
+        who = drafter(args.method, backbone, folders[0], args.exit, folders[1], stops=args.draft is None)
     drafts = tuned_drafts(args.method, *folders) if args.draft is None else args.draft
     for prompt, tokens in zip(prompts, ids, strict=True):
         sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)

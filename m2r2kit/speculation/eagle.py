@@ -77,7 +77,6 @@ class Eagle(Drafter):
             return h, backbone.head(h)
 
         self.own = OwnPass(module, module.block.self_attn, body)
-        self.learns = backbone.depth
 
     def begin(self, prompt, room):
         self.own.begin(room)

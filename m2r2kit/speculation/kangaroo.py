@@ -71,7 +71,6 @@ class Kangaroo(Drafter):
             return logits, confidence(logits)
 
         self.own = OwnPass(module, module.block.self_attn, body)
-        self.learns = self.exit
 
     def begin(self, prompt, room):
         self.own.begin(room)

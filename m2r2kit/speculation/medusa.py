@@ -72,7 +72,6 @@ class Medusa(Drafter):
     """
 
     def __init__(self, backbone: Backbone, module: MedusaHeads):
-        self.learns = backbone.depth
         mx.eval(module.parameters())
         self.learns = backbone.depth
 

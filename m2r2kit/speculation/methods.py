@@ -44,7 +44,12 @@ def tuned_drafts(method: str, stream: Path, drafters: Path) -> int:
 
 
 def drafter(
-    method: str, backbone: Backbone, stream: Path, exit: int | None = None, drafters: Path | None = None
+    method: str,
+    backbone: Backbone,
+    stream: Path,
+    exit: int | None = None,
+    drafters: Path | None = None,
+    stops: bool = True,
 ) -> Drafter:
     """The drafter of a method.
 
@@ -52,6 +57,7 @@ def drafter(
         stream: folder of the trained stream, for `m2r2` and for the default exit of `early-exit`.
         exit: the depth at which these two draft; by default the stream's first exit.
         drafters: folder of the trained peers; by default beside the stream.
+        stops: whether `m2r2` may end a draft where it was tuned to, or drafts as many as it is asked for.
 
     Raises:
         UserError: nothing trained, or for another model, or an exit that it does not have.
@@ -64,7 +70,7 @@ def drafter(
         return EarlyExit(backbone, exit)
     if method == "m2r2":
         facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
-        threshold = float(facts.get("threshold", 0.0)) if exit is None else 0.0  # tuned at its own exit
+        threshold = float(facts.get("threshold", 0.0)) if stops and exit is None else 0.0  # of its own exit
         return M2R2(backbone, load_stream(backbone, stream), exit, threshold)
     if method == "prompt-lookup":
         return PromptLookup(backbone)
