@@ -50,13 +50,19 @@ def number(kind, least, most=None, above=False):
     return convert
 
 
-def methods(text):
-    """A list of methods, separated by commas."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or (unknown := [name for name in names if name not in METHODS]):
-        wrong = ", ".join(unknown) if names else "an empty list"
-        raise argparse.ArgumentTypeError(f"{wrong} is no method; there are {', '.join(METHODS)}")
-    return list(dict.fromkeys(names))
+def some_of(known):
+    """A type for argparse: names out of `known`, separated by commas; `all` are all of them."""
+
+    def names(text):
+        asked = [name.strip() for name in text.split(",") if name.strip()]
+        if asked == ["all"]:
+            return list(known)
+        if not asked or (unknown := [name for name in asked if name not in known]):
+            wrong = f"there is no {', '.join(unknown)}" if asked else "an empty list names none"
+            raise argparse.ArgumentTypeError(f"{wrong}; choose of {', '.join(known)}, or all")
+        return list(dict.fromkeys(asked))
+
+    return names
 
 
 count, natural = number(int, 1), number(int, 0)
@@ -142,10 +148,10 @@ def _bench_speculation(parser):
     )
     parser.add_argument(
         "--methods",
-        type=methods,
+        type=some_of(METHODS),
         default=list(METHODS[:4]),
         metavar="A,B,..",
-        help=f"what to compare, of {', '.join(METHODS)} (default: the first four)",
+        help=f"what to compare, of {', '.join(METHODS)}, or all (default: the first four)",
     )
     _drafting(parser)
     parser.add_argument(
@@ -242,7 +248,13 @@ def _train_stream(parser):
 
 def _train_drafter(parser):
     _model(parser)
-    parser.add_argument("--kind", choices=PEERS, required=True, help="which way of drafting")
+    parser.add_argument(
+        "--kind",
+        type=some_of(PEERS),
+        required=True,
+        metavar="A,B,..",
+        help=f"which ways of drafting, of {', '.join(PEERS)}, or all; they learn from the same rows",
+    )
     parser.add_argument(
         "--out",
         type=Path,

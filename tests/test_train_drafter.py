@@ -16,7 +16,7 @@ MODEL = {"max_position_embeddings": 512}
 
 def arguments(out, **changes):
     values = {
-        "model": str(tiny.folder("llama", **MODEL)), "kind": "draft-model", "out": out, "exit": 1, "rows": 16,
+        "model": str(tiny.folder("llama", **MODEL)), "kind": ["draft-model"], "out": out, "exit": 1, "rows": 16,
         "steps": 2, "minutes": None, "corpus": out, "seed": 0,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
@@ -25,7 +25,7 @@ def arguments(out, **changes):
 @pytest.mark.parametrize("kind", peers.KINDS)
 def test_a_peer_is_trained_saved_recorded_and_found(kind, tmp_path, written, monkeypatch):  # noqa: F811
     monkeypatch.setattr(train_drafter, "tune", lambda *found: Tuned(3, 0.0, 1.0))
-    assert train_drafter.run(arguments(tmp_path / kind, kind=kind)) == 0
+    assert train_drafter.run(arguments(tmp_path / kind, kind=[kind])) == 0
     ((subject, record),) = written
     assert subject == "drafters" and record["settings"]["kind"] == kind
     assert record["figures"]["steps"] == 2 and record["figures"]["parameters"] > 0
@@ -55,3 +55,12 @@ def test_a_threshold_of_confidence_is_tuned_too(kind, monkeypatch):
 def test_too_little_text_is_refused(tmp_path):
     with pytest.raises(UserError, match="3 rows of text are no lesson"):
         train_drafter.run(arguments(tmp_path, rows=3))
+
+
+def test_several_kinds_learn_from_the_same_rows(tmp_path, written, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train_drafter, "tune", lambda *found: Tuned(3, 0.0, 1.0))
+    monkeypatch.setattr(train_drafter, "drafters_folder", lambda *_: tmp_path)
+    assert train_drafter.run(arguments(None, kind=["medusa", "deed"], corpus=tmp_path)) == 0
+    assert [record["settings"]["kind"] for _, record in written] == ["medusa", "deed"]
+    with pytest.raises(UserError, match="one kind at a time"):
+        train_drafter.run(arguments(tmp_path, kind=["medusa", "deed"]))

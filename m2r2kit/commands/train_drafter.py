@@ -20,18 +20,28 @@ THRESHOLDS = (0.2, 0.4, 0.6, 0.8)  # of confidence, where a kind has one
 
 
 def run(args) -> int:
-    """Train, tune the number of drafts, save and record."""
+    """Train, tune, save and record each kind that is asked for, on the same rows."""
     if args.rows < distillation.ROWS:
         raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {distillation.ROWS}.")
+    if args.out and len(args.kind) > 1:
+        raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
     backbone = Backbone.load(args.model)
-    out = Path(args.out) if args.out else drafters_folder(args.model, None) / args.kind
-    module = peers.new(backbone, args.kind, args.exit, args.seed)
-    distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
+    modules = {kind: peers.new(backbone, kind, args.exit, args.seed) for kind in args.kind}
+    depths = set().union(*(module.depths for module in modules.values()))
     train, held_out = text(backbone, args.corpus, args.rows, args.seed)
-    lessons = distillation.lessons(backbone, train, module.depths, set())
-    judges = distillation.lessons(backbone, held_out, module.depths, set())
+    lessons = distillation.lessons(backbone, train, depths, set())
+    judges = distillation.lessons(backbone, held_out, depths, set())
+    for kind, module in modules.items():
+        out = Path(args.out) if args.out else drafters_folder(args.model, None) / kind
+        one(backbone, kind, module, lessons, judges, out, args)
+    return 0
+
+
+def one(backbone: Backbone, kind: str, module, lessons, judges, out: Path, args) -> None:
+    """Train one kind, tune the number of its drafts, save and record it."""
+    distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
     before = peers.mean_loss(module, judges)
-    with tqdm(total=distil.steps, unit="step") as bar:
+    with tqdm(total=distil.steps, unit="step", desc=kind) as bar:
 
         def report(step, loss):
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -40,8 +50,8 @@ def run(args) -> int:
         seconds = 60 * args.minutes if args.minutes else math.inf
         history = peers.train(module, lessons, distil, report, seconds)
     after = peers.mean_loss(module, judges)
-    tuned = best(backbone, args.kind, module)
-    print(f"Held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")
+    tuned = best(backbone, kind, module)
+    print(f"{kind}: held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")
     print(tuned)
     facts = {"steps": len(history.losses), "train_seconds": round(history.seconds), "drafts": tuned.drafts}
     peers.save(module, backbone, out, **facts)
@@ -49,11 +59,10 @@ def run(args) -> int:
     figures = facts | {"parameters": parameters, "predicted_speedup": tuned.estimate}
     figures |= {"held_out_loss": after, "held_out_loss_before": before}
     model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
-    settings = {"kind": args.kind, "model": model, "model_sha256": backbone.sha256, "rows": args.rows}
+    settings = {"kind": kind, "model": model, "model_sha256": backbone.sha256, "rows": args.rows}
     settings |= asdict(module.config) | asdict(distil)
     records.append("drafters", command=command(), settings=settings, figures=figures)
-    print(f"Saved in {out}.")
-    return 0
+    print(f"Saved in {out}.", flush=True)
 
 
 def best(backbone: Backbone, kind: str, module) -> Tuned:
