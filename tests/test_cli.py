@@ -41,7 +41,7 @@ def test_help_describes_every_command(command, capsys):
         (["generate", "--prompt", "a", "--max-tokens", "0"], "'0' is not a whole number from 1"),
         (["generate", "--prompt", "a", "--temp", "nan"], "'nan' is not a number from 0"),
         (["generate", "--prompt", "a", "--top-p", "0"], "'0' is not a number above 0 to 1"),
-        (["generate", "--prompt", "a", "--method", "magic"], "invalid choice"),
+        (["generate", "--prompt", "a", "--method", "magic"], "invalid choice: 'magic'"),
         (["bench", "speculation", "--methods", "plain,magic"], "there is no magic"),
         (["bench", "speculation", "--methods", ","], "an empty list names none"),
         (["train", "backbone"], "required: --out"),
