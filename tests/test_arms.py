@@ -17,8 +17,13 @@ def arm(speed, drafts=4, c=0.1, v=1.2, tau=2.5, **more):
 
 def record(**arms):
     names = {name.replace("_", "-"): each for name, each in arms.items()}
-    return {"date": "2026-01-02T03:04:05+00:00", "command": "m2r2kit bench speculation", "figures": {"arms": names},
-            "settings": {"prompts": 3}, "machine": {"chip": "Chip <1>"}}  # fmt: skip
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "command": "m2r2kit bench speculation",
+        "settings": {"prompts": 3},
+        "figures": {"arms": names},
+        "machine": {"chip": "Chip <1>"},
+    }
 
 
 PLAIN = arm(1.0, 0, 0.0, 1.0, 1.0)

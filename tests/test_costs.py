@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m2r2kit.costs import best_drafts, speedup, tau
+from m2r2kit.costs import best_drafts, even_acceptance, speedup, tau
 
 
 @pytest.mark.parametrize("a", [0.0, 0.3, 0.875, 0.99])
@@ -16,6 +16,21 @@ def test_tau_at_the_ends():
     assert tau(1.0, 7) == 8  # where the closed form divides by zero
     assert tau(0.0, 7) == 1
     assert tau(0.5, 0) == 1
+
+
+@pytest.mark.parametrize("a, g", [(0.0, 3), (0.4, 1), (0.81, 8), (1.0, 5)])
+def test_even_acceptance_undoes_tau(a, g):
+    assert even_acceptance(tau(a, g), g) == pytest.approx(a, abs=1e-6)
+
+
+def test_even_acceptance_of_a_mean_draft_length_lies_between_its_neighbours():
+    assert even_acceptance(2.5, 4) < even_acceptance(2.5, 3.5) < even_acceptance(2.5, 3)
+
+
+@pytest.mark.parametrize("tokens, g", [(1.5, 0), (0.9, 3), (4.1, 3)])
+def test_no_acceptance_yields_such_tokens(tokens, g):
+    with pytest.raises(ValueError):
+        even_acceptance(tokens, g)
 
 
 def test_tau_of_several_positions():

@@ -1,5 +1,7 @@
 """A step of drafting is drawn as it happened, and the signs alone tell it."""
 
+from itertools import pairwise
+
 import pytest
 
 from m2r2kit.figures import new_figure, png
@@ -28,8 +30,8 @@ def test_steps_tell_accepted_rejected_and_never_asked(ax):
 
 def test_a_step_ends_with_its_signs_and_tokens(ax):
     said = draw_step(ax, STEP)
-    assert words(ax)[3:] == ["def", "= ·a", "= ·b", "x ·c", "? ·d", "·a", "same", "·b", "same", "·x", "differs",
-                             "..", "..", "= ·a", "= ·b", "+ ·x"]  # fmt: skip
+    drafts, answers = ["def", "= ·a", "= ·b", "x ·c", "? ·d"], ["·a", "same", "·b", "same", "·x", "differs"]
+    assert words(ax)[3:] == [*drafts, *answers, "..", "..", "= ·a", "= ·b", "+ ·x"]
     assert "Draft 3 is not what the model says (x)" in said and "Written in this step: 3." in said
 
 
@@ -42,7 +44,7 @@ def test_before_the_pass_nothing_is_judged(ax):
 
 def test_each_moment_adds_something(ax):
     drawn = [draw_step(ax, STEP, moment) and words(ax) for moment in range(STEP.moments + 1)]
-    assert len(drawn) == 9 and all(a != b for a, b in zip(drawn, drawn[1:]))
+    assert len(drawn) == 9 and all(a != b for a, b in pairwise(drawn))
     draw_step(ax, STEP, 99)
     assert words(ax) == drawn[-1]
 
