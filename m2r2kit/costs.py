@@ -37,6 +37,25 @@ def tau(a: float | Sequence[float], g: int) -> float:
     return total
 
 
+def even_acceptance(tokens: float, g: float) -> float:
+    """The acceptance which, the same at all positions, yields `tokens` a verification: `tau` backwards.
+
+    Args:
+        tokens: tau, from 1 to g + 1.
+        g: tokens drafted, more than 0; the mean where a drafter stops by itself.
+
+    Raises:
+        ValueError: nothing is drafted, or no acceptance yields so many tokens.
+    """
+    if g <= 0 or not 1 <= tokens <= g + 1:
+        raise ValueError(f"{g} drafts yield 1 to {g + 1} tokens if any are drafted; got {tokens}")
+    low, high = 0.0, 1.0
+    for _ in range(50):  # (1 - a^(g+1)) / (1 - a) rises with a
+        a = (low + high) / 2
+        low, high = (a, high) if (1 - a ** (g + 1)) / (1 - a) < tokens else (low, a)
+    return (low + high) / 2
+
+
 def speedup(
     a: float | Sequence[float], g: int, c: float, v: float | Callable[[int], float] = 1.0, o: float = 0.0
 ) -> float:

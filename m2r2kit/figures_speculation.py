@@ -8,12 +8,8 @@ Each function draws on axes that it is given, and returns one sentence that says
 What a colour tells, a sign, a word or a hatch tells as well.
 """
 
-from dataclasses import dataclass
-
-from .figures import COLORS, PALE, visible
-
-EDGE = "#333333"
-
+from .figures import COLORS, PALE
+from .figures_steps import EDGE
 
 # --- the streams (notebook 02) ------------------------------------------------------------
 
@@ -91,42 +87,7 @@ def draw_readouts(ax, rows: list[dict]) -> str:
     return f"Agreement with the final token: {said}. Highest: {best['form']}."
 
 
-# --- drafts (notebook 04) -----------------------------------------------------------------
-
-
-@dataclass
-class Step:
-    """One round of draft and verify: the drafted texts, and the texts that were emitted."""
-
-    drafted: list[str]
-    emitted: list[str]
-
-    @property
-    def accepted(self) -> int:
-        return len(self.emitted) - 1
-
-
-def draw_steps(ax, steps: list[Step]) -> str:
-    """Rounds of drafting, a line each: `=` accepted, `x` rejected, `?` never asked, `+` the model's own."""
-    ax.clear()
-    ax.set_axis_off()
-    widest = 1
-    for y, step in enumerate(steps):
-        n = step.accepted
-        cells = [("=", text, PALE["blue"], "-") for text in step.drafted[:n]]
-        cells += [("x", text, "white", "--") for text in step.drafted[n : n + 1]]
-        cells += [("?", text, "white", ":") for text in step.drafted[n + 1 :]]
-        ax.text(-0.6, -y, f"step {y + 1}", ha="right", va="center")
-        for x, (sign, text, color, line) in enumerate(cells):
-            _token(ax, x, -y, sign, text, color, line)
-        _token(ax, len(cells) + 0.3, -y, "+", step.emitted[-1], PALE["orange"], "-", bold=True)
-        widest = max(widest, len(cells) + 1)
-    ax.set(xlim=(-1.5, widest + 0.4), ylim=(-len(steps) + 0.4, 0.6))
-    drafted, kept = sum(len(s.drafted) for s in steps), sum(s.accepted for s in steps)
-    return (
-        f"Signs: = accepted draft, x first wrong draft, ? draft behind it, + token of the model's own. In "
-        f"{len(steps)} steps {drafted} tokens were drafted, {kept} accepted, and {kept + len(steps)} emitted."
-    )
+# --- rules and speed (notebook 04) --------------------------------------------------------
 
 
 def draw_accept_rule(ax, p, q, names: list[str]) -> str:
@@ -148,12 +109,22 @@ def draw_accept_rule(ax, p, q, names: list[str]) -> str:
     ax.legend([ax.bar(0, 0, edgecolor=EDGE, **look) for look in parts.values()], parts, loc="upper right")
     ax.set_xticks(range(len(names)), names)
     ax.set(ylabel="probability", ylim=(0, 1.05))
-    said = f"A draft is accepted with probability {sum(both):.2f}, the area that the two share."
-    return f"Left bars are the draft's q, right bars the model's p. {said}"
+    alpha = sum(both)
+    return (
+        f"Left bars are the draft's q, right bars the model's p. A draft is accepted with probability "
+        f"{alpha:.2f}, the area that the two share; the distance between them is {1 - alpha:.2f}."
+    )
 
 
-def draw_speedup(ax, lengths, curve, chosen: int, measured: tuple[int, float] | None) -> str:
-    """Predicted speed-up against draft length, the chosen length marked, beside a measured point."""
+def draw_speedup(
+    ax, lengths, curve, chosen: int, measured: tuple[float, float] | None, paper: float | None = None
+) -> str:
+    """Predicted speed-up against draft length, the chosen length marked, beside a measured point.
+
+    Args:
+        measured: (drafts a step on average, speed-up).
+        paper: what the paper reports, drawn as a line; no draft length belongs to it.
+    """
     ax.clear()
     ax.plot(lengths, curve, "o-", color=COLORS["blue"], label="predicted")
     ax.axhline(1, color=COLORS["black"], linestyle="--", linewidth=1, label="plain decoding")
@@ -161,13 +132,18 @@ def draw_speedup(ax, lengths, curve, chosen: int, measured: tuple[int, float] | 
     ax.plot(chosen, here, "s", color=COLORS["red"], markersize=11, fillstyle="none", label="your setting")
     if measured:
         ax.plot(*measured, "k*", markersize=13, label="measured here")
+    if paper:
+        ax.axhline(
+            paper, color=COLORS["black"], linestyle="-.", linewidth=1, label=f"paper: up to {paper:g}x"
+        )
     ax.set(xlabel="tokens drafted in a step", ylabel="speed-up over plain")
-    ax.set_ylim(0, max(3.0, 1.1 * max(curve)))
-    ax.legend(loc="upper right", ncols=2)
+    ax.set_ylim(0, max(3.5, 1.1 * max(curve)))
+    ax.legend(loc="upper right", ncols=3)
     best = max(zip(curve, lengths), key=lambda pair: (pair[0], -pair[1]))
     said = f"With {chosen} drafts the prediction is {here:.2f}x. "
     said += "Not drafting is best." if best[1] == 0 else f"The best length is {best[1]}: {best[0]:.2f}x."
-    return said + (f" The star: {measured[1]:.2f}x, measured with {measured[0]} drafts." if measured else "")
+    star = f" The star: {measured[1]:.2f}x, measured with {measured[0]:.3g} drafts." if measured else ""
+    return said + star
 
 
 # --- pieces -------------------------------------------------------------------------------
@@ -180,10 +156,3 @@ def _box(ax, x, y, name, color):
 
 def _arrow(ax, start, end, line="-"):
     ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": EDGE, "linestyle": line})
-
-
-def _token(ax, x, y, sign, text, color, line, bold=False):
-    text = visible(text) or "∅"
-    frame = {"boxstyle": "round,pad=0.3", "facecolor": color, "edgecolor": EDGE, "linestyle": line}
-    ax.text(x, y, f"{sign} {text}", ha="center", va="center", fontsize=8, bbox=frame, parse_math=False,
-            fontfamily="monospace", fontweight="bold" if bold else "normal")  # fmt: skip

@@ -8,12 +8,10 @@ from matplotlib.patches import Rectangle
 from m2r2kit.costs import speedup
 from m2r2kit.figures import new_figure, png
 from m2r2kit.figures_speculation import (
-    Step,
     draw_accept_rule,
     draw_rates,
     draw_readouts,
     draw_speedup,
-    draw_steps,
     draw_streams,
 )
 
@@ -58,19 +56,12 @@ def test_a_bar_is_as_long_as_its_agreement(ax):
     assert said.endswith("Highest: block.") and "bare 0.20" in said
 
 
-def test_steps_tell_accepted_rejected_and_never_asked(ax):
-    steps = [Step([" a", " b", " c"], [" a", " x"]), Step(["d"], ["d", "e"])]
-    said = draw_steps(ax, steps)
-    assert [w[0] for w in words(ax)] == ["s", "=", "x", "?", "+", "s", "=", "+"]
-    assert "4 tokens were drafted, 2 accepted, and 4 emitted" in said
-
-
 def test_the_areas_of_the_accept_rule_are_probabilities(ax):
     p, q = [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]
     said = draw_accept_rule(ax, p, q, ["a", "b", "c"])
     bars = [b.get_height() for b in ax.patches if isinstance(b, Rectangle)][:12]
     assert sum(bars) == pytest.approx(2)  # p and q, in whatever parts
-    assert "with probability 0.60" in said
+    assert "with probability 0.60" in said and "between them is 0.40" in said
 
 
 def test_the_prediction_and_the_measurement_stand_side_by_side(ax):
@@ -80,3 +71,15 @@ def test_the_prediction_and_the_measurement_stand_side_by_side(ax):
     best = int(re.search(r"best length is (\d)", said)[1])
     assert curve[best] == max(curve) and "1.50x, measured with 3" in said
     assert "Not drafting is best." in draw_speedup(ax, range(9), [1 - 0.1 * g for g in range(9)], 1, None)
+
+
+def test_the_papers_line_stands_where_its_value_is(ax):
+    draw_speedup(ax, range(1, 4), [1.1, 1.2, 1.3], 2, (2.66, 1.7), 2.8)
+    flat = {tuple(line.get_ydata()): line.get_label() for line in ax.lines}
+    assert flat[2.8, 2.8] == "paper: up to 2.8x"
+    assert not any("paper" in line.get_label() for line in _redrawn(ax).lines)
+
+
+def _redrawn(ax):
+    draw_speedup(ax, range(1, 4), [1.1, 1.2, 1.3], 2, None)
+    return ax

@@ -1,0 +1,82 @@
+"""The table of arms shows what a record holds, also where it does not hold everything."""
+
+import pytest
+
+from m2r2kit import records
+from m2r2kit.arms import HEADS, WHO, ArmsTable, newest, parts
+from m2r2kit.costs import speedup
+from m2r2kit.errors import UserError
+from m2r2kit.speculation.methods import METHODS
+
+
+def arm(speed, drafts=4, c=0.1, v=1.2, tau=2.5, **more):
+    ratio = speed and {"median": speed, "min": speed - 0.1, "max": speed + 0.1}
+    return {"speedup_vs_plain": ratio, "drafts": drafts, "draft_cost": c, "verify_cost": v, "tau": tau,
+            "predicted_speedup": tau / (drafts * c + v), "equal": speed is not None} | more  # fmt: skip
+
+
+def record(**arms):
+    names = {name.replace("_", "-"): each for name, each in arms.items()}
+    return {"date": "2026-01-02T03:04:05+00:00", "command": "m2r2kit bench speculation", "figures": {"arms": names},
+            "settings": {"prompts": 3}, "machine": {"chip": "Chip <1>"}}  # fmt: skip
+
+
+PLAIN = arm(1.0, 0, 0.0, 1.0, 1.0)
+
+
+def test_the_fastest_comes_first_and_a_changed_text_last():
+    table = ArmsTable(record(eagle=arm(None), plain=PLAIN, m2r2=arm(1.8), new_way=arm(0.7)))
+    assert [row[0] for row in table.rows()] == ["m2r2", "plain", "new-way", "eagle"]
+    assert table.rows()[0][1:7] == ("1.80x", "1.70..1.90", "1.56x", "2.50", "0.10", "1.20")
+    assert table.rows()[3][1:3] == ("other text", "-")
+
+
+def test_parameters_and_training_may_be_missing_or_none():
+    arms = {
+        "deed": arm(1.1),
+        "eagle": arm(1.5, parameters=None, train_steps=None, train_seconds=None),
+        "m2r2": arm(1.8, parameters=451040, train_steps=1500, train_seconds=600),
+        "medusa": arm(1.2, parameters=0, train_steps=1500),
+    }
+    cells = {row[0]: row[-2:] for row in ArmsTable(record(**arms)).rows()}
+    assert cells["deed"] == cells["eagle"] == ("-", "-")
+    assert cells["m2r2"] == ("451 k", "10 min (1,500 steps)") and cells["medusa"] == ("0", "1,500 steps")
+
+
+def test_the_three_forms_hold_the_same_cells_and_escape_what_they_quote():
+    table = ArmsTable(record(plain=PLAIN, m2r2=arm(1.8)))
+    markup, markdown, text = table._repr_html_(), table.as_markdown(), repr(table)
+    for cell in [*HEADS, *table.rows()[0]]:
+        assert cell in markup and cell in markdown and cell in text
+    assert "Chip &lt;1&gt;" in markup and "Chip <1>" in text
+    assert "(ours)" in markup and WHO["m2r2"] in text
+
+
+def test_every_method_of_the_kit_is_introduced():
+    assert set(METHODS) <= set(WHO)
+
+
+def test_newest_takes_the_most_arms_then_the_last(monkeypatch, tmp_path):
+    found = [record(plain=PLAIN, m2r2=arm(s)) for s in (1.1, 1.2)] + [record(plain=PLAIN)]
+    monkeypatch.setattr(records, "read", lambda subject: found)
+    assert newest() is found[1]
+    monkeypatch.setattr(records, "read", lambda subject: [])
+    with pytest.raises(UserError, match="no record yet"):
+        newest()
+
+
+def test_parts_put_together_give_the_prediction():
+    found = parts(arm(1.8, drafts=4))
+    assert found["g"] == pytest.approx(4) and found["measured"] == 1.8
+    assert speedup(found["a"], 4, found["c"], found["v"]) == pytest.approx(found["predicted"])
+
+
+@pytest.mark.parametrize("bad", [PLAIN, arm(None), arm(1.0) | {"predicted_speedup": None}])
+def test_an_arm_without_drafts_or_speed_has_no_parts(bad):
+    with pytest.raises(UserError):
+        parts(bad)
+
+
+def test_the_committed_records_can_be_shown():
+    table = ArmsTable(newest())
+    assert len(table.rows()) == len(newest()["figures"]["arms"]) and "m2r2" in repr(table)
