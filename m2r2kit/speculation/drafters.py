@@ -153,21 +153,16 @@ class M2R2(EarlyExit):
         self._before = self._last
         if self.threshold == 0:
             return super().__call__(text, drafts, sampler, cache)
-        draft, token, sure, chance = Draft(), as_row(text[-1]), None, 1.0
-        while True:
+        draft, token, chance = Draft(), as_row(text[-1]), 1.0
+        while chance >= self.threshold:
             h, logits = self._read(token, cache, len(text) - 1)
             draft.states.append(h)
-            if sure is not None:
-                mx.async_eval(logits)  # goes on while we wait for the token before
-                chance *= sure.item()
-                if chance < self.threshold:
-                    return draft  # its last token has been read, which the verification needs anyway
             token = draft.take(logits, sampler)
-            sure = confidence(logits) if sampler.greedy else draft.q[-1][draft.tokens[-1]]
             if len(draft.tokens) == drafts:
-                return draft
-            if sampler.greedy:
-                mx.async_eval(token, sure)
+                break  # nothing to decide, and no need to wait
+            sure = confidence(logits) if sampler.greedy else draft.q[-1][draft.tokens[-1]]
+            chance *= float(sure)
+        return draft
 
 
 @mx.compile
