@@ -85,7 +85,7 @@ class ArmsTable:
             f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
             f"{predicted:.2f}x" if predicted and drafts else "-",
             f"{arm['tau']:.2f}",
-            f"{arm['draft_cost']:.2f}" if drafts else "-",
+            f"{round(arm['draft_cost'], 2) + 0.0:.2f}" if drafts else "-",  # noise of the clock is no -0.00
             f"{arm['verify_cost']:.2f}" if drafts else "-",
             _count(arm.get("parameters")),
             _training(arm.get("train_seconds"), arm.get("train_steps")),

@@ -33,6 +33,7 @@ def test_the_fastest_comes_first_and_a_changed_text_last():
     table = ArmsTable(record(eagle=arm(None), plain=PLAIN, m2r2=arm(1.8), new_way=arm(0.7)))
     assert [row[0] for row in table.rows()] == ["m2r2", "plain", "new-way", "eagle"]
     assert table.rows()[0][1:7] == ("1.80x", "1.70..1.90", "1.56x", "2.50", "0.10", "1.20")
+    assert ArmsTable(record(plain=PLAIN, lookahead=arm(1.1, c=-0.001))).rows()[0][5] == "0.00"
     assert table.rows()[3][1:3] == ("other text", "-")
 
 
