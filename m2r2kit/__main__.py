@@ -17,7 +17,7 @@ from .records import ROOT
 
 MODEL = ROOT / "data" / "pocket-dense"
 PEERS = ("draft-model", "eagle", "medusa", "kangaroo", "deed")  # those that are trained
-METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup", "lookahead", *PEERS)
+METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup", "lookahead", *PEERS)
 FORMS = ("block", "attention", "adapter")
 
 

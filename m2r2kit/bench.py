@@ -198,7 +198,7 @@ def _step_costs(backbone, drafter, K, prompt, repeats):
             crop(cache, length)
     unit, step, checked = (statistics.median(times[k]) for k in ("plain", "whole", "check"))
     unit /= PLAIN_STEPS
-    made = max(1, len(drafted.tokens))  # a pool or a text may have none to offer
+    made = max(1, drafted.depth)  # a pool or a text may have none to offer
     return (step - checked) / made / unit, checked / unit
 
 

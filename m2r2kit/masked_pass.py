@@ -7,10 +7,21 @@ written to the cache, one after another; `keep_rows` then leaves those that beca
 import mlx.core as mx
 
 from .backbone import Backbone
+from .errors import UserError
 from .fixed_cache import FixedKV, Traced, is_fixed
 from .lean_pass import replaced
 
 rope = mx.fast.rope
+
+
+def check_rows(backbone: Backbone) -> None:
+    """Refuse a model whose positions cannot be given row by row."""
+    ropes = {type(getattr(b[backbone.parts.attention], "rope", None)).__name__ for b in backbone.blocks}
+    if "DynamicNTKScalingRoPE" in ropes:
+        raise UserError(
+            "This model's positions depend on the length of the whole text, so rows beside it cannot be "
+            "placed; choose a method that drafts one chain, such as m2r2."
+        )
 
 
 class RowsKV:
@@ -44,10 +55,10 @@ def by_rows(x, dims, *, offset, **options):
     return rope(x, dims, offset=offset, **options)
 
 
-def masked_logits(
+def masked_states(
     backbone: Backbone, tokens: mx.array, positions: mx.array, among: mx.array, cache: list
-) -> mx.array:
-    """Logits of rows that each see the text in the cache and some of one another.
+) -> tuple[mx.array, mx.array]:
+    """Last states and logits of rows that each see the text in the cache and some of one another.
 
     Args:
         tokens: (1, T); the cache grows by T positions.
@@ -55,27 +66,27 @@ def masked_logits(
         among: bool (T, T), which rows each row sees, itself among them.
 
     Returns:
-        (T, V).
+        h_N (1, T, D), logits (T, V).
     """
     if not is_fixed(cache, 0):
-        return _logits(backbone, cache, tokens, positions, among)[0]
+        return _states(backbone, cache, tokens, positions, among)
     key = ("masked", 0, backbone.depth)
     if key not in backbone._traced:
 
         def body(entries, *inputs):
-            return _logits(backbone, entries, *inputs)
+            return _states(backbone, entries, *inputs)
 
         backbone._traced[key] = Traced(body, backbone.depth, range(backbone.depth))
-    return backbone._traced[key](cache, tokens, positions, among)[0]
+    return backbone._traced[key](cache, tokens, positions, among)
 
 
-def _logits(backbone, entries, tokens, positions, among):
+def _states(backbone, entries, tokens, positions, among):
     rows = [RowsKV(entry, positions, among) for entry in entries]
     h, mask = backbone.embed(tokens), rows[0].make_mask(tokens.shape[1])
     with replaced(mx.fast, "rope", by_rows):
         for block, entry in zip(backbone.blocks, rows, strict=True):
             h = block(h, mask, cache=entry)
-    return backbone.head(h)
+    return h, backbone.head(h)[0]
 
 
 def keep_rows(cache: list, start: int, rows: list[int]) -> None:

@@ -1,10 +1,11 @@
-"""How many tokens a drafter should draft: chosen on the tuning prompts, never on those of a figure.
+"""How many tokens a drafter should draft, and how its tree should branch.
 
-The answer depends on the machine: where a draft is cheap or rows are, longer drafts pay.
+Chosen on the tuning prompts, never on those of a figure. The answer depends on the machine:
+where a draft is cheap or rows are, longer drafts pay.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -12,23 +13,31 @@ from tqdm import tqdm
 from . import prompts
 from .backbone import Backbone
 from .bench import step_costs
-from .speculation import Drafter, generate
+from .errors import UserError
+from .residuals import AcceleratedStream
+from .speculation import M2R2, Drafter, generate
+from .speculation.m2r2_tree import M2R2Tree
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.45)
+LEAVES = (0, 1, 2, 4)
 
 
 @dataclass
 class Tuned:
     """The best that was found: the most drafts in a step, the threshold below which it drafts no
-    further (`Drafter.threshold`), and the speed-up that is predicted with both."""
+    further (`Drafter.threshold`), the speed-up that is predicted with both, and the leaves of a tree."""
 
     drafts: int = 1
     threshold: float = 0.0
     estimate: float = 0.0
+    leaves: int = 0
 
     def __str__(self) -> str:
         stop = f", on while all are right with a chance of {self.threshold:g}" if self.threshold else ""
-        return f"Best on the tuning prompts: {self.drafts} drafts{stop} (predicted {self.estimate:.2f}x)."
+        more = f" and {self.leaves} leaves" if self.leaves else ""
+        return (
+            f"Best on the tuning prompts: {self.drafts} drafts{more}{stop} (predicted {self.estimate:.2f}x)."
+        )
 
 
 def tune(
@@ -58,6 +67,39 @@ def tune(
                 best = Tuned(k, threshold, estimate)
     drafter.threshold = best.threshold
     return best
+
+
+def tune_tree(backbone: Backbone, tree: M2R2Tree, **options) -> Tuned:
+    """The best number of leaves, each with its best number of drafts, at the drafter's own threshold.
+
+    `options` are `tune`'s. Short drafts are judged by the beginnings of long ones, whose leaves may
+    lie further on: what a tree of few drafts would have given is so estimated a little too low.
+    """
+    found = []
+    for tree.leaves in LEAVES:
+        found.append(replace(tune(backbone, tree, **options), leaves=tree.leaves))
+    best = max(found, key=lambda each: each.estimate)
+    tree.leaves = best.leaves
+    return best
+
+
+def tune_stream(backbone: Backbone, stream: AcceleratedStream) -> tuple[dict, float]:
+    """Tune the chain of a stream, then its tree with the chain's threshold, and print both.
+
+    Returns:
+        what the stream's JSON keeps of them (the tree's under `tree`), and the chain's predicted speed-up.
+    """
+    chain = tune(backbone, M2R2(backbone, stream), THRESHOLDS)
+    print(chain)
+    facts = {"drafts": chain.drafts, "threshold": chain.threshold}
+    try:
+        tree = tune_tree(backbone, M2R2Tree(backbone, stream, threshold=chain.threshold))
+    except UserError as error:  # a model that has chains only
+        print(f"No tree: {error}")
+        return facts, chain.estimate
+    print(f"As a tree: {tree}")
+    shape = {"drafts": tree.drafts, "threshold": tree.threshold, "leaves": tree.leaves}
+    return facts | {"tree": shape}, chain.estimate
 
 
 def smooth(lengths: range, backbone: Backbone, drafter: Drafter, prompt: list[int]):

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from m2r2kit import checkpoints, distillation, prompts
+from m2r2kit import checkpoints, distillation, prompts, tuning
 from m2r2kit.backbone import Backbone
 from m2r2kit.commands import train_stream, tune
 from m2r2kit.corpus import Document
@@ -37,7 +37,7 @@ def written(monkeypatch):
 @pytest.fixture
 def untuned(monkeypatch):
     """The search for the best number of drafts takes most of the time; one test of it is enough."""
-    monkeypatch.setattr(train_stream, "tune", lambda *found: Tuned(3, 0.2, 1.0))
+    monkeypatch.setattr(train_stream, "tune_stream", lambda *found: ({"drafts": 3, "threshold": 0.2}, 1.0))
 
 
 def arguments(out, **changes):
@@ -117,13 +117,21 @@ def test_a_stream_that_carries_may_begin_with_one_that_does_not(tmp_path, writte
 def test_tuning_changes_how_long_drafts_are_and_nothing_else(tmp_path, written, untuned, monkeypatch, capsys):
     train_stream.run(arguments(tmp_path))
     before, trained = checkpoints.read_settings(tmp_path, "stream", StreamConfig)[1], weights(tmp_path)
-    monkeypatch.setattr(tune, "tune", lambda *found: Tuned(5, 0.4, 1.0))
+    monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(5, 0.4, 1.0))
+    monkeypatch.setattr(tuning, "tune_tree", lambda *found: Tuned(6, 0.4, 1.0, leaves=4))
     assert tune.run(SimpleNamespace(model=arguments(tmp_path).model, stream=tmp_path)) == 0
     after = checkpoints.read_settings(tmp_path, "stream", StreamConfig)[1]
-    assert before["drafts"] == 3 and after == before | {"drafts": 5, "threshold": 0.4}
-    assert same(weights(tmp_path), trained) and "5 drafts" in capsys.readouterr().out
+    tree = {"drafts": 6, "threshold": 0.4, "leaves": 4}
+    assert before["drafts"] == 3 and after == before | {"drafts": 5, "threshold": 0.4, "tree": tree}
+    said = capsys.readouterr().out
+    assert same(weights(tmp_path), trained) and "5 drafts" in said and "6 drafts and 4 leaves" in said
     view = tiny.backbone("llama", max_position_embeddings=512)
     assert methods.drafter("m2r2", view, tmp_path).threshold == 0.4
+    found = methods.drafter("m2r2-tree", view, tmp_path)
+    assert (found.threshold, found.leaves) == (0.4, 4)
+    assert methods.tuned_drafts("m2r2-tree", tmp_path, tmp_path) == 6
+    checkpoints.note(tmp_path, "stream", tree={"drafts": 2, "threshold": 0.0, "leaves": 0})
+    assert methods.drafter("m2r2-tree", view, tmp_path).leaves == 0
     assert methods.drafter("m2r2", view, tmp_path, stops=False).threshold == 0.0
 
 

@@ -16,9 +16,8 @@ from ..backbone import Backbone
 from ..corpus import KINDS, documents
 from ..errors import UserError
 from ..residuals import AcceleratedStream, StreamConfig, check, tau
-from ..speculation import M2R2
 from ..training import DistilConfig, Lesson, needs
-from ..tuning import THRESHOLDS, tune
+from ..tuning import tune_stream
 
 HELD_OUT_ROWS = 96
 OWN = 0.9  # share of the rows that the model writes itself
@@ -78,14 +77,12 @@ def run(args) -> int:
     if group.rank():
         return 0
     print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
-    tuned = tune(backbone, M2R2(backbone, stream), THRESHOLDS)
-    print(tuned)
-    facts = {"steps": step, "train_seconds": round(trained.seconds)}
-    facts |= {"drafts": tuned.drafts, "threshold": tuned.threshold}
+    tuned, estimate = tune_stream(backbone, stream)
+    facts = {"steps": step, "train_seconds": round(trained.seconds)} | tuned
     checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)
     forget(unfinished)
     figures = trained.figures | facts | {"parameters": trained.parameters}
-    figures |= {"predicted_speedup": tuned.estimate}
+    figures |= {"predicted_speedup": estimate}
     records.append(
         "stream", command=command(), settings=described(backbone, config, distil, args), figures=figures
     )

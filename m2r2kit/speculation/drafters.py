@@ -33,6 +33,11 @@ class Draft:
     states: list[mx.array] = field(default_factory=list)
     q: list[np.ndarray] = field(default_factory=list)
 
+    @property
+    def depth(self) -> int:
+        """Drafts that can be accepted at most."""
+        return len(self.tokens)
+
     def take(self, logits: mx.array, sampler: Sampler) -> mx.array:
         """Draft one more token, from logits (1, 1, V); returns it as the (1, 1) array to read next."""
         if sampler.greedy:  # stays lazy: the whole draft is computed with its verification
@@ -70,6 +75,9 @@ class Drafter:
         after the first pass those of the prompt but for its last token, later those of the pending
         token and the accepted drafts."""
 
+    def look(self, choices: list[int]) -> None:
+        """The model's first choices after the extra rows of a tree (tree.py), from the pass just made."""
+
     def __call__(self, text: list[int], drafts: int, sampler: Sampler, cache: list) -> Draft:
         """Draft after a text.
 
@@ -79,7 +87,8 @@ class Drafter:
             cache: the model's; the blocks below the exit grow by the tokens that are read, the
                 others hold the verified len(text) - 1 positions.
 
-        Several chains of drafts are `Branches` (branches.py); their drafter has a method `look`.
+        Several continuations are a `Tree` (tree.py); `learn` is then given the last states, whatever
+        `learns` is, and the cache must hold the verified positions only.
         """
         raise NotImplementedError
 

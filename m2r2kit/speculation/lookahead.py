@@ -4,8 +4,9 @@ import numpy as np
 
 from ..backbone import Backbone
 from ..errors import UserError
-from .branches import Branches
+from ..masked_pass import check_rows
 from .drafters import Drafter
+from .tree import Tree
 
 
 class Lookahead(Drafter):
@@ -28,9 +29,7 @@ class Lookahead(Drafter):
     def __init__(self, backbone: Backbone, window: int = 5, ngram: int = 4, candidates: int = 5):
         if window < 1 or ngram < 2 or candidates < 1:
             raise UserError("Lookahead needs a window and a pool of at least 1, and n-grams of at least 2.")
-        ropes = {type(getattr(b[backbone.parts.attention], "rope", None)).__name__ for b in backbone.blocks}
-        if "DynamicNTKScalingRoPE" in ropes:
-            raise UserError("Lookahead cannot place its rows in this model: its positions depend on length.")
+        check_rows(backbone)
         self.window, self.ngram, self.candidates = window, ngram, candidates
 
     def begin(self, prompt, room):
@@ -50,13 +49,13 @@ class Lookahead(Drafter):
 
     def __call__(self, text, drafts, sampler, cache):
         found = self.pool.get(text[-1], [])[::-1]
-        chains = list(dict.fromkeys(rest[:drafts] for rest in found))
+        chains = [list(rest[:drafts]) for rest in found]
         wide, deep = len(self.levels[0]), len(self.levels)
         level, column = np.divmod(np.arange(deep * wide), wide)
         same = (column[:, None] == column) & (level <= level[:, None])
         before = (level == 0) & (column <= column[:, None])
         extra = [token for tokens in self.levels for token in tokens]
-        return Branches([list(c) for c in chains], extra, (1 + level + column).tolist(), same | before)
+        return Tree.of_chains(chains, extra, (1 + level + column).tolist(), same | before)
 
     def look(self, choices: list[int]) -> None:
         """The model's first choices after the rows of the window, from the pass just made."""

@@ -17,8 +17,8 @@ import mlx.core as mx
 from ..backbone import Backbone, crop
 from ..errors import UserError
 from .accept import Sampler, accept_greedy, accept_sampled
-from .branches import Branches, accept_branches, verify_branches
 from .drafters import Draft, Drafter, Plain, as_row
+from .tree import Tree, accept_tree, verify_tree
 
 MOST_DRAFTS = 16
 FIRST_ROOM = 256  # of an answer in the cache; it grows with a longer one
@@ -151,16 +151,17 @@ def draft_and_verify(
 ) -> tuple[list[int], int, mx.array | None]:
     """One step with up to k >= 1 drafts: (tokens that it emits, how many were drafted, states).
 
-    Of K drafts it emits 1..K + 1 tokens. The cache grows by K + 1 positions, of which the caller keeps
-    as many as were emitted; so do the states (1, K + 1, D), which the drafter may want.
+    Of K drafts (in a tree: on its longest path) it emits 1..K + 1 tokens. The cache grows by as many
+    positions at least, of which the caller keeps as many as were emitted; so it does of the states
+    (1, .., D), which the drafter may want.
     """
     draft = drafter(text, k, sampler, cache)
     logits, states = verify(backbone, drafter, draft, text[-1], cache)
-    K = len(draft.tokens)
-    if isinstance(draft, Branches):
-        emitted, seen = accept_branches(draft, logits, sampler, cache, len(text) - 1)
+    K = draft.depth
+    if isinstance(draft, Tree):
+        emitted, path, seen = accept_tree(draft, logits, sampler, cache, len(text) - 1)
         drafter.look(seen)
-        return emitted, K, None
+        return emitted, K, states[:, mx.array(path)]
     if sampler.greedy:
         choices = mx.argmax(logits, axis=-1)
         if K and isinstance(draft.tokens[0], mx.array):  # one wait for the draft and its verification
@@ -172,15 +173,16 @@ def draft_and_verify(
 
 
 def verify(
-    backbone: Backbone, drafter: Drafter, draft: Draft | Branches, pending: int, cache: list
+    backbone: Backbone, drafter: Drafter, draft: Draft | Tree, pending: int, cache: list
 ) -> tuple[mx.array, mx.array | None]:
     """The pending token and K drafts through all blocks that they have not been through: logits
     (K + 1, V), and the states that the drafter wants (`Drafter.learn`), (1, K + 1, D).
 
-    Of `Branches` the logits of all rows; the cache then holds rows to choose from (`accept_branches`).
+    Of a `Tree` those of all rows, and the last states; the cache then holds rows to choose from
+    (`accept_tree`).
     """
-    if isinstance(draft, Branches):
-        return verify_branches(backbone, draft, pending, cache), None
+    if isinstance(draft, Tree):
+        return verify_tree(backbone, draft, pending, cache)
     E = drafter.exit
     read = sum(h.shape[1] for h in draft.states)
     unread = [pending, *draft.tokens][read:]  # such as the last draft, which nobody has drafted after

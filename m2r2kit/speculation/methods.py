@@ -13,9 +13,10 @@ from . import peers
 from .drafters import M2R2, Drafter, EarlyExit, Plain
 from .lookahead import Lookahead
 from .loop import Generation
+from .m2r2_tree import LEAVES, M2R2Tree
 from .prompt_lookup import PromptLookup
 
-METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "prompt-lookup", "lookahead", *peers.KINDS)
+METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup", "lookahead", *peers.KINDS)
 DRAFTS = 4  # where the stream does not say better
 
 
@@ -38,6 +39,8 @@ def tuned_drafts(method: str, stream: Path, drafters: Path) -> int:
             facts = checkpoints.read_settings(drafters / method, "drafter", settings)[1]
         else:
             facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
+            if method == "m2r2-tree":
+                facts = facts.get("tree", facts)  # before it was tuned, as long as the chain
         return int(facts.get("drafts", DRAFTS))
     except UserError:
         return DRAFTS
@@ -54,10 +57,11 @@ def drafter(
     """The drafter of a method.
 
     Args:
-        stream: folder of the trained stream, for `m2r2` and for the default exit of `early-exit`.
-        exit: the depth at which these two draft; by default the stream's first exit.
+        stream: folder of the trained stream, for `m2r2`, `m2r2-tree` and the default exit of `early-exit`.
+        exit: the depth at which these draft; by default the stream's first exit.
         drafters: folder of the trained peers; by default beside the stream.
-        stops: whether `m2r2` may end a draft where it was tuned to, or drafts as many as it is asked for.
+        stops: whether `m2r2` and `m2r2-tree` may end a draft where they were tuned to, or draft as many as
+            they are asked for.
 
     Raises:
         UserError: nothing trained, or for another model, or an exit that it does not have.
@@ -72,6 +76,11 @@ def drafter(
         facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
         threshold = float(facts.get("threshold", 0.0)) if stops and exit is None else 0.0  # of its own exit
         return M2R2(backbone, load_stream(backbone, stream), exit, threshold)
+    if method == "m2r2-tree":
+        facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
+        facts = {"leaves": LEAVES} | facts.get("tree", {"threshold": facts.get("threshold", 0.0)})
+        threshold = float(facts["threshold"]) if stops and exit is None else 0.0
+        return M2R2Tree(backbone, load_stream(backbone, stream), exit, threshold, int(facts["leaves"]))
     if method == "prompt-lookup":
         return PromptLookup(backbone)
     if method == "lookahead":

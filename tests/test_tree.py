@@ -1,4 +1,4 @@
-"""Several chains in one masked pass: each row as if it stood alone, the best accepted, nothing lost."""
+"""A tree in one masked pass: each row as if it stood alone, the best path accepted, nothing lost."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,14 +10,14 @@ from test_speculation import PROMPT, check_cache, check_equal, patched, plain
 
 from m2r2kit import masked_pass
 from m2r2kit.errors import UserError
-from m2r2kit.speculation import Drafter, Sampler, branches, generate
+from m2r2kit.speculation import Drafter, Sampler, generate, tree
 from m2r2kit.speculation.accept import accept_sampled
-from m2r2kit.speculation.branches import Branches, best_chain, sampled_chain, verify_branches
 from m2r2kit.speculation.lookahead import Lookahead
+from m2r2kit.speculation.tree import Tree, best_path, sampled_path, verify_tree
 
 
 class Scripted(Drafter):
-    """Offers the right continuation as its second chain, between wrong ones, and odd rows beside them."""
+    """Offers the right continuation as one path among wrong ones, and odd rows beside them."""
 
     def __init__(self, text, wrong=(0, 2, 1)):
         self.text, self.wrong = text, wrong
@@ -26,7 +26,7 @@ class Scripted(Drafter):
         right = self.text[len(text) :][:drafts]
         chains = [right[:n] + [(t + 1) % tiny.EOS for t in right[n:]] for n in self.wrong]
         chains.insert(1, right)
-        return Branches(chains, [5, 6], [1, 2], np.tri(2, dtype=bool))
+        return Tree.of_chains(chains, [5, 6], [1, 2], np.tri(2, dtype=bool))
 
     def look(self, choices):
         assert len(choices) == 2
@@ -41,17 +41,17 @@ def right_text():
 
 def check_rows(view, room):
     """The logits of each row are those of a fresh pass over the text and the rows that it sees."""
-    made = Branches(
-        [[3, 4, 5], [3, 9], [8]], [11, 12, 13], [1, 2, 2], np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]]) > 0
-    )
-    seen = [[], [3], [3, 4], [3, 4, 5], [3], [3, 9], [8], [11], [11, 12], [11, 13]]
+    among = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]]) > 0
+    made = Tree([3, 4, 5, 9, 8], [0, 1, 2, 1, 0], [11, 12, 13], [1, 2, 2], among)
+    seen = [[], [3], [3, 4], [3, 4, 5], [3, 9], [8], [11], [11, 12], [11, 13]]
     cache = view.new_cache(room)
     view.run(view.embed(mx.array([PROMPT[:-1]])), cache)
-    found = verify_branches(view, made, PROMPT[-1], cache)
+    found, last = verify_tree(view, made, PROMPT[-1], cache)
     assert len(found) == len(seen) and cache[0].offset == len(PROMPT) - 1 + len(seen)
-    for row, tokens in zip(found, seen, strict=True):
-        wanted = view.logits(mx.array([PROMPT + tokens]))[0, -1]
-        assert (row - wanted).abs().max().item() < 1e-4 * wanted.abs().max().item()
+    for row, h, tokens in zip(found, last[0], seen, strict=True):
+        states = view.states(mx.array([PROMPT + tokens]))[-1][:, -1:]
+        for mine, wanted in ((h, states[0, 0]), (row, view.head(states)[0, 0])):
+            assert (mine - wanted).abs().max().item() < 1e-4 * wanted.abs().max().item()
 
 
 @pytest.mark.parametrize("room", [None, 8])
@@ -82,7 +82,7 @@ class Hashable(dict):
 
 
 @pytest.mark.parametrize("drafts", [1, 4, 8])
-def test_the_best_chain_is_accepted(drafts):
+def test_the_best_path_is_accepted(drafts):
     out, _ = check_equal(Scripted(right_text()), drafts)
     assert out.accepted == out.drafted and out.drafted[0] == drafts
     out, _ = check_equal(Scripted([(t + 1) % tiny.EOS for t in right_text()]), drafts, max_tokens=6)
@@ -90,7 +90,7 @@ def test_the_best_chain_is_accepted(drafts):
 
 
 @pytest.mark.parametrize("room", [None, 8])
-def test_the_cache_holds_the_accepted_chain_only(room):
+def test_the_cache_holds_the_accepted_path_only(room):
     assert 5 in check_cache(Scripted(right_text()), 4, room=room)
     half = PROMPT + [t if i % 3 else (t + 1) % tiny.EOS for i, t in enumerate(plain(max_tokens=30).tokens)]
     assert {1, 3} <= set(check_cache(Scripted(half), 4, room=room))
@@ -107,7 +107,7 @@ def all_seen(self, pending, position):
     return tokens, positions, np.tri(len(tokens), dtype=bool)
 
 
-rows = Branches.rows
+rows = Tree.rows
 
 
 @pytest.mark.parametrize("broken", [shifted, all_seen])
@@ -118,43 +118,74 @@ def test_wrong_positions_and_a_wrong_mask_are_caught(broken):
     ]
     for check in checks:
         check()
-    with patched(Branches, "rows", broken):
+    with patched(Tree, "rows", broken):
         assert_caught(checks, at_least=1)
         with pytest.raises(AssertionError):
             check_rows(tiny.backbone(), 8)
 
 
-def test_keeping_the_rows_of_another_chain_is_caught():
+def test_keeping_the_rows_of_another_path_is_caught():
     keep = masked_pass.keep_rows
 
     def first(cache, start, kept):
         keep(cache, start, list(range(len(kept))))
 
-    with patched(branches, "keep_rows", first), pytest.raises(AssertionError):
+    with patched(tree, "keep_rows", first), pytest.raises(AssertionError):
         check_cache(Scripted(right_text()), 4)
 
 
 # --- the rules ----------------------------------------------------------------------------
 
 
-def test_greedy_takes_the_chain_that_agrees_longest():
-    made = Branches([[1, 2], [1, 3, 4], [7]], [9], [1], np.ones((1, 1), dtype=bool))
-    #          pending | 1  2 | 1  3  4 | 7 | 9
-    assert best_chain(made, [1, 3, 0, 3, 4, 6, 0, 0]) == ([1, 3, 4, 6], 1)
-    assert best_chain(made, [1, 2, 8, 2, 0, 0, 0, 0]) == ([1, 2, 8], 0)
-    assert best_chain(made, [7, 0, 0, 0, 0, 0, 5, 0]) == ([7, 5], 2)
-    assert best_chain(made, [0, 0, 0, 0, 0, 0, 0, 0]) == ([0], 0)
-    assert best_chain(Branches([]), [4]) == ([4], 0)
+def test_chains_that_begin_alike_share_their_beginning():
+    made = Tree.of_chains([[1, 2], [1, 3, 4], [7], [1, 2]])
+    assert (made.tokens, made.parents) == ([1, 2, 3, 4, 7], [0, 1, 1, 3, 0])
+    assert (made.depths, made.depth) == ([0, 1, 2, 2, 3, 1], 3)
+    chain = Tree.of_chains([[5, 5, 6]])
+    assert (chain.tokens, chain.parents) == ([5, 5, 6], [0, 1, 2])
+    tokens, positions, mask = chain.rows(4, 10)
+    assert (tokens, positions) == ([4, 5, 5, 6], [10, 11, 12, 13])
+    assert (mask == np.tri(4, dtype=bool)).all()
+
+
+def test_what_is_no_tree_is_refused():
+    for tokens, parents in ([1, 2], [0]), ([1], [1]), ([1, 2], [2, 0]), ([1], [-1]):
+        with pytest.raises(UserError, match="needs a parent"):
+            Tree(tokens, parents)
+    with pytest.raises(UserError, match="must differ"):
+        Tree([1, 2, 1], [0, 1, 0])
+
+
+def test_a_tree_larger_than_the_context_left_is_refused():
+    view = tiny.backbone()
+    text = tiny.prompt(tiny.CONTEXT - 2)
+    cache = view.new_cache(tiny.CONTEXT)
+    view.run(view.embed(mx.array([text[:-1]])), cache)
+    with pytest.raises(UserError, match=r"depth 3 does not fit .* 2 tokens left"):
+        verify_tree(view, Tree([1, 2, 3], [0, 1, 2]), text[-1], cache)
+    logits, _ = verify_tree(view, Tree([1, 2, 3], [0, 1, 0]), text[-1], cache)
+    assert len(logits) == 4
+
+
+def test_greedy_takes_the_path_that_agrees_longest():
+    made = Tree([1, 2, 3, 4, 7], [0, 1, 1, 3, 0], [9], [1], np.ones((1, 1), dtype=bool))
+    #       pending | 1  2  3  4  7 | 9
+    assert best_path(made, [1, 3, 0, 4, 6, 0, 0]) == ([1, 3, 4, 6], [0, 1, 3, 4])
+    assert best_path(made, [1, 2, 8, 0, 0, 0, 0]) == ([1, 2, 8], [0, 1, 2])
+    assert best_path(made, [7, 0, 0, 0, 0, 5, 0]) == ([7, 5], [0, 5])
+    assert best_path(made, [0, 0, 0, 0, 0, 0, 0]) == ([0], [0])
+    assert best_path(Tree([], []), [4]) == ([4], [0])
 
 
 CHAINS = [[0, 1], [0, 2], [3], [0, 2], [1, 1]]
 
 
-def sample_chains(samples: int, rule) -> np.ndarray:
+def sample_trees(samples: int, rule) -> np.ndarray:
     """Three tokens, many times: the first ones by the rule, what is left plainly, all from the tables' p."""
-    sampler = Sampler(temperature=1.0, seed=7)
-    p, made = probabilities(1, sampler), Branches(CHAINS)
-    prefixes = [(), *(tuple(chain[: i + 1]) for chain in CHAINS for i in range(len(chain)))]
+    sampler, made = Sampler(temperature=1.0, seed=7), Tree.of_chains(CHAINS)
+    p, prefixes = probabilities(1, sampler), [()]
+    for token, parent in zip(made.tokens, made.parents, strict=True):
+        prefixes.append((*prefixes[parent], token))
     table = np.stack([p[x] for x in prefixes])
     counts = np.zeros((V,) * 3, dtype=int)
     for _ in range(samples):
@@ -165,9 +196,9 @@ def sample_chains(samples: int, rule) -> np.ndarray:
     return counts
 
 
-def test_sampled_chains_have_the_model_s_distribution():
+def test_sampled_paths_have_the_model_s_distribution():
     exact = joint(lambda prefix: tables(1)[prefix], V, temperature=1.0)
-    check_counts(sample_chains(20_000, sampled_chain), exact)
+    check_counts(sample_trees(20_000, sampled_path), exact)
 
 
 def forgetful(made, p, sampler):
@@ -180,26 +211,26 @@ def forgetful(made, p, sampler):
         def copy(self):
             return self
 
-    return sampled_chain(made, p.view(Whole), sampler)
+    return sampled_path(made, p.view(Whole), sampler)
 
 
 def best_of_first(made, p, sampler):
     """The rule for drafts drawn from q, though these were not."""
-    q = [np.full(V, 1 / V)] * len(made.chains[0])
-    return accept_sampled(made.chains[0], q, p[: len(q) + 1], sampler), 0
+    q = [np.full(V, 1 / V)] * len(CHAINS[0])
+    return accept_sampled(CHAINS[0], q, p[: len(q) + 1], sampler), []
 
 
 @pytest.mark.parametrize("rule", [forgetful, best_of_first])
 def test_a_broken_rule_is_caught(rule):
     exact = joint(lambda prefix: tables(1)[prefix], V, temperature=1.0)
     with pytest.raises(AssertionError, match="chi-square"):
-        check_counts(sample_chains(20_000, rule), exact)
+        check_counts(sample_trees(20_000, rule), exact)
 
 
-def test_generation_with_branches_has_the_model_s_distribution():
+def test_generation_with_a_tree_has_the_model_s_distribution():
     class Any(Drafter):
         def __call__(self, text, drafts, sampler, cache):
-            return Branches([c[:drafts] for c in ([0, 1], [1, 1], [1, 2])])
+            return Tree.of_chains([c[:drafts] for c in ([0, 1], [1, 1], [1, 2])])
 
         def look(self, choices):
             assert choices == []
@@ -230,7 +261,7 @@ def test_each_row_of_the_window_sees_its_own_past():
     drafter.begin([1, 2, 3, 1, 2, 4], 8)
     drafter.levels = [[50, 51, 52], [60, 61, 62]]
     made = drafter([9, 1], 2, Sampler(), None)
-    assert made.chains == [[2, 4], [2, 3]]  # the newest first
+    assert (made.tokens, made.parents) == ([2, 4, 3], [0, 1, 1])  # the newest first
     assert made.distance == [1, 2, 3, 2, 3, 4]
     extra, seen = (
         np.array(made.extra),
