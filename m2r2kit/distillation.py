@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from . import alignment, parallel
 from .backbone import Backbone
-from .corpus import ASSISTANT, EOS, USER
+from .corpus import ASSISTANT, USER
 from .errors import UserError
-from .own_text import beginnings, continue_greedily
+from .own_text import beginnings, continue_greedily, questions
 from .readouts import Bare, ExtraBlock, WideHead
 from .residuals import AcceleratedStream, StreamConfig
 from .training import DistilConfig, Lesson, distance, distil, stream_loss, teach
 
-WINDOW, BEGINNING, ROWS = 128, 24, 8  # tokens of a lesson's rows, of a beginning, rows of a lesson
+WINDOW, ROWS = 192, 8  # tokens of a lesson's rows, rows of a lesson
+BEGINNING, LONGEST = 24, 112  # tokens of a beginning where nobody asks, of a question at most
 
 
 def windows(
@@ -28,9 +29,8 @@ def windows(
     """Rows of text (rows, WINDOW): a share `own` written by the model, the rest from the corpus,
     the kinds in equal parts and the rows shuffled."""
     rng = np.random.default_rng(seed)
-    special = {backbone.tokenizer.convert_tokens_to_ids(m) for m in (EOS, USER, ASSISTANT)}
-    marks = {backbone.tokenizer.convert_tokens_to_ids(USER)} & set(range(backbone.config["vocab_size"]))
-    marks = marks if len(special) == 3 else set()
+    asks, answers = (backbone.tokenizer.convert_tokens_to_ids(mark) for mark in (USER, ASSISTANT))
+    known = asks != answers and {asks, answers} <= set(range(backbone.config["vocab_size"]))
     kinds = [ids for ids in tokens.values() if len(ids) > WINDOW]
     parts = []
     for i, ids in enumerate(kinds):
@@ -38,21 +38,24 @@ def windows(
         written = round(share * own)
         starts = rng.integers(0, len(ids) - WINDOW, share - written)
         parts += [ids[s : s + WINDOW] for s in starts]
-        if written:
-            parts += list(_written(backbone, beginnings(ids, marks, written, BEGINNING, rng)))
+        begun = questions(ids, asks, answers, written, LONGEST, rng) if known and written else []
+        parts += _written(backbone, begun or beginnings(ids, written, BEGINNING, rng))
     # joined with an empty text, ids would have become numbers with a point
     return np.stack(parts)[rng.permutation(len(parts))].astype(np.int32)
 
 
-def _written(backbone: Backbone, starts: np.ndarray, batch: int = 64) -> np.ndarray:
-    total = len(starts) * (WINDOW - BEGINNING)
+def _written(backbone: Backbone, starts: list[np.ndarray], batch: int = 64) -> list[np.ndarray]:
+    """Each beginning continued to a whole row; those of one length at once."""
+    lengths: dict[int, list[np.ndarray]] = {}
+    for start in starts:
+        lengths.setdefault(len(start), []).append(start)
+    rows = []
+    total = sum(WINDOW - len(start) for start in starts)
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="the model writes", leave=False) as bar:
-        return np.concatenate(
-            [
-                continue_greedily(backbone, starts[i : i + batch], WINDOW, bar.update)
-                for i in range(0, len(starts), batch)
-            ]
-        )
+        for same in lengths.values():
+            for i in range(0, len(same), batch):
+                rows += list(continue_greedily(backbone, np.stack(same[i : i + batch]), WINDOW, bar.update))
+    return rows
 
 
 def lessons(backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int]) -> list[Lesson]:

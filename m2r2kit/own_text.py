@@ -39,13 +39,37 @@ def continue_greedily(
     return np.asarray(mx.concatenate(columns, axis=1)).astype(np.int32)
 
 
-def beginnings(
-    ids: np.ndarray, marks: set[int], rows: int, width: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Beginnings (rows, width) of a long row of token ids; where the text has marks of a new
-    turn or document, at a mark, so that the model is asked as a user would ask it."""
-    places = np.flatnonzero(np.isin(ids[:-width], list(marks))) if marks else np.empty(0, dtype=int)
-    if len(places) < rows:
-        places = np.arange(len(ids) - width)
-    starts = rng.choice(places, rows, replace=len(places) < rows)
-    return np.stack([ids[s : s + width] for s in starts])
+def beginnings(ids: np.ndarray, rows: int, width: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Beginnings of `width` tokens each, from anywhere in a long row of token ids."""
+    starts = rng.choice(len(ids) - width, rows, replace=len(ids) - width < rows)
+    return [ids[s : s + width] for s in starts]
+
+
+def questions(
+    ids: np.ndarray,
+    asks: int,
+    answers: int,
+    rows: int,
+    longest: int,
+    rng: np.random.Generator,
+    least: int = 32,
+) -> list[np.ndarray]:
+    """Whole questions out of a long row of token ids, so that the model is asked as a user would ask it.
+
+    Args:
+        asks, answers: the marks at which a user's turn and the answer begin; a question holds both.
+        longest: tokens of a question at most.
+        least: tokens of its answer at least, as there would be little to learn from a shorter one.
+
+    Returns:
+        `rows` of them, some twice if there are not so many; none if there are none at all.
+    """
+    turns = np.flatnonzero(ids == asks)
+    found = []
+    for start, following in zip(turns, [*turns[1:], len(ids)], strict=True):
+        marks = np.flatnonzero(ids[start:following] == answers)
+        if len(marks) and marks[0] < longest and following - start - marks[0] > least:
+            found.append(ids[start : start + marks[0] + 1])
+    if not found:
+        return []
+    return [found[i] for i in rng.choice(len(found), rows, replace=len(found) < rows)]
