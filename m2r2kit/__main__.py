@@ -222,7 +222,16 @@ def _train_stream(parser):
         help="how fast the stream runs ahead (default: to reach the final state at its exit)",
     )
     parser.add_argument(
-        "--rank", type=natural, metavar="R", help="rank of its changes of the base matrices; 0 for none"
+        "--rank",
+        type=natural,
+        metavar="R",
+        help="rank of its changes of the base matrices; 0 for none (default: full)",
+    )
+    parser.add_argument(
+        "--deep",
+        type=number(float, 0),
+        metavar="SHARE",
+        help="also read the slow keys of the block at this share of the depth; 0 for none (default: 0.25)",
     )
     parser.add_argument(
         "--carry",
@@ -230,7 +239,7 @@ def _train_stream(parser):
         default=True,
         help="also begin with the last state of the token before, as in EAGLE (default: yes)",
     )
-    parser.add_argument("--ffn-width", type=natural, metavar="W", help="width of its own FFN; 0 for none")
+    parser.add_argument("--ffn-width", type=natural, metavar="W", help="width of an FFN of its own; 0 for none")
     parser.add_argument(
         "--compare",
         action="store_true",

@@ -5,7 +5,7 @@ import numpy as np
 
 from .backbone import Backbone
 from .residuals import AcceleratedStream, tau
-from .training import Lesson, carried, cosine, unverified
+from .training import Lesson, chain, cosine
 
 
 def agreement(backbone: Backbone, state: mx.array, final: mx.array) -> float:
@@ -25,17 +25,16 @@ def by_depth(backbone: Backbone, tokens: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def of_readout(backbone: Backbone, readout, lessons: list[Lesson], most_unverified: int = 6) -> dict:
+def of_readout(backbone: Backbone, readout, lessons: list[Lesson]) -> dict:
     """Agreement, cross-entropy against the model's own choice, and cosine to h_N of a readout.
 
     Args:
-        readout: (lesson, verified) -> (B, T, D), what the head reads.
+        readout: lesson -> (B, T, D), what the head reads.
     """
-    rng = np.random.default_rng(0)
     totals = np.zeros(3)
     for lesson in lessons:
         final = lesson.states[backbone.depth]
-        state = readout(lesson, unverified(rng, *lesson.tokens.shape, most_unverified))
+        state = readout(lesson)
         logits, right = backbone.head(state), mx.argmax(backbone.head(final), axis=-1)
         chosen = mx.take_along_axis(logits, right[..., None], -1)[..., 0]
         nats = (mx.logsumexp(logits, axis=-1) - chosen).mean().item()
@@ -53,7 +52,7 @@ def of_stream(
     exit = exit or stream.config.exits[0]
     a, b = stream.interval(exit)
     figures = of_readout(
-        backbone, lambda x, v: stream(x.states, x.cache, v, exit, carried(stream, x, v))[-1], lessons
+        backbone, lambda x: stream(x.states, x.cache, exit=exit)[-1], lessons
     )
     ahead, bare = [], []
     for l in range(a, b + 1):
@@ -61,4 +60,24 @@ def of_stream(
         pairs = [(stream(x.states, x.cache, exit=exit)[l - a], x.states[l], x.states[depth]) for x in lessons]
         ahead.append(float(np.mean([cosine(p, target).mean().item() for p, _, target in pairs])))
         bare.append(float(np.mean([cosine(h, target).mean().item() for _, h, target in pairs])))
-    return figures | {"cosine_target": ahead[-1], "cosine_by_block": ahead, "cosine_bare_by_block": bare}
+    figures |= {"cosine_target": ahead[-1], "cosine_by_block": ahead, "cosine_bare_by_block": bare}
+    return figures | of_chain(backbone, stream, lessons, exit)
+
+
+AHEAD = 6  # drafts of the chains below
+
+
+def of_chain(backbone: Backbone, stream: AcceleratedStream, lessons: list[Lesson], exit: int) -> dict:
+    """What chains of `AHEAD` drafts would yield from all tokens of rows that the model wrote: `chain_tau`,
+    tokens a verification, and `chain_acceptance`, a_1 .. of each draft after those before it were right."""
+    right = []
+    for lesson in lessons:
+        B, T = lesson.tokens.shape
+        final = mx.argmax(backbone.head(lesson.states[backbone.depth]), axis=-1)
+        drafts = [mx.argmax(backbone.head(p[-1]), axis=-1) for p in chain(stream, lesson, AHEAD, exit)]
+        # draft j of the chain that begins at token t stands at t + j
+        same = [np.array(d == final)[:, j : T - AHEAD + j + 1] for j, d in enumerate(drafts)]
+        right.append(np.cumprod(np.stack(same, axis=-1), axis=-1).reshape(-1, AHEAD))
+    reached = np.concatenate(right).mean(axis=0)  # share of chains that are right up to draft j
+    a = reached / np.maximum(np.concatenate([[1.0], reached[:-1]]), 1e-9)
+    return {"chain_tau": float(1 + reached.sum()), "chain_acceptance": a.tolist()}

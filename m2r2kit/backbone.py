@@ -200,8 +200,8 @@ class Backbone:
         h = self.run(self.embed(tokens), cache, 0, exit)
         return h, self.head(h)
 
-    def new_cache(self, room: int | None = None) -> list:
-        """An empty KV cache for one sequence, one entry a block.
+    def new_cache(self, room: int | None = None, batch: int = 1) -> list:
+        """An empty KV cache for one sequence, or for `batch` of one length; one entry a block.
 
         Args:
             room: positions to allocate at once (it grows if need be); passes of few tokens are
@@ -219,7 +219,10 @@ class Backbone:
             self._entry_shapes = [[(x.shape, x.dtype) for x in c.keys_and_values()] for c in cache]
         return [
             FixedKV(
-                *(mx.zeros((B, heads, round_up(room), width), dtype) for (B, heads, _, width), dtype in entry)
+                *(
+                    mx.zeros((batch, heads, round_up(room), width), dtype)
+                    for (_, heads, _, width), dtype in entry
+                )
             )
             for entry in self._entry_shapes
         ]

@@ -140,7 +140,8 @@ def _vector_flags() -> list[str]:
         known = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return []
-    return ["-mavx2", "-mfma"] if {"avx2", "fma"} <= known else []
+    flags = ["-mavx2", "-mfma"] if {"avx2", "fma"} <= known else []
+    return [*flags, "-mavx512f", "-mprefer-vector-width=512"] if flags and "avx512f" in known else flags
 
 
 def _load_shim(openblas: Path) -> ctypes.CDLL | None:

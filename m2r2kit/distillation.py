@@ -95,7 +95,7 @@ def train_stream(
     """Train a stream (or go on with `module`) and measure it on rows that it has not seen, if any."""
     stream = module or AcceleratedStream(backbone, config)
     history = distil(
-        stream, lambda m, x, v: stream_loss(m, x, v, settings.align_weight), train, settings, report, seconds
+        stream, lambda m, x, rng: stream_loss(m, x, settings, rng), train, settings, report, seconds
     )
     figures = alignment.of_stream(backbone, stream, held_out) if held_out else {}
     return Trained(stream, stream.parameter_count(), history.seconds, figures, history.losses)
@@ -113,8 +113,8 @@ def train_readout(
     """The same training for a readout of `readouts.py`; `Bare` is only measured."""
     from mlx.utils import tree_flatten
 
-    def loss(m, lesson, verified):
-        student, teacher = (backbone.head(x) for x in (m(lesson, verified), lesson.states[backbone.depth]))
+    def loss(m, lesson, rng):
+        student, teacher = (backbone.head(x) for x in (m(lesson), lesson.states[backbone.depth]))
         V = student.shape[-1]
         return distance(student.reshape(-1, V), teacher.reshape(-1, V)).mean()
 
@@ -136,7 +136,7 @@ def comparison(backbone: Backbone, exit: int, base: StreamConfig) -> list[tuple[
         each = AcceleratedStream(backbone, replace(config, ffn_width=2)).parameter_count() - small
         return replace(config, ffn_width=max(1, 1 + round((size - small) / each)))
 
-    bare = replace(base, deep=False, carry=False)
+    bare = replace(base, deep=0, carry=False)
     return [
         ("bare", lambda: Bare(exit)),
         ("low-rank head", lambda: WideHead(backbone, exit, size)),

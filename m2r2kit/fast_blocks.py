@@ -1,10 +1,10 @@
 """One step of the accelerated stream: what a fast block is made of.
 
-    block       the base block, with a low-rank change of its matrices
+    block       the base block, with a change of its matrices, of full or low rank
     attention   the base attention, likewise, without the base FFN
     adapter     neither
 
-On top of each, if asked for: attention to a deeper block's keys, and a small FFN of its own.
+Beside each, if asked for, attention to a deeper block's keys, and after it a small FFN of its own.
 All start as "change nothing", so an untrained stream is the logit lens (`residuals.py`).
 """
 
@@ -33,17 +33,6 @@ class SharedKV:
         return self.slow.keys_and_values()
 
 
-class PairKV:
-    """The cache for a pair (h, p) in one batch: stores the keys of h, shows them to both."""
-
-    def __init__(self, slow):
-        self.slow, self.offset = slow, slow.offset
-
-    def update_and_fetch(self, keys, values):
-        keys, values = self.slow.update_and_fetch(keys[:1], values[:1])
-        return mx.broadcast_to(keys, (2, *keys.shape[1:])), mx.broadcast_to(values, (2, *values.shape[1:]))
-
-
 def one_token_mask(entry):
     """What one new token may look at: everything, or of a cache of fixed size what is filled."""
     return entry.make_mask(1) if isinstance(entry, FixedKV) else None
@@ -63,65 +52,58 @@ def seen(entry, verified):
     return entry.keys[..., :count, :], entry.values[..., :count, :], None
 
 
-# --- low-rank changes of frozen matrices ----------------------------------------------------
+# --- changes of frozen matrices -------------------------------------------------------------
 
 
 class Delta(nn.Module):
-    """x -> x A B, zero at the start: A (in, r), B (r, out)."""
+    """x -> x A B, zero at the start: A (in, r), B (r, out); x -> x B with B (in, out) if no rank is given."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int):
+    def __init__(self, inputs: int, outputs: int, rank: int | None):
         super().__init__()
-        self.a = mx.random.normal((inputs, rank)) * inputs**-0.5
-        self.b = mx.zeros((rank, outputs))
+        if rank is not None:
+            self.a = mx.random.normal((inputs, rank)) * inputs**-0.5
+        self.b = mx.zeros((inputs if rank is None else rank, outputs))
 
     def __call__(self, x):
-        return product(product(x, self.a), self.b)
+        return product(product(x, self.a) if "a" in self else x, self.b)
 
     def matrix(self) -> mx.array:
         """A B, (in, out)."""
-        return self.a @ self.b
-
-
-FAST_ROW = mx.array([0.0, 1.0]).reshape(2, 1, 1)  # of a pair (h, p)
+        return self.a @ self.b if "a" in self else self.b
 
 
 class Changed(nn.Module):
-    """A frozen matrix with its change. In a pair only the second row, p, gets the change,
-    so that both rows go through the matrix in one read."""
+    """A frozen matrix with its change."""
 
-    def __init__(self, base: nn.Module, delta: Delta, pair: bool):
+    def __init__(self, base: nn.Module, delta: Delta):
         super().__init__()
-        self._base, self.delta, self._pair = base, delta, pair
+        self._base, self.delta = base, delta
 
     def __call__(self, x):
         y = self._base(x)
-        # in the model's own arithmetic: a wider sum would widen the slow row as well
-        if self._pair:
-            return y + (((x @ self.delta.a) * FAST_ROW) @ self.delta.b).astype(y.dtype)
         return y + self.delta(x).astype(y.dtype)
 
 
-class TwoMatrices(nn.Module):
-    """For a pair (h, p) the frozen matrix and the changed one, as one product; so many numbers
-    are read twice that it pays in small blocks only."""
+class Merged(nn.Module):
+    """A frozen matrix and its change as one product."""
 
     def __init__(self, base: nn.Linear, delta: Delta | None):
         super().__init__()
-        slow = base.weight.T
-        self._matrices = mx.stack([slow, slow + delta.matrix() if delta else slow])  # (2, in, out)
+        matrix = base.weight.T if delta is None else base.weight.T + delta.matrix()
+        self._matrix = mx.contiguous(matrix)  # (in, out), the order that few_rows.c is fastest in
         self._bias = base.bias if "bias" in base else None
-        mx.eval(self._matrices)
+        mx.eval(self._matrix)
 
     def __call__(self, x):
-        y = x @ self._matrices
+        y = product(x, self._matrix)
         return y if self._bias is None else y + self._bias
 
 
-SMALL_BLOCK = 1 << 20  # numbers: a second read from the processor's cache costs less than an operation
+SMALL_BLOCK = 1 << 20  # numbers that may be kept a second time, to save operations
 
 
 def is_small(block: nn.Module) -> bool:
-    """Whether a block's matrices may be read twice: few numbers, all in float32, on a CPU."""
+    """Whether a block's matrices may be merged with their changes: few numbers, all in float32, on a CPU."""
     weights = [w for _, w in tree_flatten(block.parameters())]
     quantized = any(isinstance(m, nn.QuantizedLinear) for m in block.modules())
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -148,7 +130,7 @@ def _changed(module: nn.Module, make, path: str = "") -> nn.Module:
     return clone
 
 
-def _new_deltas(module: nn.Module, rank: int) -> dict[str, Delta]:
+def _new_deltas(module: nn.Module, rank: int | None) -> dict[str, Delta]:
     """A change for each matrix that p uses; its own keys and values would be thrown away."""
     found = {}
     if rank == 0:
@@ -163,18 +145,16 @@ def _new_deltas(module: nn.Module, rank: int) -> dict[str, Delta]:
 
 
 class SmallFFN(nn.Module):
-    """Up s(Down norm(p)), zero at the start; reads [norm(p), norm(h)] if h is fed as well."""
+    """Up s(Down norm(p)), zero at the start."""
 
-    def __init__(self, width: int, hidden: int, feed_slow: bool):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        self._feed_slow = feed_slow
         self.norm = nn.RMSNorm(width)
-        self.down = mx.random.normal((width * (1 + feed_slow), hidden)) * width**-0.5
+        self.down = mx.random.normal((width, hidden)) * width**-0.5
         self.up = mx.zeros((hidden, width))
 
-    def __call__(self, p, h):
-        x = [p, h] if self._feed_slow else [p]
-        x = mx.concatenate([mx.fast.rms_norm(y, self.norm.weight, 1e-5) for y in x], axis=-1)
+    def __call__(self, p):
+        x = mx.fast.rms_norm(p, self.norm.weight, 1e-5)
         return product(nn.silu(product(x, self.down)), self.up)
 
 
@@ -196,8 +176,8 @@ class Carry(nn.Module):
 class DeepAttention(nn.Module):
     """Attention of p to the slow keys and values of a deeper block, of verified tokens only.
 
-    p_l stands for a deeper state than h_l, so the keys of that deeper block are its natural
-    memory. Tokens drafted and not yet verified have none there, and are left out.
+    p_l stands for a deeper state than h_l, and a deeper block's keys say more of what was read
+    than block l's. Tokens drafted and not yet verified have none there, and are left out.
     """
 
     def __init__(self, attention: nn.Module, width: int, heads: int, head_dim: int):
@@ -220,9 +200,9 @@ class DeepAttention(nn.Module):
 
 class FastBlock(nn.Module):
     """One step of p: block l of a model, by the stream's settings (`residuals.StreamConfig`);
-    `read` is the slow block whose keys it also reads."""
+    `read` is the slow block whose keys it also reads, if any."""
 
-    def __init__(self, backbone: Backbone, l: int, read: int, config):
+    def __init__(self, backbone: Backbone, l: int, read: int | None, config):
         super().__init__()
         block, parts = backbone.blocks[l], backbone.parts
         self._norm_after, self.read = parts.norm_after, read
@@ -230,68 +210,57 @@ class FastBlock(nn.Module):
         if config.form == "block":
             self.deltas = _new_deltas(block, config.rank)
             self._block = block
-            self._base = _changed(block, self._with_delta(pair=False))
-            self._pair = _changed(block, self._with_delta(pair=True))
+            self._base = _changed(block, self._with_delta)
         elif config.form == "attention":
             attention = block[parts.attention]
             self.deltas = _new_deltas(attention, config.rank)
-            self._base = _changed(attention, self._with_delta(pair=False))
+            self._base = _changed(attention, self._with_delta)
             self._norm = block[parts.attention_norm]
-        if config.ffn_width:
-            self.ffn = SmallFFN(backbone.width, config.ffn_width, config.feed_slow)
-        if config.deep:
+        if width := own_ffn(config, backbone.width):
+            self.ffn = SmallFFN(backbone.width, width)
+        if read is not None:
             attention = block[parts.attention]
             heads = backbone.config["num_attention_heads"]
             self.deep = DeepAttention(attention, backbone.width, heads, head_dim(backbone))
 
-    def _with_delta(self, pair: bool):
-        def make(matrix, name):
-            return Changed(matrix, self.deltas[name], pair) if name in self.deltas else matrix
+    def _with_delta(self, matrix, name):
+        return Changed(matrix, self.deltas[name]) if name in self.deltas else matrix
 
-        return make
-
-    def merged_pair(self) -> nn.Module:
-        """What `pair` computes with, as it is now, in as few operations as a block of this size
+    def merged(self) -> nn.Module | None:
+        """What p passes in decoding, as it is now, in as few operations as a block of this size
         allows; anew after training."""
-        if not is_small(self._block):
-            return self._pair
-        return _changed(self._block, lambda matrix, name: TwoMatrices(matrix, self.deltas.get(name)))
+        if self._form != "block" or not is_small(self._block):
+            return None
+        return _changed(self._block, lambda matrix, name: Merged(matrix, self.deltas.get(name)))
 
-    def _own_parts(self, p, h, deep):
-        """What comes on top of the base block: deep attention, then the small FFN."""
-        if "deep" in self:
-            p = p + self.deep(p, *deep).astype(p.dtype)
-        if "ffn" in self:
-            p = p + self.ffn(p, h).astype(p.dtype)
-        return p
-
-    def __call__(self, p, h, shared: SharedKV, mask, deep):
-        """p_l -> p_{l+1}, after the slow stream has passed block l.
+    def __call__(self, p, shared: SharedKV, mask, deep, merged: nn.Module | None = None):
+        """p_l -> p_{l+1}, after the slow stream has left its keys in block l.
 
         Args:
-            p, h: p_l and the slow state h_{l+1}, each (B, T, D).
+            p: p_l, (B, T, D).
             shared: the slow keys and values of block l.
             mask: as mlx-lm's blocks take it.
             deep: (keys, values, offset, mask) for `DeepAttention`.
+            merged: what `merged` gave, to stand for the base block with its changes.
         """
+        added = self.deep(p, *deep).astype(p.dtype) if "deep" in self else 0
         if self._form == "block":
-            p = self._base(p, mask, cache=shared)
+            p = (merged or self._base)(p, mask, cache=shared) + added
         elif self._form == "attention":
             if self._norm_after:
-                p = p + self._norm(self._base(p, mask, cache=shared))
+                p = p + added + self._norm(self._base(p, mask, cache=shared))
             else:
-                p = p + self._base(self._norm(p), mask, cache=shared)
-        return self._own_parts(p, h, deep)
+                p = p + added + self._base(self._norm(p), mask, cache=shared)
+        else:
+            p = p + added
+        return p + self.ffn(p).astype(p.dtype) if "ffn" in self else p
 
-    def pair(self, h, p, slow, deep, merged=None):
-        """(h_l, p_l) -> (h_{l+1}, p_{l+1}) for one new token: one read of each base matrix.
 
-        Only for the form `block`. `slow` is the slow cache entry of block l and grows by one;
-        `merged` is what `merged_pair` gave.
-        """
-        mask = one_token_mask(slow)
-        both = (merged or self._pair)(mx.concatenate([h, p]), mask, cache=PairKV(slow))
-        return both[:1], self._own_parts(both[1:], both[:1], deep)
+def own_ffn(config, width: int) -> int:
+    """Width of the FFN that a fast block has on top of what its form gives it; 0 for none."""
+    if config.ffn_width is not None:
+        return config.ffn_width
+    return 0 if config.form == "block" else 4 * width
 
 
 def head_dim(backbone: Backbone) -> int:

@@ -2,8 +2,9 @@
 
    Decoding multiplies 1 row by a weight matrix, and verifying K drafts multiplies K + 1 rows.
    OpenBLAS's `sgemm` first copies the matrix into another order, which pays for many rows but
-   takes most of the time for few. So 1 row goes to `sgemv`, and 2..16 rows times the transpose
-   of a matrix (a linear layer's product) are computed here, reading the matrix once. */
+   takes most of the time for few. So 1..32 rows times a matrix, or times its transpose (how a
+   linear layer stores it), are computed here, reading the matrix once; only 1 row times a
+   transpose goes to `sgemv`. */
 
 typedef int blasint;
 #define MATRIX const float *, blasint
@@ -12,8 +13,18 @@ void scipy_cblas_sgemm(int, int, int, blasint, blasint, blasint, float, MATRIX, 
 void scipy_cblas_sgemv(int, int, blasint, blasint, float, MATRIX, MATRIX, float, float *, blasint);
 
 enum { ROW = 101, PLAIN = 111, TRANSPOSED = 112 };
-enum { LANES = 8, FEW = 16, LARGE = 1 << 21 }; /* beyond it, OpenBLAS's threads are worth more */
+enum { LANES = 8, FEW = 32, LARGE = 1 << 21 }; /* beyond it, OpenBLAS's threads are worth more */
 
+/* A block of c that the registers hold: up to TALL rows two vectors wide, or 3 rows four wide. */
+#ifdef __AVX512F__
+enum { WIDE = 16, TALL = 8 };
+#define TALLER(w) CASE(4, w) CASE(5, w) CASE(6, w) CASE(7, w) default: columns(8, w, k, a, lda, b, ldb, c, ldc);
+#else
+enum { WIDE = 8, TALL = 4 };
+#define TALLER(w) default: columns(4, w, k, a, lda, b, ldb, c, ldc);
+#endif
+
+typedef float wide __attribute__((vector_size(4 * WIDE), aligned(4)));
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int ints __attribute__((vector_size(4 * LANES)));
 #ifdef __clang__
@@ -80,16 +91,61 @@ static void few_rows(blasint m, blasint n, blasint k, const float *a, long lda, 
     }
 }
 
+/* m rows of c meet w vectors of its columns: a number of a is loaded for all columns at once, and
+   nothing has to be added up across a vector. */
+static inline __attribute__((always_inline)) void columns(const int m, const int w, blasint k, const float *a,
+                                                          long lda, const float *b, long ldb, float *c,
+                                                          long ldc) {
+  wide s[TALL][4] = {0};
+  for (int t = 0; t < k; t++) {
+    wide y[4];
+    EACH(j, w) y[j] = *(const wide *)(b + t * ldb + j * WIDE);
+    EACH(j, w) __builtin_prefetch(b + t * ldb + (w + j) * WIDE); /* the columns that come next */
+    EACH(i, m) EACH(j, w) s[i][j] += a[i * lda + t] * y[j];
+  }
+  EACH(i, m) EACH(j, w) *(wide *)(c + i * ldc + j * WIDE) = s[i][j];
+}
+
+#define CASE(m, w) \
+  case m: columns(m, w, k, a, lda, b, ldb, c, ldc); break;
+
+/* c (m, n) = a (m, k) b (k, n), for few rows m. */
+static void few_rows_plain(blasint m, blasint n, blasint k, const float *a, long lda, const float *b,
+                           long ldb, float *c, long ldc) {
+  for (; m > 0; m -= TALL, a += TALL * lda, c += TALL * ldc) {
+    const float *b_all = b;
+    float *c_all = c;
+    int left = n;
+    for (; m < 4 && left >= 4 * WIDE; left -= 4 * WIDE, b += 4 * WIDE, c += 4 * WIDE)
+      switch (m) { CASE(1, 4) CASE(2, 4) CASE(3, 4) }
+    for (; left >= 2 * WIDE; left -= 2 * WIDE, b += 2 * WIDE, c += 2 * WIDE)
+      switch (m) { CASE(1, 2) CASE(2, 2) CASE(3, 2) TALLER(2) }
+    for (; left > 0 && n >= WIDE; left -= WIDE, b += WIDE, c += WIDE) {
+      if (left < WIDE) b += left - WIDE, c += left - WIDE; /* the last ones overlap, and come out alike */
+      switch (m) { CASE(1, 1) CASE(2, 1) CASE(3, 1) TALLER(1) }
+    }
+    for (int j = 0; j < left; j++) /* a narrow matrix */
+      for (int i = 0; i < m && i < TALL; i++) {
+        float x = 0;
+        for (int t = 0; t < k; t++) x += a[i * lda + t] * b[t * ldb + j];
+        c[i * ldc + j] = x;
+      }
+    b = b_all, c = c_all;
+  }
+}
+
 void m2r2kit_sgemm(int order, int ta, int tb, blasint m, blasint n, blasint k, float alpha,
                    const float *a, blasint lda, const float *b, blasint ldb, float beta, float *c,
                    blasint ldc) {
-  if (order == ROW && ta == PLAIN && m == 1) { /* y = op(B)^T x */
+  int simple = order == ROW && ta == PLAIN && alpha == 1 && beta == 0 && (long)n * k <= LARGE;
+  if (simple && tb == PLAIN && m <= FEW) {
+    few_rows_plain(m, n, k, a, lda, b, ldb, c, ldc);
+  } else if (order == ROW && ta == PLAIN && m == 1) { /* y = op(B)^T x */
     if (tb == PLAIN)
       scipy_cblas_sgemv(ROW, TRANSPOSED, k, n, alpha, b, ldb, a, 1, beta, c, 1);
     else
       scipy_cblas_sgemv(ROW, PLAIN, n, k, alpha, b, ldb, a, 1, beta, c, 1);
-  } else if (order == ROW && ta == PLAIN && tb == TRANSPOSED && m <= FEW && alpha == 1 && beta == 0 &&
-             (long)n * k <= LARGE) {
+  } else if (simple && tb == TRANSPOSED && m <= FEW) {
     few_rows(m, n, k, a, lda, b, ldb, c, ldc);
   } else {
     scipy_cblas_sgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);

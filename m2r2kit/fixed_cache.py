@@ -13,7 +13,7 @@ import mlx.core as mx
 from .lean_pass import lean_pass
 
 FEW = 16  # passes of up to so many tokens are compiled: one trace for each number and each room
-STEP = 128  # positions are allocated in multiples of this
+STEP = 64  # positions are allocated in multiples of this
 
 
 class FixedKV:

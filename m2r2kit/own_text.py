@@ -24,7 +24,7 @@ def continue_greedily(
     Returns:
         int32 (B, length).
     """
-    cache = backbone.new_cache()
+    cache = backbone.new_cache(length, len(starts))
     columns = [mx.array(starts)]
     token = mx.argmax(backbone.logits(columns[0], cache)[:, -1:], axis=-1)
     while True:
@@ -53,6 +53,7 @@ def questions(
     longest: int,
     rng: np.random.Generator,
     least: int = 32,
+    together: int = 64,
 ) -> list[np.ndarray]:
     """Whole questions out of a long row of token ids, so that the model is asked as a user would ask it.
 
@@ -60,6 +61,7 @@ def questions(
         asks, answers: the marks at which a user's turn and the answer begin; a question holds both.
         longest: tokens of a question at most.
         least: tokens of its answer at least, as there would be little to learn from a shorter one.
+        together: so many of one length, if there are, for the model answers them in one batch.
 
     Returns:
         `rows` of them, some twice if there are not so many; none if there are none at all.
@@ -72,4 +74,13 @@ def questions(
             found.append(ids[start : start + marks[0] + 1])
     if not found:
         return []
-    return [found[i] for i in rng.choice(len(found), rows, replace=len(found) < rows)]
+    of_length: dict[int, list] = {}
+    for i in rng.permutation(len(found)):
+        of_length.setdefault(len(found[i]), []).append(found[i])
+    groups = [same[i : i + together] for same in of_length.values() for i in range(0, len(same), together)]
+    chosen: list[np.ndarray] = []
+    while len(chosen) < rows:  # large groups first to last, each as likely as it has questions
+        sizes = np.array([len(g) for g in groups], float)
+        for i in rng.choice(len(groups), len(groups), replace=False, p=sizes / sizes.sum()):
+            chosen += groups[i][: rows - len(chosen)]
+    return chosen

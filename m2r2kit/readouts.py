@@ -23,7 +23,7 @@ class Bare(nn.Module):
         super().__init__()
         self.exit = exit
 
-    def __call__(self, lesson, verified=None) -> mx.array:
+    def __call__(self, lesson) -> mx.array:
         return lesson.states[self.exit]
 
 
@@ -33,11 +33,11 @@ class WideHead(nn.Module):
     def __init__(self, backbone: Backbone, exit: int, parameters: int):
         super().__init__()
         self.exit = exit
-        self.ffn = SmallFFN(backbone.width, max(1, parameters // (2 * backbone.width)), feed_slow=False)
+        self.ffn = SmallFFN(backbone.width, max(1, parameters // (2 * backbone.width)))
 
-    def __call__(self, lesson, verified=None) -> mx.array:
+    def __call__(self, lesson) -> mx.array:
         h = lesson.states[self.exit]
-        return h + self.ffn(h, None)
+        return h + self.ffn(h)
 
 
 class ExtraBlock(nn.Module):
@@ -52,9 +52,9 @@ class ExtraBlock(nn.Module):
         self.norm = nn.RMSNorm(D)
         self.qkv = mx.random.normal((D, 3 * D)) * D**-0.5
         self.o = mx.zeros((D, D))
-        self.ffn = SmallFFN(D, max(1, (parameters - 4 * D * D) // (2 * D)), feed_slow=False)
+        self.ffn = SmallFFN(D, max(1, (parameters - 4 * D * D) // (2 * D)))
 
-    def __call__(self, lesson, verified=None) -> mx.array:
+    def __call__(self, lesson) -> mx.array:
         h = lesson.states[self.exit]
         B, T, D = h.shape
         shape = (B, T, self._heads, self._head_dim)
@@ -64,4 +64,4 @@ class ExtraBlock(nn.Module):
         scale = self._head_dim**-0.5
         y = mx.fast.scaled_dot_product_attention(self._rope(q), self._rope(k), v, scale=scale, mask="causal")
         h = h + y.transpose(0, 2, 1, 3).reshape(B, T, D) @ self.o
-        return h + self.ffn(h, None)
+        return h + self.ffn(h)

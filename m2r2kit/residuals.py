@@ -34,26 +34,26 @@ class StreamConfig:
     """Settings of an accelerated stream.
 
     Attributes:
-        form: FastBlock: `block` (the base block with a low-rank change), `attention`
+        form: FastBlock: `block` (the base block with a change of its matrices), `attention`
             (shared-KV attention, own small FFN) or `adapter` (own small FFN only).
         exits: depths E_1 < E_2 < .. at which p is read; each begins a new interval, in which
             p starts again as h.
         rate: R; None means that p reaches the end of the model at every exit. 1 is the control.
-        rank: rank of the change of each base matrix; 0 leaves them all as they are.
-        ffn_width: width of the fast block's own FFN; 0 switches it off (`block` only).
-        feed_slow: the own FFN reads h as well as p.
-        deep: p also attends to the slow keys and values of the block it stands for, of all
-            tokens that the model has already verified.
+        rank: rank of the change of each base matrix; None is a full one, which in decoding costs
+            nothing where it is merged; 0 leaves them all as they are.
+        ffn_width: width of the fast block's own FFN; 0 switches it off, and None is the form's
+            own: none for `block`, 4 D for the others.
+        deep: p also attends to the slow keys and values of the block at this share of the depth
+            (0.25: block N / 4), of all tokens that the model has already verified; 0: it does not.
         carry: p also begins with the last state of the token before it (`fast_blocks.Carry`).
     """
 
     form: str = "block"
     exits: tuple[int, ...] = (1,)
     rate: float | None = None
-    rank: int = 32
-    ffn_width: int = 640
-    feed_slow: bool = True
-    deep: bool = True
+    rank: int | None = None
+    ffn_width: int | None = None
+    deep: float = 0.25
     carry: bool = True
 
 
@@ -86,12 +86,8 @@ class AcceleratedStream(nn.Module):
         super().__init__()
         check(backbone, config)
         self._backbone, self.config = backbone, config
-        self.fast = []
-        for a, b in intervals(config):
-            for l in range(a, b):
-                # the last block that brings the slow stream to where p_{l+1} stands
-                read = max(tau(l + 1, a, b, backbone.depth, config.rate) - 1, 0)
-                self.fast.append(FastBlock(backbone, l, read, config))
+        read = min(round(config.deep * backbone.depth), backbone.depth - 1) if config.deep else None
+        self.fast = [FastBlock(backbone, l, read, config) for l in range(config.exits[-1])]
         if config.carry:
             self.carry = Carry(backbone.width)
         # plain attributes, as MLX takes a module's dicts and lists for parameters
@@ -139,7 +135,7 @@ class AcceleratedStream(nn.Module):
         for l in range(a, b):
             block = self.fast[l]
             deep = (*cache[block.read].keys_and_values(), 0, deep_mask) if self.config.deep else None
-            p.append(block(p[-1], states[l + 1], SharedKV(cache[l], T), mask, deep))
+            p.append(block(p[-1], SharedKV(cache[l], T), mask, deep))
         return p
 
     @staticmethod
@@ -154,9 +150,10 @@ class AcceleratedStream(nn.Module):
         return mask if mask.ndim == 2 else mask[:, None]
 
     def step(self, h, cache, verified: int, exit: int | None = None, before=None):
-        """One new token through both streams: h_0 (1, 1, D) -> h_E, p_E, each (1, 1, D).
+        """One new token through both streams: h_0 (1, 1, D) -> h_{E-1}, p_E, each (1, 1, D).
 
-        The slow cache of the blocks below the exit grows by one position; p writes nothing.
+        The slow cache of the blocks below the exit grows by one position; p writes nothing. In the
+        last of them the slow stream only leaves its keys and values for p, and goes no further.
 
         Args:
             verified: positions (from the first) that the model has verified: the deep keys.
@@ -165,7 +162,7 @@ class AcceleratedStream(nn.Module):
         return self._one("step", h, cache, verified, exit, before)
 
     def read(self, token, cache, verified: int, exit: int | None = None, before=None):
-        """`step` from a token (1, 1) to what the head reads: (h_E, p_E, logits (1, 1, V))."""
+        """`step` from a token (1, 1) to what the head reads: (h_{E-1}, p_E, logits (1, 1, V))."""
         return self._one("read", token, cache, verified, exit, before)
 
     def _one(self, kind, x, cache, verified, exit, before):
@@ -188,12 +185,9 @@ class AcceleratedStream(nn.Module):
             if self.config.deep:
                 keys, values, deep_mask = seen(cache[block.read], verified)
                 deep = (keys, values, offset, deep_mask)
-            if self.config.form == "block":
-                h, p = block.pair(h, p, cache[l], deep, merged[l] if merged else None)
-            else:
-                h = self._backbone.run(h, cache, l, l + 1)
-                p = block(p, h, SharedKV(cache[l], 1), mask, deep)
-        return (h, p) if kind == "step" else (h, p, self._backbone.head(p))
+            last, h = h, self._backbone.run(h, cache, l, l + 1)  # lazy: of the last only its keys are computed
+            p = block(p, SharedKV(cache[l], 1), mask, deep, merged[l] if merged else None)
+        return (last, p) if kind == "step" else (last, p, self._backbone.head(p))
 
     def _compiled(self, kind: str, a: int, b: int) -> Traced:
         """A step compiled, and anew when training has put other weights in place."""
@@ -201,8 +195,7 @@ class AcceleratedStream(nn.Module):
         known, traced = self._traced.get((kind, b), ([], None))
         if traced is None or any(x is not y for x, y in zip(known, weights, strict=True)):
             mx.eval(weights)  # or the compiled pass would make them anew each time
-            is_block = self.config.form == "block"
-            merged = {l: self.fast[l].merged_pair() for l in range(a, b)} if is_block else None
+            merged = {l: self.fast[l].merged() for l in range(a, b)}
             reads = [self.fast[l].read for l in range(a, b)] if self.config.deep else ()
 
             def body(entries, x, verified, *more):
@@ -246,8 +239,10 @@ def check(backbone: Backbone, config: StreamConfig) -> None:
         raise UserError(f"Exits must rise and lie between 1 and {backbone.depth - 1}; got {exits}.")
     if config.rate is not None and not (math.isfinite(config.rate) and config.rate >= 1):
         raise UserError(f"The rate must be at least 1; got {config.rate}.")
-    if config.rank < 0 or config.ffn_width < 0:
+    if (config.rank or 0) < 0 or (config.ffn_width or 0) < 0:
         raise UserError("Neither the rank nor the FFN's width can be negative.")
+    if not 0 <= config.deep <= 1:
+        raise UserError(f"The share of the depth at which keys are read lies between 0 and 1; got {config.deep}.")
     if config.form != "block" and config.ffn_width == 0:
         raise UserError(f"The form '{config.form}' needs an FFN of its own; give it a width of at least 1.")
 

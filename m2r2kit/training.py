@@ -7,6 +7,9 @@ forward pass through all blocks costs far more than one step of what is trained.
 Loss, for each exit E (notebook 02):
 
     KL(softmax H nu(h_N) || softmax H nu(p_E))  +  weight * mean over l of 1 - cos(p_l, h_tau(l))
+
+summed over the drafts of a chain, as it is decoded: the first draft knows the model's states of all
+tokens before it, each further one has the stream's own p_E in the place of the newest (`chain`).
 """
 
 import math
@@ -30,10 +33,11 @@ class DistilConfig:
 
     steps: int = 2000
     first_step: int = 0  # where an interrupted run goes on
-    learning_rate: float = 2e-3  # the peak; AdamW
+    learning_rate: float = 4e-3  # the peak; AdamW
     warmup: int = 50
     align_weight: float = 0.1
-    max_unverified: int = 6  # deep keys are hidden for 0..this many of the newest tokens
+    ahead: int = 3  # drafts of a chain that are learnt from; the gradient passes through all of them
+    positions: int = 512  # tokens of a lesson whose logits are compared, drawn anew for each draft
     seed: int = 0
 
 
@@ -108,34 +112,42 @@ def cosine(x: mx.array, y: mx.array) -> mx.array:
     return (x * y).sum(-1) * mx.rsqrt((x * x).sum(-1) * (y * y).sum(-1) + 1e-12)
 
 
-def carried(stream: AcceleratedStream, lesson: Lesson, verified: mx.array) -> mx.array | None:
-    """What each token takes along from the one before (`StreamConfig.carry`): h_N where the model has
-    been there, else p_E, which the stream makes without learning from it; (B, T, D)."""
-    if not stream.config.carry:
-        return None
-    final, T = lesson.states[stream._backbone.depth], verified.shape[1]
-    # the token before a draft was drafted with as many tokens verified, but not more than it has behind it
-    then = mx.minimum(mx.concatenate([verified[:, 1:], verified[:, -1:]], axis=1), mx.arange(T))
-    own = mx.stop_gradient(stream(lesson.states, lesson.cache, then)[-1])
-    known = (verified == mx.arange(T))[..., None]
-    return mx.where(known, shifted(final), shifted(own))
+def chain(stream: AcceleratedStream, lesson: Lesson, ahead: int, exit: int | None = None):
+    """The drafts of a chain at all tokens at once: `ahead` lists p_a .. p_E, each (B, T, D).
+
+    The j-th (from 1) at token t is the draft after t where t and the j - 2 tokens before it are drafts
+    themselves: the model has verified the others, and p_E stands for its last state at t - 1.
+    """
+    carries = stream.config.carry
+    before = shifted(lesson.states[stream._backbone.depth]) if carries else None
+    for j in range(ahead):
+        verified = mx.maximum(mx.arange(lesson.tokens.shape[1]) - j, 0)
+        p = stream(lesson.states, lesson.cache, verified, exit, before)
+        yield p
+        before = shifted(p[-1]) if carries else None
 
 
-def stream_loss(stream: AcceleratedStream, lesson: Lesson, verified: mx.array, weight: float) -> mx.array:
-    """The loss above, summed over the exits; one number."""
+FADES = 0.8  # each further draft counts so much less: it is reached only if the ones before were right
+
+
+def stream_loss(
+    stream: AcceleratedStream, lesson: Lesson, settings: DistilConfig, rng: np.random.Generator
+) -> mx.array:
+    """The loss above, summed over the exits and drafts; one number."""
     backbone, config = stream._backbone, stream.config
-    depth = backbone.depth
-    teacher = mx.stop_gradient(backbone.head(lesson.states[depth])).reshape(-1, backbone.config["vocab_size"])
-    total, before = 0.0, carried(stream, lesson, verified)
+    depth, width = backbone.depth, backbone.width
+    final = lesson.states[depth].reshape(-1, width)
+    total = 0.0
     for a, b in intervals(config):
-        p = stream(lesson.states, lesson.cache, verified, b, before)
-        student = backbone.head(p[-1]).reshape(teacher.shape)
-        total = total + distance(student, teacher).mean()
-        if weight:
-            targets = [lesson.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
-            total = total + weight * sum(
-                (1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True)
-            ) / (b - a)
+        targets = [lesson.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
+        for j, p in enumerate(chain(stream, lesson, settings.ahead, b)):
+            some = mx.array(rng.choice(len(final), min(settings.positions, len(final)), replace=False))
+            student = backbone.head(p[-1].reshape(-1, width)[some])
+            loss = distance(student, mx.stop_gradient(backbone.head(final[some]))).mean()
+            if settings.align_weight:
+                off = sum((1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True))
+                loss = loss + settings.align_weight * off / (b - a)
+            total = total + FADES**j * loss
     return total
 
 
@@ -150,15 +162,6 @@ class History:
     seconds: float = 0.0
 
 
-FEWER = 0.3  # later drafts count less: they are reached only if the ones before were right
-
-
-def unverified(rng: np.random.Generator, B: int, T: int, most: int) -> mx.array:
-    """For each token, how many positions before it the model has verified: (B, T)."""
-    behind = np.minimum(rng.geometric(FEWER, (B, T)) - 1, most)
-    return mx.array(np.maximum(np.arange(T) - behind, 0))
-
-
 def distil(
     module: nn.Module, loss, lessons: list[Lesson], config: DistilConfig, report=None, seconds=math.inf
 ) -> History:
@@ -168,7 +171,7 @@ def distil(
 
     Args:
         module: its trainable parameters change in place.
-        loss: (module, lesson, verified) -> one number.
+        loss: (module, lesson, rng) -> one number.
         report: called with (step, loss) after each step.
         seconds: stop early after this long; the rate falls with time as with steps.
 
@@ -189,8 +192,7 @@ def distil(
         )
         order = order or list(rng.permutation(len(lessons)))
         lesson = lessons[order.pop()]
-        verified = unverified(rng, *lesson.tokens.shape, config.max_unverified)
-        value, gradients = gradient(module, lesson, verified)
+        value, gradients = gradient(module, lesson, rng)
         optimizer.update(module, parallel.average(gradients))
         mx.eval(value, module.parameters(), optimizer.state)
         if not math.isfinite(value.item()):

@@ -13,9 +13,9 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from m2r2kit.backbone import DENSE
-from m2r2kit.fast_blocks import TwoMatrices
+from m2r2kit.fast_blocks import Merged
 from m2r2kit.lean_pass import is_lean, lean_pass, product
-from m2r2kit.numerics import exact_exp
+from m2r2kit.numerics import falling_exp, logistic
 
 cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="only used on a CPU")
 
@@ -81,10 +81,13 @@ def test_the_ffn_s_activation():
     assert mx.allclose(mine, swiglu(gate, x), rtol=2e-5, atol=1e-6) and llama.swiglu is swiglu
 
 
-def test_exp_is_exact_to_a_few_units():
-    x = mx.linspace(-40, 24, 10_001)
-    mine, right = np.array(exact_exp(x), np.float64), np.exp(np.array(x, np.float64))
-    assert np.allclose(mine, right, rtol=5e-6, atol=1e-12)
+def test_exp_and_the_logistic_function_are_exact_enough():
+    x = mx.linspace(-60, 0, 10_001)
+    mine, right = np.array(falling_exp(x), np.float64), np.exp(np.array(x, np.float64))
+    assert np.abs(mine - right).max() < 1e-6
+    x = mx.linspace(-60, 60, 10_001)
+    mine, right = np.array(logistic(x), np.float64), 1 / (1 + np.exp(-np.array(x, np.float64)))
+    assert np.abs(mine - right).max() < 1e-6
 
 
 @cpu
@@ -124,24 +127,24 @@ def test_a_product_has_its_gradient_outside():
 
 @cpu
 @pytest.mark.parametrize("family", DENSE)
-def test_a_pair_of_a_small_block_takes_two_matrices(family):
-    view = tiny.backbone(family)
-    stream = tiny.stream(family)
-    block = stream.fast[0]
-    merged = block.merged_pair()
-    assert any(isinstance(m, TwoMatrices) for m in merged.modules())
-    x = mx.random.normal((2, 1, view.width))
-    assert mx.allclose(merged(x), block._pair(x), atol=1e-5)
+@pytest.mark.parametrize("rank", [4, None])
+def test_a_small_block_is_merged_with_its_changes(family, rank):
+    view, block = tiny.backbone(family), tiny.stream(family, rank=rank).fast[0]
+    merged = block.merged()
+    assert any(isinstance(m, Merged) for m in merged.modules())
+    x = mx.random.normal((1, 3, view.width))
+    assert mx.allclose(merged(x), block._base(x), atol=1e-5)
+    assert not mx.allclose(merged(x), block._block(x), atol=1e-2)
 
 
 @cpu
-def test_a_large_or_half_precision_block_is_read_once(monkeypatch):
+def test_a_large_or_half_precision_block_is_not_merged(monkeypatch):
     from m2r2kit import fast_blocks
 
     block = tiny.stream().fast[0]
     assert fast_blocks.is_small(block._block)
     monkeypatch.setattr(fast_blocks, "SMALL_BLOCK", 10)
-    assert block.merged_pair() is block._pair
+    assert block.merged() is None
     monkeypatch.undo()
     half = nn.Linear(8, 8)
     half.set_dtype(mx.bfloat16)

@@ -99,7 +99,7 @@ def settings(args) -> StreamConfig:
         rate=args.rate,
         rank=default.rank if args.rank is None else args.rank,
         ffn_width=default.ffn_width if args.ffn_width is None else args.ffn_width,
-        deep=default.deep,
+        deep=default.deep if args.deep is None else args.deep,
         carry=args.carry,
     )
 

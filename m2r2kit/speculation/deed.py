@@ -46,7 +46,7 @@ class DeedExits(nn.Module):
         for exit in config.exits:
             check_exit(backbone, exit)
         self.config, self._backbone = config, backbone
-        self.adapters = [SmallFFN(backbone.width, config.hidden, feed_slow=False) for _ in config.exits]
+        self.adapters = [SmallFFN(backbone.width, config.hidden) for _ in config.exits]
 
     @property
     def depths(self) -> set[int]:
@@ -55,7 +55,7 @@ class DeedExits(nn.Module):
 
     def __call__(self, h: mx.array, j: int) -> mx.array:
         """What the model's head reads at exit j: h_E (B, T, D) -> (B, T, D)."""
-        return h + self.adapters[j](h, None)
+        return h + self.adapters[j](h)
 
     def loss(self, lesson: Lesson) -> mx.array:
         """KL to the model's distribution of each next token, the mean of all exits (deep supervision)."""

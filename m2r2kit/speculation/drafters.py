@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from ..backbone import Backbone
+from ..backbone import Backbone, crop
 from ..errors import UserError
 from ..numerics import fast_exp
 from ..residuals import AcceleratedStream
@@ -133,7 +133,11 @@ class EarlyExit(Drafter):
 class M2R2(EarlyExit):
     """Reads the accelerated residual p_E, which stands for the end of the model.
 
+    In the last block below the exit the slow stream only leaves its keys for p, so the verification
+    begins there: the `exit` of this drafter is E - 1.
+
     Args:
+        exit: E, where p is read; by default the stream's first exit.
         threshold: draft on while the chance that all drafts so far are right, by p_E's own
             probabilities, is at least this; 0 drafts as many as it is asked for.
     """
@@ -141,9 +145,10 @@ class M2R2(EarlyExit):
     def __init__(
         self, backbone: Backbone, stream: AcceleratedStream, exit: int | None = None, threshold: float = 0.0
     ):
-        super().__init__(backbone, exit or stream.config.exits[0])
-        self.stream, self.threshold = stream, threshold
-        stream.interval(self.exit)  # refuses an exit that it was not trained for
+        self.backbone, self.stream, self.threshold = backbone, stream, threshold
+        self.read_at = exit or stream.config.exits[0]
+        stream.interval(self.read_at)  # refuses an exit that it was not trained for
+        self.exit = self.read_at - 1
         self.learns = backbone.depth if stream.config.carry else None
         self._last = None  # the model's last state, of the newest verified token
         self._before = None  # the last state of the token before: the model's, then the draft's own
@@ -155,22 +160,25 @@ class M2R2(EarlyExit):
         self._last = states[:, -1:]
 
     def _read(self, token, cache, verified):
-        h, self._before, logits = self.stream.read(token, cache, verified, self.exit, self._before)
+        h, self._before, logits = self.stream.read(token, cache, verified, self.read_at, self._before)
         return h, logits
 
     def __call__(self, text, drafts, sampler, cache):
         self._before = self._last
-        if self.threshold == 0:
-            return super().__call__(text, drafts, sampler, cache)
         draft, token, chance = Draft(), as_row(text[-1]), 1.0
-        while chance >= self.threshold:
+        while True:
             h, logits = self._read(token, cache, len(text) - 1)
-            draft.states.append(h)
+            if self.exit:
+                draft.states.append(h)
             token = draft.take(logits, sampler)
             if len(draft.tokens) == drafts:
                 break  # nothing to decide, and no need to wait
-            sure = confidence(logits) if sampler.greedy else draft.q[-1][draft.tokens[-1]]
-            chance *= float(sure)
+            if self.threshold:
+                sure = confidence(logits) if sampler.greedy else draft.q[-1][draft.tokens[-1]]
+                chance *= float(sure)
+                if chance < self.threshold:
+                    break
+        crop(cache[self.exit : self.read_at], len(text) - 1)  # its keys are written again by the verification
         return draft
 
 

@@ -21,7 +21,7 @@ from .drafters import Draft, Drafter, Plain, as_row
 from .tree import Tree, accept_tree, verify_tree
 
 MOST_DRAFTS = 16
-FIRST_ROOM = 256  # of an answer in the cache; it grows with a longer one
+FIRST_ROOM = 64  # of an answer in the cache, as every step reads all of it; it grows with a longer one
 
 
 @dataclass
@@ -156,6 +156,8 @@ def draft_and_verify(
     (1, .., D), which the drafter may want.
     """
     draft = drafter(text, k, sampler, cache)
+    if draft.tokens and isinstance(draft.tokens[-1], mx.array):
+        mx.async_eval(draft.tokens[-1])  # it is computed while the verification is being prepared
     logits, states = verify(backbone, drafter, draft, text[-1], cache)
     K = draft.depth
     if isinstance(draft, Tree):
