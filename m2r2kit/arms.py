@@ -38,22 +38,32 @@ def newest(subject: str = "speculation") -> dict:
     return max(enumerate(found), key=lambda pair: (len(pair[1]["figures"]["arms"]), pair[0]))[1]
 
 
-def parts(arm: dict) -> dict:
+def parts(record: dict, name: str) -> dict:
     """What the speed-up of an arm that drafts is made of, as the cost model has it (costs.py).
 
     Returns:
-        `tau`, `c`, `v` as measured; `g`, drafts a step on average, which the prediction was made
-        with; `a`, the acceptance that yields this tau at all positions alike; `measured`, the
-        speed-up; `predicted`.
+        `tau`, `c`, `v` as measured; `g`, drafts a step on average; `a`, the acceptance that yields
+        this tau at all positions alike; `measured`, the speed-up; `predicted`, with the first pass
+        over the prompts where the record knows it (bench.py).
 
     Raises:
-        UserError: the arm drafts nothing, or has no speed because its text was not plain decoding's.
+        UserError: the record has no such arm, it drafts nothing, or it has no speed because its text
+            was not plain decoding's.
     """
-    c, v, tau, predicted = (arm[k] for k in ("draft_cost", "verify_cost", "tau", "predicted_speedup"))
+    arms = record["figures"]["arms"]
+    if name not in arms:
+        raise UserError(
+            f"This record has no arm {name}, only {', '.join(arms)}; "
+            f"`m2r2kit bench speculation --methods all --record` makes one with all."
+        )
+    arm = arms[name]
+    predicted = arm.get("predicted_speedup")
     if not arm["drafts"] or not arm["speedup_vs_plain"] or not predicted:
-        raise UserError("This arm has no drafts or no speed; choose one that has both.")
-    # S = tau / (g c + v); a draft that costs nothing does not tell how many there were
-    g = (tau / predicted - v) / c if c > 1e-6 else arm["drafts"]
+        raise UserError(f"The arm {name} has no drafts or no speed; choose one that has both.")
+    c, v, tau = (arm[k] for k in ("draft_cost", "verify_cost", "tau"))
+    g = arm.get("drafted")
+    if g is None:  # an old record: S was tau / (g c + v); a draft that costs nothing does not tell g
+        g = (tau / predicted - v) / c if c > 1e-6 else arm["drafts"]
     g = max(g, tau - 1)
     return {"a": costs.even_acceptance(tau, g), "c": c, "v": v, "g": g, "tau": tau,
             "measured": arm["speedup_vs_plain"]["median"], "predicted": predicted}  # fmt: skip

@@ -2,10 +2,15 @@
 
 For each prompt every arm decodes in turn (A B C A B C ..), so that whatever else the machine
 does meets all arms alike. A speed-up is the median over rounds of the ratio of total times,
-with its smallest and largest. Beside it stand the things that it is made of:
+with its smallest and largest. Beside it stands the speed-up that follows from what it is made of,
+all in plain steps, as measured one by one:
 
-    speedup = tau / (K c + v)      tau  tokens emitted a step
-                                   c    one draft, v  one verification, in plain steps
+    predicted = (P + n) / (P + s (g c + v))      n  tokens, s  steps that wrote them: tau = n / s
+                                                 g  drafts a step on average
+                                                 c  one draft, v  one verification
+                                                 P  the first pass over the prompts
+
+The first pass is part of both times and gains nothing; without it (long texts) tau / (g c + v) is left.
 """
 
 import math
@@ -34,8 +39,10 @@ class Arm:
     name: str
     drafter: object  # None is mlx-lm's own generation
     drafts: int = 0
+    training: dict = field(default_factory=dict)  # what it took, as methods.training says
     tokens: int = 0
     seconds: list[float] = field(default_factory=list)  # a round, all prompts
+    prefill_seconds: list[float] = field(default_factory=list)  # of these, for the first passes
     by_kind: dict[str, list[float]] = field(default_factory=dict)
     accepted: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
@@ -106,13 +113,15 @@ def time_arms(
     for round_ in range(repeats):
         for arm in arms:
             arm.seconds.append(0.0)
+            arm.prefill_seconds.append(0.0)
         for i, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
             turn = (round_ + i) % len(arms)
             for arm in arms[turn:] + arms[:turn]:
-                seconds = arm.decode(backbone, prompt, max_tokens).seconds
-                arm.seconds[-1] += seconds
+                out = arm.decode(backbone, prompt, max_tokens)
+                arm.seconds[-1] += out.seconds
+                arm.prefill_seconds[-1] += out.prefill_seconds
                 of_kind = arm.by_kind.setdefault(kind, [0.0] * repeats)
-                of_kind[round_] += seconds
+                of_kind[round_] += out.seconds
                 if report:
                     report()
 
@@ -124,6 +133,12 @@ def ratios(plain: list[float], other: list[float]) -> dict:
 
 
 # --- what a speed-up is made of -----------------------------------------------------------
+
+
+def prefill_steps(plain: Arm) -> float:
+    """P: the first passes over all prompts, in plain steps; the median of the rounds."""
+    rounds = zip(plain.prefill_seconds, plain.seconds, strict=True)
+    return statistics.median(plain.tokens * first / (whole - first) for first, whole in rounds)
 
 
 def acceptance(accepted: list[int], drafted: list[int]) -> list[float]:
@@ -222,20 +237,23 @@ def compare(
     time_arms(backbone, arms, prompts, kinds, max_tokens, repeats, report)
     plain = next(a for a in arms if a.name == "plain")
     mlx_lm = next((a for a in arms if a.name == "mlx_lm" and a.equal), None)
-    figures: dict = {"arms": {}, "per_kind": {}}
+    prefill = prefill_steps(plain)
+    figures: dict = {"arms": {}, "per_kind": {}, "prefill": prefill}
     for arm in arms:
         steps = len(arm.drafted)
         tau = (len(arm.accepted) + sum(arm.accepted)) / steps
         c, v, predicted = 0.0, 1.0, 1.0
         if made := sum(arm.drafted) / steps:  # fewer than K where a drafter stops by itself
             c, v = step_costs(backbone, arm.drafter, max(1, round(made)), prompts[0])
-            predicted = tau / (made * c + v)
+            predicted = (prefill + arm.tokens) / (prefill + steps * (made * c + v))
         figures["arms"][arm.name] = {
             "tokens": arm.tokens,
             "seconds": arm.seconds,
             "speedup_vs_plain": ratios(plain.seconds, arm.seconds) if arm.equal else None,
             "speedup_vs_mlx_lm": ratios(mlx_lm.seconds, arm.seconds) if arm.equal and mlx_lm else None,
+            **arm.training,
             "drafts": arm.drafts,
+            "drafted": made,
             "acceptance": acceptance(arm.accepted, arm.drafted),
             "draft_cost": c,
             "verify_cost": v,

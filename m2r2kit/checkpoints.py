@@ -94,6 +94,26 @@ def note(folder: str | Path, name: str, **facts) -> None:
         raise UserError(f"{path} could not be written ({error}); free some space.") from error
 
 
+def trained(folder: str | Path, name: str, config_type: type) -> dict:
+    """What training a saved module took: `parameters` (how many numbers it changed), `train_steps` and
+    `train_seconds`, each None where nobody noted it.
+
+    Raises:
+        UserError: there is no such module, or it is damaged.
+    """
+    text = read_settings(folder, name, config_type)[1]
+    path = Path(folder) / f"{name}.safetensors"
+    try:
+        parameters = sum(weight.size for weight in mx.load(str(path)).values())  # lazy: reads no weights
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is missing or damaged; copy it again or train anew.") from error
+    return {
+        "parameters": parameters,
+        "train_steps": text.get("steps"),
+        "train_seconds": text.get("train_seconds"),
+    }
+
+
 def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | Path, name: str) -> None:
     """Fill a module with saved weights, in float32 on a CPU.
 

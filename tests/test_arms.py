@@ -72,7 +72,7 @@ def test_newest_takes_the_most_arms_then_the_last(monkeypatch, tmp_path):
 
 
 def test_parts_put_together_give_the_prediction():
-    found = parts(arm(1.8, drafts=4))
+    found = parts(record(m2r2=arm(1.8, drafts=4)), "m2r2")
     assert found["g"] == pytest.approx(4) and found["measured"] == 1.8
     assert speedup(found["a"], 4, found["c"], found["v"]) == pytest.approx(found["predicted"])
 
@@ -80,7 +80,16 @@ def test_parts_put_together_give_the_prediction():
 @pytest.mark.parametrize("bad", [PLAIN, arm(None), arm(1.0) | {"predicted_speedup": None}])
 def test_an_arm_without_drafts_or_speed_has_no_parts(bad):
     with pytest.raises(UserError):
-        parts(bad)
+        parts(record(bad=bad), "bad")
+
+
+def test_the_drafts_are_taken_as_counted_where_the_record_has_them():
+    assert parts(record(m2r2=arm(1.8, drafts=4, drafted=2.25)), "m2r2")["g"] == 2.25
+
+
+def test_an_arm_that_was_not_measured_is_named_in_a_sentence():
+    with pytest.raises(UserError, match=r"no arm m2r2, only plain, eagle; .*--methods all"):
+        parts(record(plain=PLAIN, eagle=arm(1.2)), "m2r2")
 
 
 def test_the_committed_records_can_be_shown():

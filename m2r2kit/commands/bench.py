@@ -12,7 +12,7 @@ from ..backbone import Backbone
 from ..bench import Arm, compare
 from ..errors import UserError
 from ..speculation.loop import MOST_DRAFTS
-from ..speculation.methods import drafter, drafters_folder, stream_folder, tuned_drafts
+from ..speculation.methods import drafter, drafters_folder, stream_folder, training, tuned_drafts
 
 
 def run(args) -> int:
@@ -35,7 +35,8 @@ def run(args) -> int:
             else drafter(name, backbone, folders[0], args.exit, folders[1], stops=args.draft is None)
         )
         own = tuned_drafts(name, *folders) if args.draft is None else drafts
-        arms.append(Arm(name, who, 0 if name in ("plain", "mlx_lm") else own))
+        own = 0 if name in ("plain", "mlx_lm") else own
+        arms.append(Arm(name, who, own, training(name, *folders)))
     ids = [backbone.encode(p.prompt) for p in prompts]
     rounds = len(prompts) * len(arms) * (args.repeats + 1)
     with tqdm(total=rounds, unit="text", disable=not sys.stderr.isatty()) as bar:

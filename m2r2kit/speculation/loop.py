@@ -34,6 +34,7 @@ class Generation:
         accepted: drafts accepted in each step (those after an end of text do not count).
         from_draft: for each emitted token, whether it was a draft.
         seconds: from the first pass over the prompt to the last token.
+        prefill_seconds: those of the first pass, over all of the prompt but its last token.
         stopped: `eos` or `length`.
     """
 
@@ -42,6 +43,7 @@ class Generation:
     accepted: list[int] = field(default_factory=list)
     from_draft: list[bool] = field(default_factory=list)
     seconds: float = 0.0
+    prefill_seconds: float = 0.0
     stopped: str = "length"
 
     @property
@@ -93,6 +95,7 @@ def generate(
     drafter.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
     if verified:
         read_prompt(backbone, drafter, prompt, cache)
+    out.prefill_seconds = time.perf_counter() - begun
     text, ahead = list(prompt), None
     while len(out.tokens) < limit and out.stopped != "eos":
         k = min(drafts, limit - len(out.tokens) - 1)  # the pass itself adds one token

@@ -91,6 +91,20 @@ def drafter(
     raise UserError(f"There is no method {method}; choose {', '.join(METHODS)}.")
 
 
+def training(method: str, stream: Path, drafters: Path) -> dict:
+    """`parameters`, `train_steps` and `train_seconds` of a method, 0 where it trains nothing; the folders
+    are as for `drafter`.
+
+    Raises:
+        UserError: it needs training and has had none.
+    """
+    if method in peers.KINDS:
+        return checkpoints.trained(drafters / method, "drafter", peers.KINDS[method].settings)
+    if method in ("m2r2", "m2r2-tree"):
+        return checkpoints.trained(stream, "stream", StreamConfig)
+    return {"parameters": 0, "train_steps": 0, "train_seconds": 0}
+
+
 def mlx_lm_generate(backbone: Backbone, prompt: list[int], max_tokens: int, sampler=None) -> Generation:
     """mlx-lm's own generation of the same weights, for comparison; greedy unless given its sampler."""
     from mlx_lm.generate import generate_step

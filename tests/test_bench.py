@@ -1,0 +1,79 @@
+"""What `bench` counts and concludes; the clock is replaced by figures that can be checked by hand."""
+
+import time
+
+import pytest
+import tiny
+
+from m2r2kit import bench, checkpoints
+from m2r2kit.bench import Arm, compare
+from m2r2kit.errors import UserError
+from m2r2kit.residuals import StreamConfig
+from m2r2kit.speculation import EarlyExit, Plain, generate, loop
+from m2r2kit.speculation.methods import training
+
+PROMPTS = [tiny.prompt(5), tiny.prompt(7)]
+TRAINED = {"parameters": 12, "train_steps": 3, "train_seconds": 4}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Of plain and an early exit, as if plain took 10 s, of which 2 s over the prompts."""
+
+    def timed(backbone, arms, *_):
+        for arm in arms:
+            arm.seconds, arm.prefill_seconds = ([10.0], [2.0]) if arm.name == "plain" else ([8.0], [2.0])
+
+    monkeypatch.setattr(bench, "time_arms", timed)
+    monkeypatch.setattr(bench, "step_costs", lambda *_: (0.1, 1.5))
+    view = tiny.backbone()
+    arms = [Arm("plain", Plain()), Arm("early-exit", EarlyExit(view, 3), 3, TRAINED)]
+    return compare(view, arms, PROMPTS, ["", ""], max_tokens=12, repeats=1)
+
+
+def test_the_prediction_counts_the_first_pass_over_the_prompts(figures):
+    outs = [generate(tiny.backbone(), p, EarlyExit(tiny.backbone(), 3), 3, 12) for p in PROMPTS]
+    tokens = sum(len(out.tokens) for out in outs)
+    steps, drafts = sum(out.steps for out in outs), sum(sum(out.drafted) for out in outs)
+    prefill = 2.0 / (8.0 / tokens)  # a plain step takes 8 s / tokens
+    arm = figures["arms"]["early-exit"]
+    assert figures["prefill"] == pytest.approx(prefill)
+    assert arm["predicted_speedup"] == pytest.approx(
+        (prefill + tokens) / (prefill + 0.1 * drafts + 1.5 * steps)
+    )
+    assert arm["predicted_speedup"] != pytest.approx(arm["tau"] / (arm["drafted"] * 0.1 + 1.5), rel=0.01)
+    assert figures["arms"]["plain"]["predicted_speedup"] == 1
+
+
+def test_an_arm_says_what_its_training_took_and_how_much_it_drafts(figures):
+    arm = figures["arms"]["early-exit"]
+    assert {key: arm[key] for key in TRAINED} == TRAINED
+    assert 1 < arm["drafted"] <= 3 and figures["arms"]["plain"]["drafted"] == 0
+
+
+def test_rounds_add_up_the_first_passes():
+    arm = Arm("plain", Plain())
+    bench.time_arms(tiny.backbone(), [arm], PROMPTS, ["", ""], 3, repeats=2)
+    assert len(arm.prefill_seconds) == 2
+    assert all(0 < first < whole for first, whole in zip(arm.prefill_seconds, arm.seconds, strict=True))
+
+
+def test_the_first_pass_is_timed_apart(monkeypatch):
+    read = loop.read_prompt
+    monkeypatch.setattr(loop, "read_prompt", lambda *args: (read(*args), time.sleep(0.2)))
+    long = generate(tiny.backbone(), PROMPTS[0], None, 0, 2)
+    assert 0.2 <= long.prefill_seconds < long.seconds
+    assert generate(tiny.backbone(), PROMPTS[0][:1], None, 0, 2).prefill_seconds < 0.2
+
+
+def test_training_is_read_from_beside_the_weights(tmp_path):
+    stream = tiny.stream()
+    checkpoints.save(stream, stream.config, "0" * 64, tmp_path, "stream", steps=7, train_seconds=60)
+    wanted = {"parameters": stream.parameter_count(), "train_steps": 7, "train_seconds": 60}
+    assert training("m2r2", tmp_path, tmp_path) == training("m2r2-tree", tmp_path, tmp_path) == wanted
+    assert set(training("early-exit", tmp_path, tmp_path).values()) == {0}
+    with pytest.raises(UserError, match="no trained drafter"):
+        training("eagle", tmp_path, tmp_path)
+    (tmp_path / "stream.safetensors").unlink()
+    with pytest.raises(UserError, match=r"stream\.safetensors is missing"):
+        checkpoints.trained(tmp_path, "stream", StreamConfig)
