@@ -8,7 +8,8 @@ long as the slower of the two.
 So rows are free up to the ridge, peak x bytes / (2 x bandwidth). Attention over the text, the cache,
 launches and all that keeps a kernel from its machine's best are left out; with few rows real kernels do
 worse (of MLX on an Apple GPU, products with 2 to 16 rows of bf16 were measured at twice the cost of one row:
-github.com/ml-explore/mlx/issues/4265). So what comes out is a bound, and is marked as computed wherever it is shown.
+github.com/ml-explore/mlx/issues/4265). So what comes out is a bound, and it is called computed wherever it
+is shown.
 """
 
 import tomllib

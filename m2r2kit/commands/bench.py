@@ -53,7 +53,7 @@ def run(args) -> int:
     settings = {
         "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
         "model_sha256": backbone.sha256,
-        "exit": next((a.drafter.exit for a in arms if a.drafts), None),
+        "exit": next((getattr(a.drafter, "read_at", a.drafter.exit) for a in arms if a.drafts), None),
         "drafts": drafts,
         "max_tokens": args.max_tokens,
         "repeats": args.repeats,
