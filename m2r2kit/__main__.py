@@ -68,6 +68,11 @@ def some_of(known):
 count, natural = number(int, 1), number(int, 0)
 
 
+def counts(text):
+    """A type for argparse: whole numbers from 1, separated by commas."""
+    return [count(each.strip()) for each in text.split(",")]
+
+
 # --- arguments ----------------------------------------------------------------------------
 
 
@@ -160,6 +165,29 @@ def _bench_speculation(parser):
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
     parser.add_argument("--record", action="store_true", help="add the result to data/results")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
+
+
+def _bench_map(parser):
+    _model(parser)
+    _stream(parser)
+    parser.add_argument(
+        "--method",
+        choices=("early-exit", "m2r2"),
+        default="early-exit",
+        help="who drafts: the bare residual at any exit (default), or the stream at its own",
+    )
+    parser.add_argument(
+        "--exits", type=counts, metavar="E,F,..", help="after so many blocks (default: some, or the stream's)"
+    )
+    parser.add_argument(
+        "--drafts", type=number(int, 2, 16), default=8, metavar="K", help="up to so many drafts (default: 8)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+    )
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
+    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
 
 
 def _train_backbone(parser):
@@ -313,6 +341,8 @@ def parser() -> Parser:
     bench = bench.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
     about = "compare ways of decoding on the same prompts, interleaved, output checked first"
     _bench_speculation(add(bench, "speculation", _runs("bench"), about))
+    about = "predict the speed-up of each exit with each number of drafts, from what is measured there"
+    _bench_map(add(bench, "map", _runs("bench_map"), about))
 
     train = commands.add_parser("train", help="train a pocket model, or what drafts for a model")
     train = train.add_subparsers(dest="subject", metavar="WHAT", required=True)

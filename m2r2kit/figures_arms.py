@@ -11,6 +11,9 @@ a marker tells as well.
 
 from itertools import cycle
 
+from matplotlib.patches import Rectangle
+
+from . import records
 from .arms import ArmsTable
 from .errors import UserError
 from .figures import COLORS, DASHES, MARKERS, ORDER, PALE
@@ -111,6 +114,43 @@ def draw_predicted(ax, record: dict) -> str:
     within = len(arms) - len(outside)
     said = f"Measured within {BAND:.0%} of the prediction: {within} of {len(arms)} arms."
     return said + (f" Outside: {', '.join(outside)}." if outside else "")
+
+
+def draw_map(ax, record: dict | None = None) -> str:
+    """Predicted speed-up over exit and number of drafts; each cell says its number, the best is framed.
+
+    Args:
+        record: of `m2r2kit bench map`; by default the newest.
+
+    Raises:
+        UserError: nothing has been measured yet.
+    """
+    record = record or records.latest("speculation-map")
+    if record is None:
+        raise UserError("There is no map yet; `m2r2kit bench map --record` makes one.")
+    ax.clear()
+    lengths = record["figures"]["drafts"]
+    rows = [row for row in record["figures"]["rows"] if row["predicted_speedup"]]
+    if not rows:
+        raise UserError("Every exit of this record changed the text; there is no speed to draw.")
+    speeds = [row["predicted_speedup"] for row in rows]
+    ax.imshow(speeds, cmap="cividis", aspect="auto")
+    lowest, highest = min(map(min, speeds)), max(map(max, speeds))
+    for y, row in enumerate(speeds):
+        for x, speed in enumerate(row):
+            dark = speed < (lowest + highest) / 2
+            ax.text(x, y, f"{speed:.2f}", ha="center", va="center", color="white" if dark else "black")
+    best = max((speed, -y, -x) for y, row in enumerate(speeds) for x, speed in enumerate(row))
+    y, x = -best[1], -best[2]
+    ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=COLORS["red"], linewidth=3))
+    ax.set_xticks(range(len(lengths)), lengths)
+    ax.set_yticks(range(len(rows)), [row["exit"] for row in rows])
+    ax.set(xlabel="tokens drafted in a step", ylabel="exit: blocks run for a draft")
+    return (
+        f"Predicted speed-up of {record['settings']['method']}, from acceptance and costs measured at each "
+        f"exit: at best {best[0]:.2f}x, with exit {rows[y]['exit']} and "
+        f"{lengths[x]} draft{'s' * (lengths[x] > 1)}."
+    )
 
 
 # --- pieces -------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 import pytest
 from test_arms import PLAIN, arm, record
 
+from m2r2kit import records
 from m2r2kit.arms import newest
 from m2r2kit.errors import UserError
 from m2r2kit.figures import new_figure, png
-from m2r2kit.figures_arms import draw_acceptance, draw_predicted, draw_speeds
+from m2r2kit.figures_arms import draw_acceptance, draw_map, draw_predicted, draw_speeds
 
 
 @pytest.fixture
@@ -74,3 +75,29 @@ def test_a_record_without_drafts_is_refused_in_a_sentence(ax, draw):
 @pytest.mark.parametrize("draw", [draw_speeds, draw_acceptance, draw_predicted])
 def test_the_committed_records_can_be_drawn(ax, draw):
     assert "m2r2 " in draw(ax, newest()) or draw is draw_predicted
+
+
+MAP = {
+    "settings": {"method": "early-exit"},
+    "figures": {
+        "drafts": [1, 2, 3],
+        "rows": [
+            {"exit": 1, "predicted_speedup": [1.1, 1.3, 1.2]},
+            {"exit": 2, "predicted_speedup": None},  # its text was not plain decoding's
+            {"exit": 4, "predicted_speedup": [0.9, 0.8, 0.7]},
+        ],
+    },
+}
+
+
+def test_a_map_says_each_number_and_frames_the_best(ax):
+    said = draw_map(ax, MAP)
+    assert [text.get_text() for text in ax.texts] == ["1.10", "1.30", "1.20", "0.90", "0.80", "0.70"]
+    assert ax.patches[0].get_xy() == (0.5, -0.5)
+    assert names(ax) == ["1", "4"] and said.endswith("at best 1.30x, with exit 1 and 2 drafts.")
+
+
+def test_without_a_map_the_command_is_named(ax, monkeypatch):
+    monkeypatch.setattr(records, "latest", lambda subject: None)
+    with pytest.raises(UserError, match="`m2r2kit bench map --record`"):
+        draw_map(ax)

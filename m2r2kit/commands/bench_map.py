@@ -1,0 +1,59 @@
+"""`m2r2kit bench map`: the predicted speed-up of each exit with each number of drafts."""
+
+import shlex
+import sys
+
+from tqdm import tqdm
+
+from .. import checkpoints, records
+from .. import prompts as prompt_files
+from ..backbone import Backbone
+from ..exit_map import exit_map
+from ..residuals import StreamConfig
+from ..speculation.methods import drafter, stream_folder
+
+
+def run(args) -> int:
+    """Measure, print the map, and with `--record` add a record. 1 if the text of an exit differs."""
+    prompts = prompt_files.first_of_each_kind(prompt_files.read(args.prompts or prompt_files.ALL), args.limit)
+    backbone = Backbone.load(args.model)
+    folder = stream_folder(args.model, args.stream)
+    exits = args.exits or default_exits(backbone, args.method, folder)
+    drafters = {exit: drafter(args.method, backbone, folder, exit, stops=False) for exit in exits}
+    ids = [backbone.encode(p.prompt) for p in prompts]
+    with tqdm(total=len(exits) * len(ids), unit="text", disable=not sys.stderr.isatty()) as bar:
+        figures = exit_map(backbone, drafters, ids, args.drafts, args.max_tokens, lambda: bar.update())
+    print(table(figures))
+    if args.record:
+        records.append(
+            "speculation-map",
+            command=shlex.join(["m2r2kit", *sys.argv[1:]]),
+            settings={
+                "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
+                "model_sha256": backbone.sha256,
+                "method": args.method,
+                "max_tokens": args.max_tokens,
+                "prompts": len(prompts),
+                "limit": args.limit,
+            },
+            figures=figures,
+            prompts_sha256=prompt_files.sha256(prompts),
+        )
+    return 0 if all(row["equal"] for row in figures["rows"]) else 1
+
+
+def default_exits(backbone: Backbone, method: str, stream) -> list[int]:
+    """Those that the stream was trained for, or, where nothing is trained, some down to two thirds."""
+    if method == "m2r2":
+        return list(checkpoints.read_settings(stream, "stream", StreamConfig)[0].exits)
+    return sorted({max(1, backbone.depth * part // 24) for part in (1, 2, 3, 4, 6, 8, 12, 16)})
+
+
+def table(figures: dict) -> str:
+    """One line an exit: its speed-up with 1, 2, .. drafts."""
+    lines = ["exit      c  " + " ".join(f"{f'{k}':>5}" for k in figures["drafts"]) + "   drafts"]
+    for row in figures["rows"]:
+        speeds = row["predicted_speedup"]
+        cells = " ".join(f"{s:5.2f}" for s in speeds) if speeds else "the text differs"
+        lines.append(f"{row['exit']:4}  {row['draft_cost']:5.2f}  {cells}")
+    return "\n".join(lines)
