@@ -65,6 +65,8 @@ def parts(record: dict, name: str) -> dict:
     if g is None:  # an old record: S was tau / (g c + v); a draft that costs nothing does not tell g
         g = (tau / predicted - v) / c if c > 1e-6 else arm["drafts"]
     g = max(g, tau - 1)
+    if g <= 0:
+        raise UserError(f"The arm {name} never had a draft to offer; choose one that had.")
     return {"a": costs.even_acceptance(tau, g), "c": c, "v": v, "g": g, "tau": tau,
             "measured": arm["speedup_vs_plain"]["median"], "predicted": predicted}  # fmt: skip
 

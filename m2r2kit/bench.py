@@ -170,6 +170,7 @@ def step_costs(
 
     Timed in turn after the same prompt, as the loop runs them: some plain steps, a whole step of
     drafts and verification, and the verification alone; medians. The drafts are the difference.
+    Who looks drafts up may find too few in this prompt; K + 1 rows are verified all the same.
     """
     with not_stopping(drafter):
         return _step_costs(backbone, drafter, K, prompt, repeats)
@@ -199,10 +200,15 @@ def _step_costs(backbone, drafter, K, prompt, repeats):
     def check():
         mx.eval(verify(backbone, drafter, drafted, pending, cache)[0].argmax(-1))
 
-    times: dict[str, list[float]] = {"plain": [], "whole": [], "check": []}
+    def full():
+        short = isinstance(drafted, Draft) and not drafted.states and drafted.depth < K
+        rows = Draft([pending] * K) if short else drafted
+        mx.eval(verify(backbone, drafter, rows, pending, cache)[0].argmax(-1))
+
+    times: dict[str, list[float]] = {"plain": [], "whole": [], "check": [], "full": []}
     for i in range(repeats + 2):  # the first two warm up
-        for part in (plain, whole, check):
-            if part is check:
+        for part in (plain, whole, check, full):
+            if part in (check, full):
                 drafted = drafter(prompt, K, greedy, cache)
                 if isinstance(drafted, Draft):
                     mx.eval(drafted.tokens, drafted.states)
@@ -211,10 +217,10 @@ def _step_costs(backbone, drafter, K, prompt, repeats):
             if i >= 2:
                 times[part.__name__].append(time.perf_counter() - begun)
             crop(cache, length)
-    unit, step, checked = (statistics.median(times[k]) for k in ("plain", "whole", "check"))
+    unit, step, checked, v = (statistics.median(times[k]) for k in ("plain", "whole", "check", "full"))
     unit /= PLAIN_STEPS
     made = max(1, drafted.depth)  # a pool or a text may have none to offer
-    return (step - checked) / made / unit, checked / unit
+    return (step - checked) / made / unit, v / unit
 
 
 # --- the whole ----------------------------------------------------------------------------

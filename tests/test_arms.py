@@ -87,6 +87,11 @@ def test_the_drafts_are_taken_as_counted_where_the_record_has_them():
     assert parts(record(m2r2=arm(1.8, drafts=4, drafted=2.25)), "m2r2")["g"] == 2.25
 
 
+def test_an_arm_that_never_had_a_draft_has_no_parts():
+    with pytest.raises(UserError, match="never had a draft"):
+        parts(record(lookup=arm(1.0, tau=1.0, drafted=0.0)), "lookup")
+
+
 def test_an_arm_that_was_not_measured_is_named_in_a_sentence():
     with pytest.raises(UserError, match=r"no arm m2r2, only plain, eagle; .*--methods all"):
         parts(record(plain=PLAIN, eagle=arm(1.2)), "m2r2")

@@ -10,6 +10,7 @@ from m2r2kit.bench import Arm, compare
 from m2r2kit.errors import UserError
 from m2r2kit.residuals import StreamConfig
 from m2r2kit.speculation import EarlyExit, Plain, generate, loop
+from m2r2kit.speculation.drafters import Draft, Drafter
 from m2r2kit.speculation.methods import training
 
 PROMPTS = [tiny.prompt(5), tiny.prompt(7)]
@@ -77,3 +78,15 @@ def test_training_is_read_from_beside_the_weights(tmp_path):
     (tmp_path / "stream.safetensors").unlink()
     with pytest.raises(UserError, match=r"stream\.safetensors is missing"):
         checkpoints.trained(tmp_path, "stream", StreamConfig)
+
+
+@pytest.mark.parametrize("offered", [0, 2, 5])
+def test_the_rows_of_a_verification_are_timed_also_where_too_few_drafts_are_found(offered, monkeypatch):
+    class Finds(Drafter):
+        def __call__(self, text, drafts, sampler, cache):
+            return Draft([1] * min(offered, drafts))
+
+    verify, rows = bench.verify, []
+    monkeypatch.setattr(bench, "verify", lambda *args: (rows.append(args[2].depth), verify(*args))[1])
+    _, v = bench.step_costs(tiny.backbone(), Finds(), 5, PROMPTS[0], repeats=1)
+    assert rows[-2:] == [offered, 5] and v > 0  # the drafts that were found, then as many as were asked for
