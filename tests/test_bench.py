@@ -7,11 +7,13 @@ import tiny
 
 from m2r2kit import bench, checkpoints
 from m2r2kit.bench import Arm, compare
+from m2r2kit.commands.bench import drafts_at
 from m2r2kit.errors import UserError
 from m2r2kit.residuals import StreamConfig
-from m2r2kit.speculation import EarlyExit, Plain, generate, loop
+from m2r2kit.speculation import M2R2, EarlyExit, Plain, generate, loop
 from m2r2kit.speculation.drafters import Draft, Drafter
 from m2r2kit.speculation.methods import training
+from m2r2kit.speculation.prompt_lookup import PromptLookup
 
 PROMPTS = [tiny.prompt(5), tiny.prompt(7)]
 TRAINED = {"parameters": 12, "train_steps": 3, "train_seconds": 4}
@@ -90,3 +92,11 @@ def test_the_rows_of_a_verification_are_timed_also_where_too_few_drafts_are_foun
     monkeypatch.setattr(bench, "verify", lambda *args: (rows.append(args[2].depth), verify(*args))[1])
     _, v = bench.step_costs(tiny.backbone(), Finds(), 5, PROMPTS[0], repeats=1)
     assert rows[-2:] == [offered, 5] and v > 0  # the drafts that were found, then as many as were asked for
+
+
+def test_the_exit_of_a_record_is_where_p_is_read():
+    view = tiny.backbone()
+    arms = [Arm("mlx_lm", None), Arm("plain", Plain()), Arm("lookup", PromptLookup(view), 4)]
+    assert [drafts_at(arm) for arm in arms] == [0, 0, 0]
+    assert drafts_at(Arm("m2r2", M2R2(view, tiny.stream()), 4)) == 2
+    assert drafts_at(Arm("early-exit", EarlyExit(view, 3), 4)) == 3

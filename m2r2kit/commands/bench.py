@@ -53,7 +53,7 @@ def run(args) -> int:
     settings = {
         "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
         "model_sha256": backbone.sha256,
-        "exit": next((getattr(a.drafter, "read_at", a.drafter.exit) for a in arms if a.drafts), None),
+        "exit": next((exit for exit in map(drafts_at, arms) if exit), None),
         "drafts": drafts,
         "max_tokens": args.max_tokens,
         "repeats": args.repeats,
@@ -73,6 +73,12 @@ def run(args) -> int:
             prompts_sha256=prompt_files.sha256(prompts),
         )
     return 0 if all(arm.equal for arm in arms) else 1
+
+
+def drafts_at(arm: Arm) -> int:
+    """The depth at which an arm drafts: for M2R2 that of p, one more than its slow stream has gone; 0 for
+    one that uses no block of the model."""
+    return getattr(arm.drafter, "read_at", arm.drafter.exit) if arm.drafts else 0
 
 
 def table(figures: dict) -> str:
