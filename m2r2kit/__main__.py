@@ -239,7 +239,9 @@ def _train_stream(parser):
         default=True,
         help="also begin with the last state of the token before, as in EAGLE (default: yes)",
     )
-    parser.add_argument("--ffn-width", type=natural, metavar="W", help="width of an FFN of its own; 0 for none")
+    parser.add_argument(
+        "--ffn-width", type=natural, metavar="W", help="width of an FFN of its own; 0 for none"
+    )
     parser.add_argument(
         "--compare",
         action="store_true",

@@ -43,8 +43,8 @@ def untuned(monkeypatch):
 def arguments(out, **changes):
     values = {
         "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
-        "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "rows": 16, "compare": False, "steps": 3,
-        "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
+        "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "deep": None, "rows": 16, "compare": False,
+        "steps": 3, "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 

@@ -40,8 +40,9 @@ class Draft:
 
     def take(self, logits: mx.array, sampler: Sampler) -> mx.array:
         """Draft one more token, from logits (1, 1, V); returns it as the (1, 1) array to read next."""
-        if sampler.greedy:  # stays lazy: the whole draft is computed with its verification
+        if sampler.greedy:  # nobody waits for it: it is computed while the next one is being prepared
             self.tokens.append(mx.argmax(logits, axis=-1))
+            mx.async_eval(self.tokens[-1])
             return self.tokens[-1]
         self.q.append(sampler.probabilities(logits[0])[0])
         self.tokens.append(sampler.draw(self.q[-1]))
