@@ -89,14 +89,18 @@ def _stream(parser):
     )
 
 
-def _drafting(parser):
-    _stream(parser)
+def _drafters(parser):
     parser.add_argument(
         "--drafters",
         type=Path,
         metavar="DIR",
         help="the trained peers (default: the folder 'drafters' inside the model's folder)",
     )
+
+
+def _drafting(parser):
+    _stream(parser)
+    _drafters(parser)
     parser.add_argument(
         "--draft",
         type=natural,
@@ -193,7 +197,7 @@ def _processes(parser):
 def _lessons(parser):
     """What the stream and its peers learn from, and for how long."""
     parser.add_argument(
-        "--rows", type=count, default=2400, metavar="N", help="rows of 128 tokens to learn from"
+        "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"
     )
     parser.add_argument("--steps", type=count, metavar="N", help="training steps")
     parser.add_argument(
@@ -325,10 +329,13 @@ def parser() -> Parser:
     about = "train a peer of the stream, another way of drafting for the same model"
     _train_drafter(add(train, "drafter", _runs("train_drafter"), about))
 
-    about = "choose how long a stream's drafts are on this machine, and write it into its JSON"
+    about = (
+        "choose how long drafts are on this machine, of a stream and its peers, and write it into their JSON"
+    )
     tune = add(commands, "tune", _runs("tune"), about)
     _model(tune)
     _stream(tune)
+    _drafters(tune)
 
     report = add(commands, "report", _run_report, "print the paper's figures beside ours, from records")
     form = report.add_mutually_exclusive_group()

@@ -119,7 +119,7 @@ def test_tuning_changes_how_long_drafts_are_and_nothing_else(tmp_path, written, 
     before, trained = checkpoints.read_settings(tmp_path, "stream", StreamConfig)[1], weights(tmp_path)
     monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(5, 0.4, 1.0))
     monkeypatch.setattr(tuning, "tune_tree", lambda *found: Tuned(6, 0.4, 1.0, leaves=4))
-    assert tune.run(SimpleNamespace(model=arguments(tmp_path).model, stream=tmp_path)) == 0
+    assert tune.run(SimpleNamespace(model=arguments(tmp_path).model, stream=tmp_path, drafters=tmp_path)) == 0
     after = checkpoints.read_settings(tmp_path, "stream", StreamConfig)[1]
     tree = {"drafts": 6, "threshold": 0.4, "leaves": 4}
     assert before["drafts"] == 3 and after == before | {"drafts": 5, "threshold": 0.4, "tree": tree}
