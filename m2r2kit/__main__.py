@@ -139,7 +139,10 @@ def _generate(parser):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="what to answer")
     source.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one JSON object a line, with 'id' and 'prompt'"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one JSON object a line, as for bench; of several turns the first",
     )
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -148,7 +151,11 @@ def _generate(parser):
 def _bench_speculation(parser):
     _model(parser)
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one JSON object a line with 'id' and 'prompt', or MT-Bench, Koala or Self-Instruct as "
+        "published (default: all of data/prompts)",
     )
     parser.add_argument(
         "--methods",
