@@ -40,6 +40,7 @@ def stream(view: WithEnds) -> AcceleratedStream:
 
 DRAFTERS = {
     "m2r2": lambda view: M2R2(view, stream(view)),
+    "m2r2 that stops": lambda view: M2R2(view, stream(view), threshold=0.05),
     "m2r2-tree": lambda view: M2R2Tree(view, stream(view), leaves=4),
     "prompt-lookup": lambda view: PromptLookup(view),
     "lookahead": lambda view: Lookahead(view),
