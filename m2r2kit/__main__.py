@@ -94,14 +94,18 @@ def _stream(parser):
     )
 
 
-def _drafting(parser):
-    _stream(parser)
+def _drafters(parser):
     parser.add_argument(
         "--drafters",
         type=Path,
         metavar="DIR",
         help="the trained peers (default: the folder 'drafters' inside the model's folder)",
     )
+
+
+def _drafting(parser):
+    _stream(parser)
+    _drafters(parser)
     parser.add_argument(
         "--draft",
         type=natural,
@@ -140,7 +144,10 @@ def _generate(parser):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="what to answer")
     source.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one JSON object a line, with 'id' and 'prompt'"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one JSON object a line, as for bench; of several turns the first",
     )
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -149,7 +156,11 @@ def _generate(parser):
 def _bench_speculation(parser):
     _model(parser)
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one JSON object a line with 'id' and 'prompt', or MT-Bench, Koala or Self-Instruct as "
+        "published (default: all of data/prompts)",
     )
     parser.add_argument(
         "--methods",
@@ -221,7 +232,7 @@ def _processes(parser):
 def _lessons(parser):
     """What the stream and its peers learn from, and for how long."""
     parser.add_argument(
-        "--rows", type=count, default=2400, metavar="N", help="rows of 128 tokens to learn from"
+        "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"
     )
     parser.add_argument("--steps", type=count, metavar="N", help="training steps")
     parser.add_argument(
@@ -267,7 +278,9 @@ def _train_stream(parser):
         default=True,
         help="also begin with the last state of the token before, as in EAGLE (default: yes)",
     )
-    parser.add_argument("--ffn-width", type=natural, metavar="W", help="width of an FFN of its own; 0 for none")
+    parser.add_argument(
+        "--ffn-width", type=natural, metavar="W", help="width of an FFN of its own; 0 for none"
+    )
     parser.add_argument(
         "--compare",
         action="store_true",
@@ -353,10 +366,13 @@ def parser() -> Parser:
     about = "train a peer of the stream, another way of drafting for the same model"
     _train_drafter(add(train, "drafter", _runs("train_drafter"), about))
 
-    about = "choose how long a stream's drafts are on this machine, and write it into its JSON"
+    about = (
+        "choose how long drafts are on this machine, of a stream and its peers, and write it into their JSON"
+    )
     tune = add(commands, "tune", _runs("tune"), about)
     _model(tune)
     _stream(tune)
+    _drafters(tune)
 
     report = add(commands, "report", _run_report, "print the paper's figures beside ours, from records")
     form = report.add_mutually_exclusive_group()

@@ -51,9 +51,7 @@ def of_stream(
     """`of_readout` for p_E, and by block the cosine of p_l to h_tau(l) beside that of h_l."""
     exit = exit or stream.config.exits[0]
     a, b = stream.interval(exit)
-    figures = of_readout(
-        backbone, lambda x: stream(x.states, x.cache, exit=exit)[-1], lessons
-    )
+    figures = of_readout(backbone, lambda x: stream(x.states, x.cache, exit=exit)[-1], lessons)
     ahead, bare = [], []
     for l in range(a, b + 1):
         depth = tau(l, a, b, backbone.depth, stream.config.rate)
@@ -72,7 +70,7 @@ def of_chain(backbone: Backbone, stream: AcceleratedStream, lessons: list[Lesson
     tokens a verification, and `chain_acceptance`, a_1 .. of each draft after those before it were right."""
     right = []
     for lesson in lessons:
-        B, T = lesson.tokens.shape
+        T = lesson.tokens.shape[1]
         final = mx.argmax(backbone.head(lesson.states[backbone.depth]), axis=-1)
         drafts = [mx.argmax(backbone.head(p[-1]), axis=-1) for p in chain(stream, lesson, AHEAD, exit)]
         # draft j of the chain that begins at token t stands at t + j

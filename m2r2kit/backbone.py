@@ -6,6 +6,7 @@ works on a pocket model works on any model of the families below.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -234,16 +235,24 @@ class Backbone:
         """Token ids that end a text."""
         return set(self.tokenizer.eos_token_ids)
 
-    def encode(self, text: str, chat: bool = True) -> list[int]:
+    def encode(self, text: str, chat: bool = True, before: Sequence[str] = ()) -> list[int]:
         """Token ids of a prompt, as a user's turn where the model has a chat template.
 
+        Args:
+            before: what was said before it, by the user and the model in turn.
+
         Raises:
-            UserError: the prompt is empty, or leaves no room in the model's context.
+            UserError: the prompt is empty, or leaves no room in the model's context, or there is
+                something before it and no template that says who said what.
         """
         if not text.strip():
             raise UserError("The prompt is empty; write something to continue.")
-        if chat and self.tokenizer.has_chat_template:
-            turns = [{"role": "user", "content": text.strip()}]
+        chat = chat and self.tokenizer.has_chat_template
+        if before and not chat:
+            raise UserError("A conversation needs a chat template, which this tokenizer has not.")
+        if chat:
+            said = [*before, text.strip()]
+            turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(said)]
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
             ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
         else:

@@ -171,9 +171,10 @@ def step_costs(
     Timed in turn after the same prompt, as the loop runs them: some plain steps, a whole step of
     drafts and verification, and the verification alone; medians. The drafts are the difference.
     Who looks drafts up may find too few in this prompt; K + 1 rows are verified all the same.
+    Of a prompt that ends too near the end of the context the beginning is taken.
     """
     with not_stopping(drafter):
-        return _step_costs(backbone, drafter, K, prompt, repeats)
+        return _step_costs(backbone, drafter, K, prompt[: max(1, backbone.context - MOST_DRAFTS)], repeats)
 
 
 def _step_costs(backbone, drafter, K, prompt, repeats):

@@ -103,8 +103,9 @@ class Traced:
 
     def __call__(self, cache: list, x: mx.array, *more: mx.array):
         rows, offset = x.shape[1], cache[self.writes.start].offset
-        for l in self.writes:
-            cache[l].reserve(rows)
+        room = max(offset + rows, *(cache[l].keys.shape[2] for l in self.writes))
+        for l in self.writes:  # all to the same room, as they share one mask
+            cache[l].reserve(room - cache[l].offset)
         used = [cache[l] for l in self.blocks]
         keys, values = [e.keys for e in used], [e.values for e in used]
         out, keys, values = self.function(keys, values, mx.array(offset), x, *more)

@@ -77,30 +77,29 @@ def product(x: mx.array, matrix: mx.array) -> mx.array:
     return x @ matrix
 
 
-SMALL = 1 << 18  # numbers of a matrix that may be kept a second time
+SMALL, LARGE = 1 << 18, 1 << 20  # numbers of a matrix that may be kept a second time: always, for some rows
 
 
 def linear(layer: nn.Linear, x: mx.array) -> mx.array:
-    y = product(x, input_by_output(layer))
+    y = product(x, input_by_output(layer) if layer.weight.size <= SMALL else layer.weight.T)
     return y + layer.bias if "bias" in layer else y
 
 
-def input_by_output(layer: nn.Linear) -> mx.array:
-    """A layer's matrix (in, out): of a small one a copy in that order, in which BLAS multiplies few
-    rows in two thirds of the time. The layer keeps the copy, for all passes, until it has new weights."""
-    weight = layer.weight
-    if weight.size > SMALL:
-        return weight.T
-    of, matrix = getattr(layer, "_input_by_output", (None, None))
-    if of is not weight:
-        matrix = mx.contiguous(weight.T)
-        mx.eval(matrix)
-        object.__setattr__(layer, "_input_by_output", (weight, matrix))  # or MLX takes it for a parameter
-    return matrix
-
-
 def as_linear(embedding: nn.Embedding, x: mx.array) -> mx.array:
-    return product(x, embedding.weight.T)
+    few = x.shape[1] < 4 or embedding.weight.size > LARGE
+    return product(x, embedding.weight.T if few else input_by_output(embedding))
+
+
+def input_by_output(layer: nn.Module) -> mx.array:
+    """A copy of a layer's matrix in the order (in, out), in which few_rows.c multiplies several rows at
+    once. The layer keeps it, for all passes, until it has new weights."""
+    of, matrix = getattr(layer, "_input_by_output", (None, None))
+    if of is not layer.weight:
+        matrix = mx.contiguous(layer.weight.T)
+        mx.eval(matrix)
+        # a plain attribute, or MLX takes it for a parameter
+        object.__setattr__(layer, "_input_by_output", (layer.weight, matrix))
+    return matrix
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:

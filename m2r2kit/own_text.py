@@ -68,7 +68,7 @@ def questions(
     """
     turns = np.flatnonzero(ids == asks)
     found = []
-    for start, following in zip(turns, [*turns[1:], len(ids)], strict=True):
+    for start, following in zip(turns, [*turns[1:], len(ids)][: len(turns)], strict=True):
         marks = np.flatnonzero(ids[start:following] == answers)
         if len(marks) and marks[0] < longest and following - start - marks[0] > least:
             found.append(ids[start : start + marks[0] + 1])

@@ -185,7 +185,10 @@ class AcceleratedStream(nn.Module):
             if self.config.deep:
                 keys, values, deep_mask = seen(cache[block.read], verified)
                 deep = (keys, values, offset, deep_mask)
-            last, h = h, self._backbone.run(h, cache, l, l + 1)  # lazy: of the last only its keys are computed
+            last, h = (
+                h,
+                self._backbone.run(h, cache, l, l + 1),
+            )  # lazy: of the last only its keys are computed
             p = block(p, SharedKV(cache[l], 1), mask, deep, merged[l] if merged else None)
         return (last, p) if kind == "step" else (last, p, self._backbone.head(p))
 
@@ -242,7 +245,9 @@ def check(backbone: Backbone, config: StreamConfig) -> None:
     if (config.rank or 0) < 0 or (config.ffn_width or 0) < 0:
         raise UserError("Neither the rank nor the FFN's width can be negative.")
     if not 0 <= config.deep <= 1:
-        raise UserError(f"The share of the depth at which keys are read lies between 0 and 1; got {config.deep}.")
+        raise UserError(
+            f"The share of the depth at which keys are read lies between 0 and 1; got {config.deep}."
+        )
     if config.form != "block" and config.ffn_width == 0:
         raise UserError(f"The form '{config.form}' needs an FFN of its own; give it a width of at least 1.")
 

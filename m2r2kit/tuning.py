@@ -15,10 +15,11 @@ from .backbone import Backbone
 from .bench import step_costs
 from .errors import UserError
 from .residuals import AcceleratedStream
-from .speculation import M2R2, Drafter, generate
+from .speculation import M2R2, Drafter, generate, peers
 from .speculation.m2r2_tree import M2R2Tree
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.45)
+PEER_THRESHOLDS = (0.2, 0.4, 0.6, 0.8)  # of confidence in one token, where a kind has one
 LEAVES = (0, 1, 2, 4)
 
 
@@ -100,6 +101,17 @@ def tune_stream(backbone: Backbone, stream: AcceleratedStream) -> tuple[dict, fl
     print(f"As a tree: {tree}")
     shape = {"drafts": tree.drafts, "threshold": tree.threshold, "leaves": tree.leaves}
     return facts | {"tree": shape}, chain.estimate
+
+
+def tune_peer(backbone: Backbone, kind: str, module) -> Tuned:
+    """The best number of drafts of a trained peer; of a kind with a threshold its module keeps the best."""
+    found = []
+    for threshold in PEER_THRESHOLDS if hasattr(module.config, "threshold") else [None]:
+        if threshold is not None:
+            module.config = replace(module.config, threshold=threshold)
+        found.append((tune(backbone, peers.drafter(backbone, kind, module)), module.config))
+    tuned, module.config = max(found, key=lambda each: each[0].estimate)
+    return tuned
 
 
 def smooth(lengths: range, backbone: Backbone, drafter: Drafter, prompt: list[int]):

@@ -40,8 +40,8 @@ def layouts(matrix: np.ndarray) -> dict[str, mx.array]:
 # --- products -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 64])
-@pytest.mark.parametrize("inner, columns", [(33, 21), (160, 480), (5, 1), (1, 9)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 9, 16, 17, 33, 64])
+@pytest.mark.parametrize("inner, columns", [(33, 21), (160, 480), (40, 40), (12, 112), (5, 1), (1, 9)])
 def test_products_are_numpys(rows, inner, columns):
     a, b = random(rows, inner), random(inner, columns)
     expected = a.astype(np.float64) @ b.astype(np.float64)

@@ -6,7 +6,8 @@ import pytest
 import tiny
 from test_train_stream import written  # noqa: F401  (a fixture: little text and few prompts)
 
-from m2r2kit.commands import train_drafter
+from m2r2kit import tuning
+from m2r2kit.commands import train_drafter, tune
 from m2r2kit.errors import UserError
 from m2r2kit.speculation import generate, methods, peers
 from m2r2kit.tuning import Tuned
@@ -24,7 +25,7 @@ def arguments(out, **changes):
 
 @pytest.mark.parametrize("kind", peers.KINDS)
 def test_a_peer_is_trained_saved_recorded_and_found(kind, tmp_path, written, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(train_drafter, "tune", lambda *found: Tuned(3, 0.0, 1.0))
+    monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(3, 0.0, 1.0))
     assert train_drafter.run(arguments(tmp_path / kind, kind=[kind])) == 0
     ((subject, record),) = written
     assert subject == "drafters" and record["settings"]["kind"] == kind
@@ -47,9 +48,24 @@ def test_a_threshold_of_confidence_is_tuned_too(kind, monkeypatch):
     view, worth = tiny.backbone("llama", **MODEL), {0.2: 1.1, 0.4: 1.5, 0.6: 1.4, 0.8: 0.9}
     module = peers.new(view, kind, exit=1)
     tuned = {t: Tuned(4, 0.0, worth[t]) for t in worth}
-    monkeypatch.setattr(train_drafter, "tune", lambda *found: tuned[module.config.threshold])
-    assert train_drafter.best(view, kind, module).estimate == 1.5
+    monkeypatch.setattr(tuning, "tune", lambda *found: tuned[module.config.threshold])
+    assert tuning.tune_peer(view, kind, module).estimate == 1.5
     assert module.config.threshold == 0.4
+
+
+def test_trained_peers_are_tuned_again_with_the_stream(tmp_path, written, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(3, 0.0, 1.0))
+    train_drafter.run(arguments(tmp_path / "kangaroo", kind=["kangaroo"]))
+    monkeypatch.setattr(tune, "tune_stream", lambda *found: ({}, 1.0))
+    monkeypatch.setattr(tune, "load_stream", lambda *found: None)
+    told = []
+    monkeypatch.setattr(tune.checkpoints, "note", lambda *place, **facts: told.append((place, facts)))
+    model = str(tiny.folder("llama", **MODEL))
+    monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(6, 0.0, 1.0))
+    assert tune.run(SimpleNamespace(model=model, stream=tmp_path / "stream", drafters=tmp_path)) == 0
+    (_, (place, facts)) = told
+    assert place == (tmp_path / "kangaroo", "drafter") and facts["drafts"] == 6
+    assert facts["config"]["threshold"] == tuning.PEER_THRESHOLDS[0]
 
 
 def test_too_little_text_is_refused(tmp_path):
@@ -58,7 +74,7 @@ def test_too_little_text_is_refused(tmp_path):
 
 
 def test_several_kinds_learn_from_the_same_rows(tmp_path, written, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(train_drafter, "tune", lambda *found: Tuned(3, 0.0, 1.0))
+    monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(3, 0.0, 1.0))
     monkeypatch.setattr(train_drafter, "drafters_folder", lambda *_: tmp_path)
     assert train_drafter.run(arguments(None, kind=["medusa", "deed"], corpus=tmp_path)) == 0
     assert [record["settings"]["kind"] for _, record in written] == ["medusa", "deed"]

@@ -43,8 +43,8 @@ def untuned(monkeypatch):
 def arguments(out, **changes):
     values = {
         "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
-        "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "rows": 16, "compare": False, "steps": 3,
-        "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
+        "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "deep": None, "rows": 16, "compare": False,
+        "steps": 3, "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 
@@ -119,7 +119,7 @@ def test_tuning_changes_how_long_drafts_are_and_nothing_else(tmp_path, written, 
     before, trained = checkpoints.read_settings(tmp_path, "stream", StreamConfig)[1], weights(tmp_path)
     monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(5, 0.4, 1.0))
     monkeypatch.setattr(tuning, "tune_tree", lambda *found: Tuned(6, 0.4, 1.0, leaves=4))
-    assert tune.run(SimpleNamespace(model=arguments(tmp_path).model, stream=tmp_path)) == 0
+    assert tune.run(SimpleNamespace(model=arguments(tmp_path).model, stream=tmp_path, drafters=tmp_path)) == 0
     after = checkpoints.read_settings(tmp_path, "stream", StreamConfig)[1]
     tree = {"drafts": 6, "threshold": 0.4, "leaves": 4}
     assert before["drafts"] == 3 and after == before | {"drafts": 5, "threshold": 0.4, "tree": tree}

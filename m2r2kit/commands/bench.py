@@ -10,6 +10,7 @@ from .. import prompts as prompt_files
 from .. import records
 from ..backbone import Backbone
 from ..bench import Arm, compare
+from ..conversations import questions
 from ..errors import UserError
 from ..speculation.loop import MOST_DRAFTS
 from ..speculation.methods import drafter, drafters_folder, stream_folder, training, tuned_drafts
@@ -17,6 +18,7 @@ from ..speculation.methods import drafter, drafters_folder, stream_folder, train
 
 def run(args) -> int:
     """Measure, print a table, write `--json`, and with `--record` add a record. 1 if an arm differs."""
+    quiet = not sys.stderr.isatty()
     prompts = prompt_files.read(args.prompts or prompt_files.ALL)
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)
     backbone = Backbone.load(args.model)
@@ -37,14 +39,16 @@ def run(args) -> int:
         own = tuned_drafts(name, *folders) if args.draft is None else drafts
         own = 0 if name in ("plain", "mlx_lm") else own
         arms.append(Arm(name, who, own, training(name, *folders)))
-    ids = [backbone.encode(p.prompt) for p in prompts]
-    rounds = len(prompts) * len(arms) * (args.repeats + 1)
-    with tqdm(total=rounds, unit="text", disable=not sys.stderr.isatty()) as bar:
+    asked = questions(backbone, tqdm(prompts, unit="prompt", leave=False, disable=quiet), args.max_tokens)
+    if asked.left_out:
+        print(asked.left_out)
+    rounds = len(asked.ids) * len(arms) * (args.repeats + 1)
+    with tqdm(total=rounds, unit="text", disable=quiet) as bar:
         figures = compare(
             backbone,
             arms,
-            ids,
-            [p.kind for p in prompts],
+            asked.ids,
+            [p.kind for p in asked.prompts],
             args.max_tokens,
             args.repeats,
             lambda: bar.update(),
@@ -57,7 +61,8 @@ def run(args) -> int:
         "drafts": drafts,
         "max_tokens": args.max_tokens,
         "repeats": args.repeats,
-        "prompts": len(prompts),
+        "prompts": len(asked.prompts),
+        "left_out": asked.too_long + asked.no_template,
         "limit": args.limit,
     }
     if args.json:
@@ -70,7 +75,7 @@ def run(args) -> int:
             command=shlex.join(["m2r2kit", *sys.argv[1:]]),
             settings=settings,
             figures=figures,
-            prompts_sha256=prompt_files.sha256(prompts),
+            prompts_sha256=prompt_files.sha256(asked.prompts),
         )
     return 0 if all(arm.equal for arm in arms) else 1
 

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from .. import checkpoints, records
 from .. import prompts as prompt_files
 from ..backbone import Backbone
+from ..conversations import questions
 from ..exit_map import exit_map
 from ..residuals import StreamConfig
 from ..speculation.methods import drafter, stream_folder
@@ -20,9 +21,12 @@ def run(args) -> int:
     folder = stream_folder(args.model, args.stream)
     exits = args.exits or default_exits(backbone, args.method, folder)
     drafters = {exit: drafter(args.method, backbone, folder, exit, stops=False) for exit in exits}
-    ids = [backbone.encode(p.prompt) for p in prompts]
-    with tqdm(total=len(exits) * len(ids), unit="text", disable=not sys.stderr.isatty()) as bar:
-        figures = exit_map(backbone, drafters, ids, args.drafts, args.max_tokens, lambda: bar.update())
+    quiet = not sys.stderr.isatty()
+    asked = questions(backbone, tqdm(prompts, unit="prompt", leave=False, disable=quiet), args.max_tokens)
+    if asked.left_out:
+        print(asked.left_out)
+    with tqdm(total=len(exits) * len(asked.ids), unit="text", disable=quiet) as bar:
+        figures = exit_map(backbone, drafters, asked.ids, args.drafts, args.max_tokens, lambda: bar.update())
     print(table(figures))
     if args.record:
         records.append(
@@ -33,11 +37,12 @@ def run(args) -> int:
                 "model_sha256": backbone.sha256,
                 "method": args.method,
                 "max_tokens": args.max_tokens,
-                "prompts": len(prompts),
+                "prompts": len(asked.prompts),
+                "left_out": asked.too_long + asked.no_template,
                 "limit": args.limit,
             },
             figures=figures,
-            prompts_sha256=prompt_files.sha256(prompts),
+            prompts_sha256=prompt_files.sha256(asked.prompts),
         )
     return 0 if all(row["equal"] for row in figures["rows"]) else 1
 

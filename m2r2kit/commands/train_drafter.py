@@ -1,7 +1,7 @@
 """`m2r2kit train drafter`: a peer of the accelerated stream, trained on the same rows in the same way."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from mlx.utils import tree_flatten
@@ -13,10 +13,8 @@ from ..errors import UserError
 from ..speculation import peers
 from ..speculation.methods import drafters_folder
 from ..training import DistilConfig
-from ..tuning import Tuned, tune
+from ..tuning import tune_peer
 from .train_stream import command, text
-
-THRESHOLDS = (0.2, 0.4, 0.6, 0.8)  # of confidence, where a kind has one
 
 
 def run(args) -> int:
@@ -50,7 +48,7 @@ def one(backbone: Backbone, kind: str, module, lessons, judges, out: Path, args)
         seconds = 60 * args.minutes if args.minutes else math.inf
         history = peers.train(module, lessons, distil, report, seconds)
     after = peers.mean_loss(module, judges)
-    tuned = best(backbone, kind, module)
+    tuned = tune_peer(backbone, kind, module)
     print(f"{kind}: held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")
     print(tuned)
     facts = {"steps": len(history.losses), "train_seconds": round(history.seconds), "drafts": tuned.drafts}
@@ -63,14 +61,3 @@ def one(backbone: Backbone, kind: str, module, lessons, judges, out: Path, args)
     settings |= asdict(module.config) | asdict(distil)
     records.append("drafters", command=command(), settings=settings, figures=figures)
     print(f"Saved in {out}.", flush=True)
-
-
-def best(backbone: Backbone, kind: str, module) -> Tuned:
-    """The best number of drafts; of a kind with a threshold of confidence the module keeps the best."""
-    found = []
-    for threshold in THRESHOLDS if hasattr(module.config, "threshold") else [None]:
-        if threshold is not None:
-            module.config = replace(module.config, threshold=threshold)
-        found.append((tune(backbone, peers.drafter(backbone, kind, module)), module.config))
-    tuned, module.config = max(found, key=lambda each: each[0].estimate)
-    return tuned

@@ -1,16 +1,26 @@
-"""`m2r2kit tune`: how long the drafts of a stream should be on this machine, and how its tree branches."""
+"""`m2r2kit tune`: how long drafts should be on this machine: a stream's, its tree's and the peers'."""
+
+from dataclasses import asdict
 
 from .. import checkpoints
 from ..backbone import Backbone
 from ..residuals import load_stream
-from ..speculation.methods import stream_folder
-from ..tuning import tune_stream
+from ..speculation import peers
+from ..speculation.methods import drafters_folder, stream_folder
+from ..tuning import tune_peer, tune_stream
 
 
 def run(args) -> int:
-    """Tune on the tuning prompts, and write the answer into the stream's JSON."""
+    """Tune all that lies there on the tuning prompts, and write the answers into their JSON."""
     folder = stream_folder(args.model, args.stream)
     backbone = Backbone.load(args.model)
     facts, _ = tune_stream(backbone, load_stream(backbone, folder))
     checkpoints.note(folder, "stream", **facts)
+    for kind in peers.KINDS:
+        folder = drafters_folder(args.model, args.drafters) / kind
+        if (folder / "drafter.json").exists():
+            module, _ = peers.load(backbone, kind, folder)
+            tuned = tune_peer(backbone, kind, module)
+            print(f"{kind}: {tuned}", flush=True)
+            checkpoints.note(folder, "drafter", drafts=tuned.drafts, config=asdict(module.config))
     return 0

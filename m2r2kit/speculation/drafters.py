@@ -40,8 +40,9 @@ class Draft:
 
     def take(self, logits: mx.array, sampler: Sampler) -> mx.array:
         """Draft one more token, from logits (1, 1, V); returns it as the (1, 1) array to read next."""
-        if sampler.greedy:  # stays lazy: the whole draft is computed with its verification
+        if sampler.greedy:  # nobody waits for it: it is computed while the next one is being prepared
             self.tokens.append(mx.argmax(logits, axis=-1))
+            mx.async_eval(self.tokens[-1])
             return self.tokens[-1]
         self.q.append(sampler.probabilities(logits[0])[0])
         self.tokens.append(sampler.draw(self.q[-1]))
@@ -165,20 +166,31 @@ class M2R2(EarlyExit):
 
     def __call__(self, text, drafts, sampler, cache):
         self._before = self._last
-        draft, token, chance = Draft(), as_row(text[-1]), 1.0
-        while True:
+        draft, token, chance, sure = Draft(), as_row(text[-1]), 1.0, None
+        while len(draft.tokens) < drafts:
             h, logits = self._read(token, cache, len(text) - 1)
             if self.exit:
                 draft.states.append(h)
             token = draft.take(logits, sampler)
-            if len(draft.tokens) == drafts:
-                break  # nothing to decide, and no need to wait
-            if self.threshold:
-                sure = confidence(logits) if sampler.greedy else draft.q[-1][draft.tokens[-1]]
-                chance *= float(sure)
+            if self.threshold == 0:
+                continue
+            if not sampler.greedy:  # its numbers are here already
+                chance *= float(draft.q[-1][draft.tokens[-1]])
                 if chance < self.threshold:
                     break
-        crop(cache[self.exit : self.read_at], len(text) - 1)  # its keys are written again by the verification
+                continue
+            # the next draft is under way before it is known whether it was worth it: that is quicker
+            # than to wait each time, and the last one is thrown away
+            before, sure = sure, confidence(logits)
+            mx.async_eval(sure)
+            if before is not None:
+                chance *= before.item()
+                if chance < self.threshold:
+                    del draft.tokens[-1], draft.states[len(draft.tokens) :]
+                    break
+        # below the last block as far as the drafts go; in it the verification writes its keys again
+        crop(cache[: self.exit], len(text) - 1 + len(draft.states))
+        crop(cache[self.exit : self.read_at], len(text) - 1)
         return draft
 
 

@@ -30,6 +30,7 @@ class Lookahead(Drafter):
         if window < 1 or ngram < 2 or candidates < 1:
             raise UserError("Lookahead needs a window and a pool of at least 1, and n-grams of at least 2.")
         check_rows(backbone)
+        self.context = backbone.context
         self.window, self.ngram, self.candidates = window, ngram, candidates
 
     def begin(self, prompt, room):
@@ -50,6 +51,11 @@ class Lookahead(Drafter):
     def __call__(self, text, drafts, sampler, cache):
         found = self.pool.get(text[-1], [])[::-1]
         chains = [list(rest[:drafts]) for rest in found]
+        room = self.context - len(text)  # of the cache, which shall not grow for rows beside the text
+        while len((tree := Tree.of_chains(chains)).tokens) > room:
+            chains.pop()
+        if len(tree.tokens) + sum(map(len, self.levels)) > room:
+            return tree  # what the window finds is for later, of which little is left
         wide, deep = len(self.levels[0]), len(self.levels)
         level, column = np.divmod(np.arange(deep * wide), wide)
         same = (column[:, None] == column) & (level <= level[:, None])
@@ -59,6 +65,8 @@ class Lookahead(Drafter):
 
     def look(self, choices: list[int]) -> None:
         """The model's first choices after the rows of the window, from the pass just made."""
+        if not choices:
+            return  # the window was left out
         new = choices[-len(self.levels[0]) :]
         if len(self.levels) < self.ngram - 1:  # still filling; the text has moved on by one
             self.levels = [tokens[1:] for tokens in [*self.levels, new]]

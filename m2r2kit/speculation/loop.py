@@ -159,8 +159,6 @@ def draft_and_verify(
     (1, .., D), which the drafter may want.
     """
     draft = drafter(text, k, sampler, cache)
-    if draft.tokens and isinstance(draft.tokens[-1], mx.array):
-        mx.async_eval(draft.tokens[-1])  # it is computed while the verification is being prepared
     logits, states = verify(backbone, drafter, draft, text[-1], cache)
     K = draft.depth
     if isinstance(draft, Tree):

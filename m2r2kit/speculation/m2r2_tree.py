@@ -55,9 +55,9 @@ class M2R2Tree(M2R2):
     def __call__(self, text, drafts, sampler, cache):
         self._logits: list[mx.array] = []
         # the candidates of a tree are certain, so the chain is greedy whatever the sampler is
-        super().__call__(text, drafts, Sampler(), cache)
+        depth = super().__call__(text, drafts, Sampler(), cache).depth
         crop(cache[: self.exit], len(text) - 1)  # the tree writes its own rows
-        logits = np.asarray(mx.concatenate(self._logits).astype(mx.float32))  # (K, V)
+        logits = np.asarray(mx.concatenate(self._logits[:depth]).astype(mx.float32))  # (K, V)
         room = self.backbone.context - len(text) - len(logits)
         return with_leaves(logits, max(0, min(self.leaves, room)))
 
