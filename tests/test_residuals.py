@@ -59,7 +59,7 @@ def test_settings_that_a_model_cannot_have_are_refused():
         ({"rank": -1}, "can be negative"),
         ({"ffn_width": -1}, "can be negative"),
         ({"form": "adapter", "ffn_width": 0}, "needs an FFN of its own"),
-        ({"deep": 1.5}, "a share of it, 0 to 1"),
+        ({"deep": 1.5}, "lies between 0 and 1; got 1.5"),
     ]:
         with pytest.raises(UserError, match=sentence):
             tiny.stream(**({"exits": (2,)} | settings))
