@@ -15,12 +15,14 @@ void scipy_cblas_sgemv(int, int, blasint, blasint, float, MATRIX, MATRIX, float,
 enum { ROW = 101, PLAIN = 111, TRANSPOSED = 112 };
 enum { LANES = 8, FEW = 32, LARGE = 1 << 21 }; /* beyond it, OpenBLAS's threads are worth more */
 
-/* A block of c that the registers hold: up to TALL rows two vectors wide, or 3 rows four wide. */
+/* A block of c that the registers hold: up to TALL rows two vectors wide, or up to HALF four wide. */
 #ifdef __AVX512F__
-enum { WIDE = 16, TALL = 8 };
+enum { WIDE = 16, TALL = 8, HALF = 6 };
+#define HALVES CASE(4, 4) CASE(5, 4) CASE(6, 4)
 #define TALLER(w) CASE(4, w) CASE(5, w) CASE(6, w) CASE(7, w) default: columns(8, w, k, a, lda, b, ldb, c, ldc);
 #else
-enum { WIDE = 8, TALL = 4 };
+enum { WIDE = 8, TALL = 4, HALF = 3 };
+#define HALVES
 #define TALLER(w) default: columns(4, w, k, a, lda, b, ldb, c, ldc);
 #endif
 
@@ -116,8 +118,8 @@ static void few_rows_plain(blasint m, blasint n, blasint k, const float *a, long
     const float *b_all = b;
     float *c_all = c;
     int left = n;
-    for (; m < 4 && left >= 4 * WIDE; left -= 4 * WIDE, b += 4 * WIDE, c += 4 * WIDE)
-      switch (m) { CASE(1, 4) CASE(2, 4) CASE(3, 4) }
+    for (; m <= HALF && left >= 4 * WIDE; left -= 4 * WIDE, b += 4 * WIDE, c += 4 * WIDE)
+      switch (m) { CASE(1, 4) CASE(2, 4) CASE(3, 4) HALVES }
     for (; left >= 2 * WIDE; left -= 2 * WIDE, b += 2 * WIDE, c += 2 * WIDE)
       switch (m) { CASE(1, 2) CASE(2, 2) CASE(3, 2) TALLER(2) }
     for (; left > 0 && n >= WIDE; left -= WIDE, b += WIDE, c += WIDE) {

@@ -62,8 +62,9 @@ def tune(
         made, right = drafted(backbone, drafter, asked, most, max_tokens)
         for k in lengths if len(made) else ():
             mean = np.minimum(made, k).mean()
+            paid = np.minimum(made + stops, k).mean()  # a draft that stops has one more under way
             c, (slope, first) = costs[stops]
-            estimate = float((1 + np.minimum(right, k).mean()) / (mean * c + first + slope * mean))
+            estimate = float((1 + np.minimum(right, k).mean()) / (paid * c + first + slope * mean))
             if estimate > best.estimate:
                 best = Tuned(k, threshold, estimate)
     drafter.threshold = best.threshold
