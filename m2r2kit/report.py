@@ -75,13 +75,15 @@ def _row(claim: dict) -> dict:
     record, reason = None, claim["reason"]
     if "subject" in claim:
         wanted = claim.get("settings", {}).items()
-        # the newest record that holds this value: a later run of other arms does not hide it
-        for candidate in reversed(records.read(claim["subject"])):
-            fits = all(candidate["settings"].get(k) == v for k, v in wanted)
-            if fits and find(candidate["figures"], claim["value"]) is not None:
-                record = candidate
-                break
-        else:
+        fits = [r for r in records.read(claim["subject"]) if all(r["settings"].get(k) == v for k, v in wanted)]
+
+        def newest(*names):
+            """The newest record that holds all these values: a later run of other arms does not hide it."""
+            paths = [claim[name] for name in names if isinstance(claim.get(name), list)]
+            return next((r for r in reversed(fits) if all(find(r["figures"], p) is not None for p in paths)), None)
+
+        record = newest("value", "baseline") or newest("value")
+        if record is None:
             reason = "no record yet"
     figures = record["figures"] if record else {}
     if record and "gate" in claim and find(figures, claim["gate"]) is not True:

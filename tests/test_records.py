@@ -149,6 +149,16 @@ def test_a_later_record_of_other_arms_hides_nothing():
     assert row("speculation-speedup")["ours"] == 1.7
 
 
+def test_a_peer_is_held_against_us_in_one_run():
+    both = speculation(1.7)
+    both["arms"]["eagle"] = {"equal": True, "speedup_vs_plain": {"median": 1.9}}
+    add(figures=both)
+    add(figures=speculation(2.1))  # later, and without that peer
+    found = row("speculation-over-eagle")
+    assert (found["ours"], found["baseline"], found["verdict"]) == (1.7, 1.9, "differs")
+    assert row("speculation-speedup")["ours"] == 2.1
+
+
 def test_alignment_is_judged_against_its_controls():
     rows = [
         {"form": "bare", "exit": 3, "agreement": 0.28},
