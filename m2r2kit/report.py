@@ -75,12 +75,15 @@ def _row(claim: dict) -> dict:
     record, reason = None, claim["reason"]
     if "subject" in claim:
         wanted = claim.get("settings", {}).items()
-        fits = [r for r in records.read(claim["subject"]) if all(r["settings"].get(k) == v for k, v in wanted)]
+        runs = [
+            r for r in records.read(claim["subject"]) if all(r["settings"].get(k) == v for k, v in wanted)
+        ]
 
         def newest(*names):
             """The newest record that holds all these values: a later run of other arms does not hide it."""
             paths = [claim[name] for name in names if isinstance(claim.get(name), list)]
-            return next((r for r in reversed(fits) if all(find(r["figures"], p) is not None for p in paths)), None)
+            whole = [r for r in runs if all(find(r["figures"], path) is not None for path in paths)]
+            return whole[-1] if whole else None
 
         record = newest("value", "baseline") or newest("value")
         if record is None:
