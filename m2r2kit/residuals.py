@@ -185,10 +185,8 @@ class AcceleratedStream(nn.Module):
             if self.config.deep:
                 keys, values, deep_mask = seen(cache[block.read], verified)
                 deep = (keys, values, offset, deep_mask)
-            last, h = (
-                h,
-                self._backbone.run(h, cache, l, l + 1),
-            )  # lazy: of the last only its keys are computed
+            last = h
+            h = self._backbone.run(h, cache, l, l + 1)  # lazy: of the last block only its keys are computed
             p = block(p, SharedKV(cache[l], 1), mask, deep, merged[l] if merged else None)
         return (last, p) if kind == "step" else (last, p, self._backbone.head(p))
 
