@@ -234,12 +234,19 @@ def _lessons(parser):
     parser.add_argument(
         "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"
     )
+    parser.add_argument("--batch", type=count, default=8, metavar="B", help="rows of a step (default: 8)")
     parser.add_argument("--steps", type=count, metavar="N", help="training steps")
     parser.add_argument(
         "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
     )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+    parser.add_argument(
+        "--tune",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="choose the number of drafts for this machine; --no-tune leaves it to `m2r2kit tune`",
+    )
 
 
 def _train_stream(parser):
@@ -270,7 +277,13 @@ def _train_stream(parser):
         "--deep",
         type=number(float, 0),
         metavar="SHARE",
-        help="also read the slow keys of the block at this share of the depth; 0 for none (default: 0.25)",
+        help="read the slow keys of the block at this share of the depth; 0 for none (default: 0.25)",
+    )
+    parser.add_argument(
+        "--near",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also read those of its own blocks, which drafts then have to compute (default: no)",
     )
     parser.add_argument(
         "--carry",

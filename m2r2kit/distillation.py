@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from .readouts import Bare, ExtraBlock, WideHead
 from .residuals import AcceleratedStream, StreamConfig
 from .training import DistilConfig, Lesson, distance, distil, stream_loss, teach
 
-WINDOW, ROWS = 192, 8  # tokens of a lesson's rows, rows of a lesson
+WINDOW, ROWS = 192, 8  # tokens of a lesson's rows, rows of a lesson if nothing else is asked for
 BEGINNING, LONGEST = 24, 112  # tokens of a beginning where nobody asks, of a question at most
 
 
@@ -44,26 +45,27 @@ def windows(
     return np.stack(parts)[rng.permutation(len(parts))].astype(np.int32)
 
 
-def _written(backbone: Backbone, starts: list[np.ndarray], batch: int = 64) -> list[np.ndarray]:
-    """Each beginning continued to a whole row; those of one length at once."""
-    lengths: dict[int, list[np.ndarray]] = {}
-    for start in starts:
-        lengths.setdefault(len(start), []).append(start)
+def _written(backbone: Backbone, starts: list[np.ndarray]) -> list[np.ndarray]:
+    """Each beginning continued to a whole row; those of about one length at once."""
+    starts = sorted(starts, key=len)
+    batch = 64 if mx.default_device() == mx.Device(mx.cpu) else 1024
+    batches = [starts[i : i + batch] for i in range(0, len(starts), batch)]
     rows = []
-    total = sum(WINDOW - len(start) for start in starts)
+    total = sum(len(b) * (WINDOW - len(b[0])) for b in batches)
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="the model writes", leave=False) as bar:
-        for same in lengths.values():
-            for i in range(0, len(same), batch):
-                rows += list(continue_greedily(backbone, np.stack(same[i : i + batch]), WINDOW, bar.update))
+        for b in batches:
+            rows += list(continue_greedily(backbone, b, WINDOW, bar.update))
     return rows
 
 
-def lessons(backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int]) -> list[Lesson]:
-    """Ask the teacher about rows of text (rows, WINDOW), in batches of ROWS rows: those of all
+def lessons(
+    backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int], batch: int = ROWS
+) -> list[Lesson]:
+    """Ask the teacher about rows of text (rows, WINDOW), in batches of `batch` rows: those of all
     processes together, where several train."""
-    rows = max(1, ROWS // parallel.group().size())
+    rows = max(1, batch // parallel.group().size())
     if len(text) < rows:
-        raise UserError(f"{len(text)} rows of text are no lesson; ask for at least {ROWS}.")
+        raise UserError(f"{len(text)} rows of text are no lesson; ask for at least {batch}.")
     steps = range(0, len(text) - rows + 1, rows)
     return [
         teach(backbone, text[i : i + rows], depths, blocks)
@@ -145,6 +147,7 @@ def comparison(backbone: Backbone, exit: int, base: StreamConfig) -> list[tuple[
         ("block, own cache depth", widened(bare)),
         ("block, nothing carried", widened(replace(base, carry=False))),
         ("block", base),
+        ("block, own keys too", replace(base, near=True)),
         ("R=1 block", replace(base, rate=1.0)),
         ("extra block", lambda: ExtraBlock(backbone, exit, size)),
     ]

@@ -4,8 +4,9 @@
     attention   the base attention, likewise, without the base FFN
     adapter     neither
 
-Beside each, if asked for, attention to a deeper block's keys, and after it a small FFN of its own.
-All start as "change nothing", so an untrained stream is the logit lens (`residuals.py`).
+Beside each, if asked for, attention to a deeper block's keys, and after it a small FFN of its own. In
+a `block` that attention may also stand in the place of the base attention (`StreamConfig.near`).
+All that is new starts as "change nothing" (`residuals.py`).
 """
 
 import copy
@@ -200,22 +201,22 @@ class DeepAttention(nn.Module):
 
 class FastBlock(nn.Module):
     """One step of p: block l of a model, by the stream's settings (`residuals.StreamConfig`);
-    `read` is the slow block whose keys it also reads, if any."""
+    `read` is the deeper slow block whose keys it reads, if any, `near` whether it reads block l's."""
 
-    def __init__(self, backbone: Backbone, l: int, read: int | None, config):
+    def __init__(self, backbone: Backbone, l: int, read: int | None, near: bool, config):
         super().__init__()
         block, parts = backbone.blocks[l], backbone.parts
         self._norm_after, self.read = parts.norm_after, read
-        self._form = config.form
-        if config.form == "block":
-            self.deltas = _new_deltas(block, config.rank)
-            self._block = block
-            self._base = _changed(block, self._with_delta)
+        self._part = None  # what of the base block p passes
+        if config.form == "block" and near:
+            self._part, base = "block", block
+        elif config.form == "block":
+            self._part, base, self._norm = "ffn", block[parts.ffn], block[parts.ffn_norm]
         elif config.form == "attention":
-            attention = block[parts.attention]
-            self.deltas = _new_deltas(attention, config.rank)
-            self._base = _changed(attention, self._with_delta)
-            self._norm = block[parts.attention_norm]
+            self._part, base, self._norm = "attention", block[parts.attention], block[parts.attention_norm]
+        if self._part:
+            self.deltas = _new_deltas(base, config.rank)
+            self._unchanged, self._base = base, _changed(base, self._with_delta)
         if width := own_ffn(config, backbone.width):
             self.ffn = SmallFFN(backbone.width, width)
         if read is not None:
@@ -229,31 +230,36 @@ class FastBlock(nn.Module):
     def merged(self) -> nn.Module | None:
         """What p passes in decoding, as it is now, in as few operations as a block of this size
         allows; anew after training."""
-        if self._form != "block" or not is_small(self._block):
+        if self._part not in ("block", "ffn") or not is_small(self._unchanged):
             return None
-        return _changed(self._block, lambda matrix, name: Merged(matrix, self.deltas.get(name)))
+        return _changed(self._unchanged, lambda matrix, name: Merged(matrix, self.deltas.get(name)))
 
-    def __call__(self, p, shared: SharedKV, mask, deep, merged: nn.Module | None = None):
-        """p_l -> p_{l+1}, after the slow stream has left its keys in block l.
+    def __call__(self, p, near: tuple | None, deep: tuple | None, merged: nn.Module | None = None):
+        """p_l -> p_{l+1}, where it reads block l's keys after the slow stream has left them there.
 
         Args:
             p: p_l, (B, T, D).
-            shared: the slow keys and values of block l.
-            mask: as mlx-lm's blocks take it.
+            near: the slow keys and values of block l (`SharedKV`), and a mask as mlx-lm's blocks take it.
             deep: (keys, values, offset, mask) for `DeepAttention`.
-            merged: what `merged` gave, to stand for the base block with its changes.
+            merged: what `merged` gave, to stand for the part of the base block with its changes.
         """
         added = self.deep(p, *deep).astype(p.dtype) if "deep" in self else 0
-        if self._form == "block":
-            p = (merged or self._base)(p, mask, cache=shared) + added
-        elif self._form == "attention":
-            if self._norm_after:
-                p = p + added + self._norm(self._base(p, mask, cache=shared))
-            else:
-                p = p + added + self._base(self._norm(p), mask, cache=shared)
+        base = merged or self._base if self._part else None
+        if self._part == "block":
+            shared, mask = near
+            p = base(p, mask, cache=shared) + added
+        elif self._part == "attention":
+            shared, mask = near
+            p = p + added + self._around(lambda x: base(x, mask, cache=shared), p)
         else:
             p = p + added
+            if self._part == "ffn":
+                p = p + self._around(base, p)
         return p + self.ffn(p).astype(p.dtype) if "ffn" in self else p
+
+    def _around(self, part, p):
+        """A part of the base block with its norm, before or after it as the family has it."""
+        return self._norm(part(p)) if self._norm_after else part(self._norm(p))
 
 
 def own_ffn(config, width: int) -> int:

@@ -102,8 +102,8 @@ class Traced:
         return out, [e.keys for e in written], [e.values for e in written]
 
     def __call__(self, cache: list, x: mx.array, *more: mx.array):
-        rows, offset = x.shape[1], cache[self.writes.start].offset
-        room = max(offset + rows, *(cache[l].keys.shape[2] for l in self.writes))
+        rows, offset = x.shape[1], cache[self.blocks[0]].offset if self.blocks else 0
+        room = max([offset + rows, *(cache[l].keys.shape[2] for l in self.writes)])
         for l in self.writes:  # all to the same room, as they share one mask
             cache[l].reserve(room - cache[l].offset)
         used = [cache[l] for l in self.blocks]

@@ -4,7 +4,7 @@ A predictor trained on fixed text alone loses much of what it learnt when the mo
 itself, so a stream is trained on both (`data/paper/choices.toml`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -13,27 +13,32 @@ from .backbone import Backbone
 
 
 def continue_greedily(
-    backbone: Backbone, starts: np.ndarray, length: int, report: Callable | None = None
+    backbone: Backbone, starts: Sequence[np.ndarray], length: int, report: Callable | None = None
 ) -> np.ndarray:
     """Continue many beginnings at once, each token the likeliest.
 
     Args:
-        starts: token ids (B, P).
-        length: tokens of a row in the end, beginning included.
+        starts: token ids of each of the B beginnings; a longer one is still being read while the
+            answer to a shorter one is written.
+        length: tokens of a row in the end, beginning included; longer than any beginning.
+        report: called with B after each token.
 
     Returns:
         int32 (B, length).
     """
-    cache = backbone.new_cache(length, len(starts))
-    columns = [mx.array(starts)]
-    token = mx.argmax(backbone.logits(columns[0], cache)[:, -1:], axis=-1)
-    while True:
-        columns.append(token)
-        if sum(c.shape[1] for c in columns) >= length:
-            break
-        following = mx.argmax(backbone.logits(token, cache), axis=-1)
+    lengths = np.array([len(s) for s in starts])
+    given = np.zeros((len(starts), lengths.max()), np.int32)
+    for row, start in zip(given, starts, strict=True):
+        row[: len(start)] = start
+    cache, least = backbone.new_cache(length, len(starts)), lengths.min()
+    columns = [mx.array(given[:, :least])]
+    for position in range(least, length):
+        following = mx.argmax(backbone.logits(columns[-1], cache)[:, -1:], axis=-1).astype(mx.int32)
+        if position < lengths.max():
+            read = mx.array(position < lengths[:, None])
+            following = mx.where(read, mx.array(given[:, position : position + 1]), following)
         mx.async_eval(following)
-        token = following
+        columns.append(following)
         if report:
             report(len(starts))
     return np.asarray(mx.concatenate(columns, axis=1)).astype(np.int32)
@@ -53,7 +58,6 @@ def questions(
     longest: int,
     rng: np.random.Generator,
     least: int = 32,
-    together: int = 64,
 ) -> list[np.ndarray]:
     """Whole questions out of a long row of token ids, so that the model is asked as a user would ask it.
 
@@ -61,7 +65,6 @@ def questions(
         asks, answers: the marks at which a user's turn and the answer begin; a question holds both.
         longest: tokens of a question at most.
         least: tokens of its answer at least, as there would be little to learn from a shorter one.
-        together: so many of one length, if there are, for the model answers them in one batch.
 
     Returns:
         `rows` of them, some twice if there are not so many; none if there are none at all.
@@ -74,13 +77,5 @@ def questions(
             found.append(ids[start : start + marks[0] + 1])
     if not found:
         return []
-    of_length: dict[int, list] = {}
-    for i in rng.permutation(len(found)):
-        of_length.setdefault(len(found[i]), []).append(found[i])
-    groups = [same[i : i + together] for same in of_length.values() for i in range(0, len(same), together)]
-    chosen: list[np.ndarray] = []
-    while len(chosen) < rows:  # large groups first to last, each as likely as it has questions
-        sizes = np.array([len(g) for g in groups], float)
-        for i in rng.choice(len(groups), len(groups), replace=False, p=sizes / sizes.sum()):
-            chosen += groups[i][: rows - len(chosen)]
-    return chosen
+    rounds = [rng.permutation(len(found)) for _ in range(-(-rows // len(found)))]
+    return [found[i] for i in np.concatenate(rounds)[:rows]] if rows else []

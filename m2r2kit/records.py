@@ -173,9 +173,18 @@ def machine() -> dict:
         "memory_gib": round(memory / 2**30, 1),
         "system": f"{system} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip() or None,
-        "device": mx.default_device().type.name,
+        "device": device(),
         "blas": runtime.prepare().kind,
     }
+
+
+def device() -> str:
+    """What MLX computes on: `cpu`, or `gpu` and its name."""
+    import mlx.core as mx
+
+    kind = mx.default_device().type.name
+    name = mx.device_info().get("device_name") if kind == "gpu" else None
+    return f"{kind}: {name}" if name else kind
 
 
 def chip() -> str:

@@ -43,8 +43,11 @@ class StreamConfig:
             nothing where it is merged; 0 leaves them all as they are.
         ffn_width: width of the fast block's own FFN; 0 switches it off, and None is the form's
             own: none for `block`, 4 D for the others.
-        deep: p also attends to the slow keys and values of the block at this share of the depth
+        deep: p attends to the slow keys and values of the block at this share of the depth
             (0.25: block N / 4), of all tokens that the model has already verified; 0: it does not.
+        near: the form `block` also attends to those of its own block l, drafted tokens included,
+            as it does in any case where `deep` is 0, and as the form `attention` always does. Where
+            p does not, a draft needs nothing of the slow stream but what the model has verified.
         carry: p also begins with the last state of the token before it (`fast_blocks.Carry`).
     """
 
@@ -54,12 +57,18 @@ class StreamConfig:
     rank: int | None = None
     ffn_width: int | None = None
     deep: float = 0.25
+    near: bool = False
     carry: bool = True
 
 
 def intervals(config: StreamConfig) -> list[tuple[int, int]]:
     """The (a, b) of each interval: 0..E_1, E_1..E_2, .."""
     return list(zip((0, *config.exits[:-1]), config.exits, strict=True))
+
+
+def reads_near(config: StreamConfig) -> bool:
+    """Whether p reads the slow keys of its own blocks, which then have to be there for drafted tokens."""
+    return config.form == "attention" or (config.form == "block" and (config.near or not config.deep))
 
 
 def tau(l: int, a: int, b: int, depth: int, rate: float | None) -> int:
@@ -87,7 +96,8 @@ class AcceleratedStream(nn.Module):
         check(backbone, config)
         self._backbone, self.config = backbone, config
         read = min(round(config.deep * backbone.depth), backbone.depth - 1) if config.deep else None
-        self.fast = [FastBlock(backbone, l, read, config) for l in range(config.exits[-1])]
+        near = reads_near(config)
+        self.fast = [FastBlock(backbone, l, read, near, config) for l in range(config.exits[-1])]
         if config.carry:
             self.carry = Carry(backbone.width)
         # plain attributes, as MLX takes a module's dicts and lists for parameters
@@ -108,6 +118,12 @@ class AcceleratedStream(nn.Module):
         raise UserError(
             f"This stream has no exit {exit}; it was trained for {', '.join(map(str, self.config.exits))}."
         )
+
+    def slow_depth(self, exit: int) -> int:
+        """How deep a draft at an exit takes the slow stream: to where p starts from it, or where p reads
+        the keys of its own blocks, to the last of them, in which only these keys are computed."""
+        a, b = self.interval(exit)
+        return b - 1 if reads_near(self.config) else a
 
     def __call__(self, states, cache, verified=None, exit: int | None = None, before=None) -> list[mx.array]:
         """p_a .. p_E over whole sequences, for training and for measuring.
@@ -135,7 +151,8 @@ class AcceleratedStream(nn.Module):
         for l in range(a, b):
             block = self.fast[l]
             deep = (*cache[block.read].keys_and_values(), 0, deep_mask) if self.config.deep else None
-            p.append(block(p[-1], SharedKV(cache[l], T), mask, deep))
+            near = (SharedKV(cache[l], T), mask) if reads_near(self.config) else None
+            p.append(block(p[-1], near, deep))
         return p
 
     @staticmethod
@@ -149,45 +166,48 @@ class AcceleratedStream(nn.Module):
         mask = mx.where(mx.arange(T) < limit, 0.0, -1e9)
         return mask if mask.ndim == 2 else mask[:, None]
 
-    def step(self, h, cache, verified: int, exit: int | None = None, before=None):
-        """One new token through both streams: h_0 (1, 1, D) -> h_{E-1}, p_E, each (1, 1, D).
+    def step(self, h, cache, verified: int, exit: int | None = None, before=None, position=None):
+        """One new token through both streams: h_0 (1, 1, D) -> h at `slow_depth`, p_E, each (1, 1, D).
 
-        The slow cache of the blocks below the exit grows by one position; p writes nothing. In the
-        last of them the slow stream only leaves its keys and values for p, and goes no further.
+        Where p reads the keys of its own blocks, the slow cache of the blocks below the exit grows by one
+        position, else only that of the blocks before the interval; p writes nothing.
 
         Args:
             verified: positions (from the first) that the model has verified: the deep keys.
             before: for `carry`, the last state of the token before, (1, 1, D); None means zeros.
+            position: of the token; by default what block 0 holds, which does not grow with the drafts
+                where nothing of the slow stream is computed for them.
         """
-        return self._one("step", h, cache, verified, exit, before)
+        return self._one("step", h, cache, verified, exit, before, position)
 
-    def read(self, token, cache, verified: int, exit: int | None = None, before=None):
-        """`step` from a token (1, 1) to what the head reads: (h_{E-1}, p_E, logits (1, 1, V))."""
-        return self._one("read", token, cache, verified, exit, before)
+    def read(self, token, cache, verified: int, exit: int | None = None, before=None, position=None):
+        """`step` from a token (1, 1) to what the head reads: (h, p_E, logits (1, 1, V))."""
+        return self._one("read", token, cache, verified, exit, before, position)
 
-    def _one(self, kind, x, cache, verified, exit, before):
+    def _one(self, kind, x, cache, verified, exit, before, position):
         a, b = self.interval(exit or self.config.exits[0])
+        position = cache[0].offset if position is None else position
         more = ()
         if self.config.carry:
             more = (mx.zeros((1, 1, self._backbone.width)) if before is None else before,)
         if is_fixed(cache, 0):
-            return self._compiled(kind, a, b)(cache, x, mx.array(verified), *more)
-        return self._body(kind, x, cache, verified, a, b, None, *more)
+            return self._compiled(kind, a, b)(cache, x, mx.array(verified), mx.array(position), *more)
+        return self._body(kind, x, cache, verified, position, a, b, None, *more)
 
-    def _body(self, kind, x, cache, verified, a, b, merged, before=None):
+    def _body(self, kind, x, cache, verified, position, a, b, merged, before=None):
         """A step of one of the `kind`s above, through the blocks a..b-1 as `merged` if there are such."""
-        h = self._backbone.run(self._backbone.embed(x) if kind == "read" else x, cache, 0, a)
+        h = last = self._backbone.run(self._backbone.embed(x) if kind == "read" else x, cache, 0, a)
         p = h if before is None or a > 0 else h + self.carry(before).astype(h.dtype)
         for l in range(a, b):
-            block = self.fast[l]
-            offset, mask = cache[l].offset, one_token_mask(cache[l])
-            deep = None
+            block, near, deep = self.fast[l], None, None
             if self.config.deep:
                 keys, values, deep_mask = seen(cache[block.read], verified)
-                deep = (keys, values, offset, deep_mask)
-            last = h
-            h = self._backbone.run(h, cache, l, l + 1)  # lazy: of the last block only its keys are computed
-            p = block(p, SharedKV(cache[l], 1), mask, deep, merged[l] if merged else None)
+                deep = (keys, values, position, deep_mask)
+            if reads_near(self.config):
+                last, mask = h, one_token_mask(cache[l])
+                h = self._backbone.run(h, cache, l, l + 1)  # lazy: of the last block only its keys
+                near = SharedKV(cache[l], 1), mask
+            p = block(p, near, deep, merged[l] if merged else None)
         return (last, p) if kind == "step" else (last, p, self._backbone.head(p))
 
     def _compiled(self, kind: str, a: int, b: int) -> Traced:
@@ -199,10 +219,11 @@ class AcceleratedStream(nn.Module):
             merged = {l: self.fast[l].merged() for l in range(a, b)}
             reads = [self.fast[l].read for l in range(a, b)] if self.config.deep else ()
 
-            def body(entries, x, verified, *more):
-                return self._body(kind, x, entries, verified, a, b, merged, *more)
+            def body(entries, x, verified, position, *more):
+                return self._body(kind, x, entries, verified, position, a, b, merged, *more)
 
-            traced = Traced(body, self._backbone.depth, range(b), reads)
+            writes = range(b if reads_near(self.config) else a)
+            traced = Traced(body, self._backbone.depth, writes, reads)
             self._traced[kind, b] = weights, traced
         return traced
 

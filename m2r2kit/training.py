@@ -37,7 +37,7 @@ class DistilConfig:
     warmup: int = 50
     align_weight: float = 0.1
     ahead: int = 3  # drafts of a chain that are learnt from; the gradient passes through all of them
-    positions: int = 512  # tokens of a lesson whose logits are compared, drawn anew for each draft
+    positions: int = 64  # tokens of each row whose logits are compared, drawn anew for each draft
     seed: int = 0
 
 
@@ -141,7 +141,8 @@ def stream_loss(
     for a, b in intervals(config):
         targets = [lesson.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
         for j, p in enumerate(chain(stream, lesson, settings.ahead, b)):
-            some = mx.array(rng.choice(len(final), min(settings.positions, len(final)), replace=False))
+            count = min(settings.positions * lesson.tokens.shape[0], len(final))
+            some = mx.array(rng.choice(len(final), count, replace=False))
             student = backbone.head(p[-1].reshape(-1, width)[some])
             loss = distance(student, mx.stop_gradient(backbone.head(final[some]))).mean()
             if settings.align_weight:

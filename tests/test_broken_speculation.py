@@ -32,7 +32,7 @@ def test_the_checks_pass_when_nothing_is_broken():
 
 
 def test_verifying_p_in_place_of_h_is_caught():
-    def mixed_up(self, token, cache, verified):
+    def mixed_up(self, token, cache, verified, position):
         _, p = self.stream.step(self.backbone.embed(token), cache, verified, self.read_at)
         return p, self.backbone.head(p)
 

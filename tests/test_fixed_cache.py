@@ -69,16 +69,19 @@ def test_blocks_in_parts():
     assert [c.offset for c in parts] == [4] * tiny.BLOCKS
 
 
-@pytest.mark.parametrize("form", ["block", "attention", "adapter"])
-def test_the_stream_s_step(form):
-    view, stream = tiny.backbone(), tiny.stream(form=form)
+@pytest.mark.parametrize(
+    "settings", [{}, {"form": "attention"}, {"form": "adapter"}, {"near": False}], ids=str
+)
+def test_the_stream_s_step(settings):
+    view, stream = tiny.backbone(), tiny.stream(**settings)
+    grown = 6 + 3 * (stream.slow_depth(2) > 0)
     states = []
     for cache in (view.new_cache(8), view.new_cache()):
         view.logits(mx.array([tiny.prompt(6)]), cache)
         for verified in (6, 6, 4):
             h = view.embed(mx.array([[3]]))
             states.append(stream.step(h, cache, verified))
-        assert [c.offset for c in cache] == [9, 9, 6, 6]
+        assert [c.offset for c in cache] == [grown, grown, 6, 6]
     for (h, p), (h_right, p_right) in zip(states[:3], states[3:], strict=True):
         assert near(h, h_right) and near(p, p_right)
 

@@ -28,14 +28,11 @@ def test_questions_are_whole_and_of_some_use():
         assert len(question) in (6, 8)  # the others are too long, or their answers too short
 
 
-def test_questions_of_one_length_come_together():
-    lengths = [6, 6, 8, 8, 10, 10] * 8  # every second one has an answer that is long enough
-    ids = conversation(lengths)
-    found = questions(ids, ASKS, ANSWERS, 10, 20, np.random.default_rng(0), together=5)
-    sizes = [len(question) for question in found]
-    assert len(set(sizes[:5])) == len(set(sizes[5:])) == 1
-    every = questions(ids, ASKS, ANSWERS, 24, 20, np.random.default_rng(0), together=5)
-    assert len({question.tobytes() for question in every}) == 24  # none twice where there are enough
+def test_no_question_comes_twice_where_there_are_enough():
+    ids = conversation([6, 6, 8, 8, 10, 10] * 8)  # every second one has an answer that is long enough
+    every = questions(ids, ASKS, ANSWERS, 24, 20, np.random.default_rng(0))
+    assert len({question.tobytes() for question in every}) == 24
+    assert len(questions(ids, ASKS, ANSWERS, 60, 20, np.random.default_rng(0))) == 60
 
 
 def test_no_question_gives_none():
@@ -44,9 +41,10 @@ def test_no_question_gives_none():
 
 def test_answers_in_a_batch_are_those_of_each_alone():
     view = tiny.backbone()
-    starts = beginnings(np.array(tiny.prompt(40)), 3, 6, np.random.default_rng(0))
-    rows = continue_greedily(view, np.stack(starts), 30)
-    assert rows.shape == (3, 30) and rows.dtype == np.int32
+    starts = beginnings(np.array(tiny.prompt(40)), 4, 9, np.random.default_rng(0))
+    starts = [start[:length] for start, length in zip(starts, (6, 6, 7, 9), strict=True)]
+    rows = continue_greedily(view, starts, 30)
+    assert rows.shape == (4, 30) and rows.dtype == np.int32
     for start, row in zip(starts, rows, strict=True):
-        alone = generate(view, start.tolist(), max_tokens=24).tokens
-        assert row.tolist()[:6] == start.tolist() and row.tolist()[6 : 6 + len(alone)] == alone
+        n, alone = len(start), generate(view, start.tolist(), max_tokens=30 - len(start)).tokens
+        assert row.tolist()[:n] == start.tolist() and row.tolist()[n : n + len(alone)] == alone

@@ -131,7 +131,31 @@ def test_a_pass_over_a_sequence_writes_nothing(form):
     assert same_contents(cache, untouched, LENGTH)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("settings", [{"form": "adapter"}, {"form": "block", "near": False}])
+def test_a_step_that_reads_deep_keys_only_writes_nothing(settings):
+    view, (*tokens, last) = tiny.backbone(), tiny.prompt(LENGTH + 1)
+    h_0, stream = view.embed(mx.array([[last]])), tiny.stream(**settings)
+    for cache in (slow(view, tokens)[1], view.new_cache(LENGTH + 1)):
+        if cache[0].offset == 0:
+            view.logits(mx.array([tokens]), cache)
+        before = contents(cache, LENGTH)
+        h, p = stream.step(h_0, cache, LENGTH)
+        assert [c.offset for c in cache] == [LENGTH] * tiny.BLOCKS and mx.array_equal(h, h_0)
+        for mine, old in zip(contents(cache, LENGTH), before, strict=True):
+            assert mx.array_equal(mine[0], old[0]) and mx.array_equal(mine[1], old[1])
+        assert not mx.allclose(p, h_0)
+
+
+def test_an_untrained_block_without_its_own_keys_is_the_base_ffn():
+    """Deep attention begins as zero; what is left of the block is its second half."""
+    view = tiny.backbone()
+    states, cache = slow(view, tiny.prompt(LENGTH))
+    p = tiny.stream(exits=(1,), size=0, near=False, ffn_width=0)(states, cache)[-1]
+    block = view.blocks[0]
+    close(p, states[0] + block.mlp(block.post_attention_layernorm(states[0])))
+
+
+@pytest.mark.parametrize("form", ["block", "attention"])
 def test_a_step_writes_one_slow_position_below_the_exit(form):
     view, (*tokens, last) = tiny.backbone(), tiny.prompt(LENGTH + 1)
     _, cache = slow(view, tokens)
@@ -170,8 +194,8 @@ def step_equals_sequence(family, stream, exit, drafted, length=LENGTH):
         view.run(view.embed(mx.array([tokens[:known]])), cache)
     for i in range(known, length):
         last = None if before is None else before[:, i : i + 1]
-        h, p = stream.step(view.embed(mx.array([[tokens[i]]])), cache, known, exit, last)
-        close(h[:, 0], states[exit - 1][:, i], 1e-4)
+        h, p = stream.step(view.embed(mx.array([[tokens[i]]])), cache, known, exit, last, i)
+        close(h[:, 0], states[stream.slow_depth(exit)][:, i], 1e-4)
         close(p[:, 0], wanted[:, i], 1e-4)
 
 
@@ -185,6 +209,10 @@ CASES = [
     ("llama", {"form": "attention", "carry": True}),
     ("llama", {"form": "block", "rate": 1}),
     ("llama", {"form": "block", "rank": 0}),
+    ("llama", {"form": "block", "near": False}),
+    ("llama", {"form": "block", "near": False, "rank": None, "ffn_width": None, "carry": True}),
+    ("olmo2", {"form": "block", "near": False}),
+    ("phi3", {"form": "block", "near": False}),
     ("phi3", {"form": "block"}),
     ("olmo2", {"form": "block"}),
     ("olmo2", {"form": "attention"}),

@@ -216,8 +216,8 @@ def test_a_draft_carries_the_last_state_on(monkeypatch):
     drafter, taken, made = m2r2(carry=True), [], []
     read = drafter.stream.read
 
-    def watched(token, cache, verified, exit, before):
-        h, p, logits = read(token, cache, verified, exit, before)
+    def watched(token, cache, verified, exit, before, position):
+        h, p, logits = read(token, cache, verified, exit, before, position)
         taken.append((verified, before))
         made.append(p)
         return h, p, logits

@@ -1,5 +1,6 @@
 """`m2r2kit train stream`: trained, measured, saved with its record; resumed; begun from another."""
 
+import json
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from m2r2kit.tuning import Tuned
 
 
 @pytest.fixture
-def written(monkeypatch):
+def written(monkeypatch, tmp_path):
     """Little text and few prompts; the records that would have been appended."""
     documents = [
         Document(kind, f"{kind} {i}", f"{kind} {i}: {'abcdefgh'[i % 8] * 40} and so on")
@@ -29,6 +30,7 @@ def written(monkeypatch):
     found, read = [], prompts.read
     monkeypatch.setattr(train_stream, "documents", lambda folder: documents)
     monkeypatch.setattr(train_stream, "HELD_OUT_ROWS", 8)
+    monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(prompts, "read", lambda file: read(file)[:2])
     monkeypatch.setattr(train_stream.records, "append", lambda subject, **f: found.append((subject, f)))
     return found
@@ -45,6 +47,7 @@ def arguments(out, **changes):
         "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
         "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "deep": None, "rows": 16, "compare": False,
         "steps": 3, "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
+        "near": True, "batch": 8, "tune": True,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 
@@ -144,3 +147,28 @@ def test_rows_are_token_ids_even_beside_an_empty_text():
 def test_a_comparison_runs_in_one_process(tmp_path, written):
     with pytest.raises(UserError, match="leave --processes out"):
         train_stream.run(arguments(tmp_path, compare=True, processes=2))
+
+
+def test_text_is_written_once(written, monkeypatch, tmp_path):
+    view, made = tiny.backbone("llama", max_position_embeddings=512), []
+    write = train_stream.write
+    monkeypatch.setattr(train_stream, "write", lambda *asked: made.append(asked) or write(*asked))
+    first = train_stream.text(view, tmp_path, 16, 0)
+    again = train_stream.text(view, tmp_path, 16, 0)
+    assert len(made) == 1 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    train_stream.text(view, tmp_path, 16, 1)
+    assert len(made) == 2  # other rows were asked for
+    (file, *_) = sorted((tmp_path / "cache").iterdir())
+    for kept in (tmp_path / "cache").iterdir():
+        kept.write_bytes(file.read_bytes()[:99])  # cut short
+    again = train_stream.text(view, tmp_path, 16, 0)
+    assert len(made) == 3 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not list((tmp_path / "cache").glob("*.*.npz"))  # nothing half-written
+
+
+def test_untuned_streams_and_peers_say_so(written, monkeypatch, tmp_path):
+    assert train_stream.run(arguments(tmp_path / "stream", tune=False)) == 0
+    facts = json.loads((tmp_path / "stream" / "stream.json").read_text())
+    assert facts["drafts"] == train_stream.UNTUNED and "threshold" not in facts
+    (_, record) = written[-1]
+    assert "predicted_speedup" not in record["figures"] and record["settings"]["batch"] == 8

@@ -98,7 +98,14 @@ def backbone(family: str = "llama", **changes) -> Backbone:
 def stream(family: str = "llama", exits: tuple = (2,), size: float = 0.5, **settings) -> AcceleratedStream:
     """A stream of a tiny model whose changes are random and not zero (`size` 0: as before training)."""
     form = "attention" if family in MOE else "block"
-    settings = {"form": form, "rank": 4, "ffn_width": 12, "deep": 0.75, "carry": False} | settings
+    settings = {
+        "form": form,
+        "rank": 4,
+        "ffn_width": 12,
+        "deep": 0.75,
+        "near": True,
+        "carry": False,
+    } | settings
     mx.random.seed(1)
     stream = AcceleratedStream(backbone(family), StreamConfig(exits=exits, **settings))
     if size:

@@ -13,21 +13,21 @@ from ..errors import UserError
 from ..speculation import peers
 from ..speculation.methods import drafters_folder
 from ..training import DistilConfig
-from ..tuning import tune_peer
-from .train_stream import command, text
+from ..tuning import Tuned, tune_peer
+from .train_stream import UNTUNED, command, for_training, text
 
 
 def run(args) -> int:
     """Train, tune, save and record each kind that is asked for, on the same rows."""
-    if args.rows < distillation.ROWS:
-        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {distillation.ROWS}.")
+    if args.rows < args.batch:
+        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
     if args.out and len(args.kind) > 1:
         raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
-    backbone = Backbone.load(args.model)
+    backbone = for_training(args.model)
     modules = {kind: peers.new(backbone, kind, args.exit, args.seed) for kind in args.kind}
     depths = set().union(*(module.depths for module in modules.values()))
     train, held_out = text(backbone, args.corpus, args.rows, args.seed)
-    lessons = distillation.lessons(backbone, train, depths, set())
+    lessons = distillation.lessons(backbone, train, depths, set(), args.batch)
     judges = distillation.lessons(backbone, held_out, depths, set())
     for kind, module in modules.items():
         out = Path(args.out) if args.out else drafters_folder(args.model, None) / kind
@@ -48,16 +48,24 @@ def one(backbone: Backbone, kind: str, module, lessons, judges, out: Path, args)
         seconds = 60 * args.minutes if args.minutes else math.inf
         history = peers.train(module, lessons, distil, report, seconds)
     after = peers.mean_loss(module, judges)
-    tuned = tune_peer(backbone, kind, module)
+    tuned = tune_peer(backbone, kind, module) if args.tune else Tuned(UNTUNED)
     print(f"{kind}: held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")
-    print(tuned)
+    if args.tune:
+        print(tuned)
     facts = {"steps": len(history.losses), "train_seconds": round(history.seconds), "drafts": tuned.drafts}
     peers.save(module, backbone, out, **facts)
     parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
-    figures = facts | {"parameters": parameters, "predicted_speedup": tuned.estimate}
+    figures = facts | {"parameters": parameters}
+    figures |= {"predicted_speedup": tuned.estimate} if args.tune else {}
     figures |= {"held_out_loss": after, "held_out_loss_before": before}
     model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
-    settings = {"kind": kind, "model": model, "model_sha256": backbone.sha256, "rows": args.rows}
+    settings = {
+        "kind": kind,
+        "model": model,
+        "model_sha256": backbone.sha256,
+        "rows": args.rows,
+        "batch": args.batch,
+    }
     settings |= asdict(module.config) | asdict(distil)
     records.append("drafters", command=command(), settings=settings, figures=figures)
     print(f"Saved in {out}.", flush=True)

@@ -1,26 +1,35 @@
 """`m2r2kit train stream`: the accelerated stream of a model, which itself stays as it is."""
 
+import hashlib
+import json
 import math
+import os
 import shlex
 import signal
 import sys
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from .. import checkpoints, distillation, download, parallel, records
 from ..backbone import Backbone
 from ..corpus import KINDS, documents
 from ..errors import UserError
+from ..paths import cache_dir
 from ..residuals import AcceleratedStream, StreamConfig, check, tau
 from ..training import DistilConfig, Lesson, needs
 from ..tuning import tune_stream
 
 HELD_OUT_ROWS = 96
 OWN = 0.9  # share of the rows that the model writes itself
+WRITTEN = 1  # changes with the way the rows are made, so that older ones are not taken for them
+UNTUNED = 4  # drafts in a step where --no-tune leaves it to `m2r2kit tune`
+SMALL = 1 << 28  # numbers of a model that is trained for in float32 on any device
 
 
 def run(args) -> int:
@@ -32,14 +41,14 @@ def run(args) -> int:
     group = parallel.group()
     if group.rank():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process saves, and ends the others
-    backbone = Backbone.load(args.model)
+    backbone = for_training(args.model)
     config = settings(args)
     check(backbone, config)
     out = Path(args.out) if args.out else Path(args.model) / "stream"
     distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
     seed = args.seed + 1000 * group.rank()  # each process reads rows of its own
-    if args.rows < distillation.ROWS:
-        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {distillation.ROWS}.")
+    if args.rows < args.batch:
+        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
     if args.compare:
         train, held_out = text(backbone, args.corpus, args.rows, seed)
         return compare(backbone, config, train, held_out, distil, args)
@@ -54,7 +63,7 @@ def run(args) -> int:
         print(f"Going on after {done} steps" + (", not from --start." if args.start else "."))
     train, held_out = text(backbone, args.corpus, args.rows // group.size(), seed)
     depths, blocks = needs(stream)
-    lessons = distillation.lessons(backbone, train, depths, blocks)
+    lessons = distillation.lessons(backbone, train, depths, blocks, args.batch)
     judges = [] if group.rank() else distillation.lessons(backbone, held_out, depths, blocks)
     seconds = 60 * args.minutes if args.minutes else math.inf
     step = done
@@ -77,17 +86,25 @@ def run(args) -> int:
     if group.rank():
         return 0
     print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
-    tuned, estimate = tune_stream(backbone, stream)
+    tuned, estimate = tune_stream(backbone, stream) if args.tune else ({"drafts": UNTUNED}, None)
     facts = {"steps": step, "train_seconds": round(trained.seconds)} | tuned
     checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)
     forget(unfinished)
     figures = trained.figures | facts | {"parameters": trained.parameters}
-    figures |= {"predicted_speedup": estimate}
+    figures |= {"predicted_speedup": estimate} if args.tune else {}
     records.append(
         "stream", command=command(), settings=described(backbone, config, distil, args), figures=figures
     )
     print(f"Saved in {out}.")
     return 0
+
+
+def for_training(model) -> Backbone:
+    """The frozen model: a small one in float32, which half precision of states and logits would blur."""
+    backbone = Backbone.load(model)
+    if sum(w.size for _, w in tree_flatten(backbone.model.parameters())) <= SMALL:
+        backbone.model.set_dtype(mx.float32)
+    return backbone
 
 
 def settings(args) -> StreamConfig:
@@ -100,13 +117,38 @@ def settings(args) -> StreamConfig:
         rank=default.rank if args.rank is None else args.rank,
         ffn_width=default.ffn_width if args.ffn_width is None else args.ffn_width,
         deep=default.deep if args.deep is None else args.deep,
+        near=args.near,
         carry=args.carry,
     )
 
 
 def text(backbone: Backbone, corpus, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to learn from and rows to judge by: half from documents that no training has seen."""
+    """Rows to learn from, and rows to judge by from documents that no training has seen.
+
+    The model writes most of them, which takes minutes: they are kept in the cache folder for the next
+    training that asks for the same.
+    """
     all_documents = documents(Path(corpus) if corpus else download.corpus_folder())
+    asked = [WRITTEN, backbone.sha256, rows, seed, OWN, distillation.WINDOW, HELD_OUT_ROWS]
+    key = hashlib.sha256(json.dumps(asked).encode())
+    for d in all_documents:
+        key.update(f"{d.name}\0{d.text}\0".encode())
+    file = cache_dir() / f"text-{key.hexdigest()[:16]}.npz"
+    try:
+        with np.load(file) as kept:
+            return kept["train"], kept["held_out"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # none, or not whole
+    train, held_out = write(backbone, all_documents, rows, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.npz")
+    np.savez_compressed(temporary, train=train, held_out=held_out)
+    temporary.replace(file)
+    return train, held_out
+
+
+def write(backbone: Backbone, all_documents: list, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `text` keeps."""
 
     def tokens(held_out: bool) -> dict[str, np.ndarray]:
         ids: dict[str, list[int]] = {kind: [] for kind in KINDS}
@@ -165,7 +207,7 @@ def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: Dis
     depths |= {tau(l, 0, exit, backbone.depth, r) for l in range(exit + 1) for r in (base.rate, 1.0)}
     _, blocks = needs(AcceleratedStream(backbone, base))
     blocks |= set(range(exit))
-    lessons: list[Lesson] = distillation.lessons(backbone, train, depths, blocks)
+    lessons: list[Lesson] = distillation.lessons(backbone, train, depths, blocks, args.batch)
     judges = distillation.lessons(backbone, held_out, depths, blocks)
     rows = []
     print(f"{'form':24} {'numbers':>9} {'seconds':>7} {'agreement':>9} {'nats':>6} {'cos h_N':>7}")
@@ -199,6 +241,7 @@ def described(backbone: Backbone, config: StreamConfig, distil: DistilConfig, ar
         "model": model,
         "model_sha256": backbone.sha256,
         "rows": args.rows,
+        "batch": args.batch,
         **asdict(config),
         **asdict(distil),
     }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..backbone import Backbone, crop
 from ..errors import UserError
@@ -57,12 +58,12 @@ class DeedExits(nn.Module):
         """What the model's head reads at exit j: h_E (B, T, D) -> (B, T, D)."""
         return h + self.adapters[j](h)
 
-    def loss(self, lesson: Lesson) -> mx.array:
+    def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution of each next token, the mean of all exits (deep supervision)."""
         backbone, exits = self._backbone, self.config.exits
         final = lesson.states[backbone.depth]
-        logits = [backbone.head(self(lesson.states[exit], j)) for j, exit in enumerate(exits)]
-        return sum(divergence(backbone, each, final) for each in logits) / len(exits)
+        guesses = [self(lesson.states[exit], j) for j, exit in enumerate(exits)]
+        return sum(divergence(backbone, each, final, rng) for each in guesses) / len(exits)
 
 
 class Deed(Drafter):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
@@ -68,13 +69,13 @@ class DraftModel(nn.Module):
         """Depths of the model's states that the loss reads."""
         return {self._backbone.depth}
 
-    def loss(self, lesson: Lesson) -> mx.array:
+    def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution of each next token."""
         bias = causal_bias(*lesson.tokens.shape, self._shape)
         p = self.llama.parameters()
         x = hidden_states(p, lesson.tokens, bias, self._shape)
-        logits = x @ p["model"]["embed_tokens"]["weight"].T
-        return divergence(self._backbone, logits, lesson.states[self._backbone.depth])
+        final = lesson.states[self._backbone.depth]
+        return divergence(self._backbone, x, final, rng, lambda x: x @ p["model"]["embed_tokens"]["weight"].T)
 
 
 class TwoModels(Drafter):

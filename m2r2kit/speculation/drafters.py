@@ -118,14 +118,14 @@ class EarlyExit(Drafter):
         check_exit(backbone, exit)
         self.backbone, self.exit = backbone, exit
 
-    def _read(self, token: mx.array, cache: list, verified: int) -> tuple[mx.array, mx.array]:
+    def _read(self, token: mx.array, cache: list) -> tuple[mx.array, mx.array]:
         """What comes of one token (1, 1): the slow state at the exit (1, 1, D), and logits (1, 1, V)."""
         return self.backbone.read(token, cache, self.exit)
 
     def __call__(self, text, drafts, sampler, cache):
         draft, token = Draft(), as_row(text[-1])
         for _ in range(drafts):
-            h, logits = self._read(token, cache, len(text) - 1)
+            h, logits = self._read(token, cache)
             draft.states.append(h)
             token = draft.take(logits, sampler)
         return draft
@@ -134,8 +134,8 @@ class EarlyExit(Drafter):
 class M2R2(EarlyExit):
     """Reads the accelerated residual p_E, which stands for the end of the model.
 
-    In the last block below the exit the slow stream only leaves its keys for p, so the verification
-    begins there: the `exit` of this drafter is E - 1.
+    The verification begins where the drafts have left the slow stream (`AcceleratedStream.slow_depth`):
+    that, and not E, is the `exit` of this drafter.
 
     Args:
         exit: E, where p is read; by default the stream's first exit.
@@ -149,7 +149,7 @@ class M2R2(EarlyExit):
         self.backbone, self.stream, self.threshold = backbone, stream, threshold
         self.read_at = exit or stream.config.exits[0]
         stream.interval(self.read_at)  # refuses an exit that it was not trained for
-        self.exit = self.read_at - 1
+        self.exit = stream.slow_depth(self.read_at)
         self.learns = backbone.depth if stream.config.carry else None
         self._last = None  # the model's last state, of the newest verified token
         self._before = None  # the last state of the token before: the model's, then the draft's own
@@ -160,15 +160,18 @@ class M2R2(EarlyExit):
     def learn(self, states):
         self._last = states[:, -1:]
 
-    def _read(self, token, cache, verified):
-        h, self._before, logits = self.stream.read(token, cache, verified, self.read_at, self._before)
+    def _read(self, token, cache, verified, position):
+        h, self._before, logits = self.stream.read(
+            token, cache, verified, self.read_at, self._before, position
+        )
         return h, logits
 
     def __call__(self, text, drafts, sampler, cache):
         self._before = self._last
         draft, token, chance, sure = Draft(), as_row(text[-1]), 1.0, None
         while len(draft.tokens) < drafts:
-            h, logits = self._read(token, cache, len(text) - 1)
+            verified = len(text) - 1
+            h, logits = self._read(token, cache, verified, verified + len(draft.tokens))
             if self.exit:
                 draft.states.append(h)
             token = draft.take(logits, sampler)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
 from ..backbone import Backbone
@@ -21,7 +22,7 @@ class EagleConfig:
         align_weight: of 1 - cos(guess, h_N) in the loss.
     """
 
-    unroll: int = 2
+    unroll: int = 3
     align_weight: float = 0.1
 
     @classmethod
@@ -50,13 +51,13 @@ class EagleBlock(nn.Module):
         x = [self.norm_token(self._backbone.embed(tokens)), self.norm_state(states)]
         return self.block(mx.concatenate(x, axis=-1) @ self.fuse, mask, cache)
 
-    def loss(self, lesson: Lesson) -> mx.array:
+    def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution and 1 - cos to its state, from its states and from own guesses."""
         final = states = lesson.states[self._backbone.depth]
         total = 0.0
         for ahead in range(1, self.config.unroll + 1):
             states, target = self(lesson.tokens[:, ahead:], states[:, :-1]), final[:, ahead:]
-            total = total + divergence(self._backbone, self._backbone.head(states), target)
+            total = total + divergence(self._backbone, states, target, rng)
             total = total + self.config.align_weight * (1 - cosine(states, target)).mean()
         return total / self.config.unroll
 

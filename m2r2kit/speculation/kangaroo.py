@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
 from ..backbone import Backbone
@@ -49,10 +50,10 @@ class KangarooBlock(nn.Module):
         """h_E (B, T, D) -> what the head reads, normalised, (B, T, D)."""
         return self._backbone.norm(self.block(h, mask, cache)) * self.scale
 
-    def loss(self, lesson: Lesson) -> mx.array:
+    def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution of each next token."""
-        logits = self._backbone.unembed(self(lesson.states[self.config.exit]))
-        return divergence(self._backbone, logits, lesson.states[self._backbone.depth])
+        backbone, guess = self._backbone, self(lesson.states[self.config.exit])
+        return divergence(backbone, guess, lesson.states[backbone.depth], rng, backbone.unembed)
 
 
 class Kangaroo(Drafter):

@@ -47,8 +47,8 @@ class M2R2Tree(M2R2):
         check_rows(backbone)
         self.leaves = leaves
 
-    def _read(self, token, cache, verified):
-        h, logits = super()._read(token, cache, verified)
+    def _read(self, token, cache, verified, position):
+        h, logits = super()._read(token, cache, verified, position)
         self._logits.append(logits[0])
         return h, logits
 

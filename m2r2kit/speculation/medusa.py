@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..backbone import Backbone
 from ..lean_pass import lean_pass
@@ -50,14 +51,15 @@ class MedusaHeads(nn.Module):
         x = self._backbone.norm(h)
         return (x + nn.silu(x @ self.matrices + self.biases)).reshape(1, -1, x.shape[-1])
 
-    def loss(self, lesson: Lesson) -> mx.array:
+    def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
         """KL of each head to what the model says at its position, weighted."""
         h = lesson.states[self._backbone.depth]
         x, total, weights = self._backbone.norm(h), 0.0, 0.0
         for k in range(self.config.heads):
             here, weight = x[:, : -k - 1], self.config.decay**k
             y = here + nn.silu(here @ self.matrices[k] + self.biases[k])
-            total = total + weight * divergence(self._backbone, self._backbone.unembed(y), h[:, k + 1 :])
+            off = divergence(self._backbone, y, h[:, k + 1 :], rng, self._backbone.unembed)
+            total = total + weight * off
             weights += weight
         return total / weights
 

@@ -57,12 +57,13 @@ def train(
     seconds: float = math.inf,
 ) -> History:
     """Distil a peer from the model, with the optimiser and the rows of the accelerated stream."""
-    return distil(module, lambda m, lesson, _: m.loss(lesson), lessons, settings, report, seconds)
+    return distil(module, lambda m, lesson, rng: m.loss(lesson, rng), lessons, settings, report, seconds)
 
 
 def mean_loss(module: nn.Module, lessons: list[Lesson]) -> float:
     """Its loss on lessons, as when training."""
-    return float(np.mean([module.loss(lesson).item() for lesson in lessons]))
+    rng = np.random.default_rng(0)
+    return float(np.mean([module.loss(lesson, rng).item() for lesson in lessons]))
 
 
 def drafter(backbone: Backbone, kind: str, module: nn.Module) -> Drafter:
