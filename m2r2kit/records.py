@@ -160,7 +160,6 @@ def versions() -> dict:
 
 def machine() -> dict:
     """What computed: chip, cores, memory in GiB, system, device and BLAS of MLX."""
-    import mlx.core as mx
 
     from . import runtime
 
