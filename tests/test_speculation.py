@@ -50,7 +50,7 @@ class Scripted(EarlyExit):
         draft = drafters.Draft()
         token = mx.array([[text[-1]]])
         for i in range(drafts):
-            h, _ = self._read(token, cache, len(text) - 1)
+            h, _ = self._read(token, cache, len(text) - 1, len(text) - 1 + i)
             token = mx.array([[self.text[len(text) + i]]])
             draft.states.append(h)
             draft.tokens.append(token)
@@ -242,8 +242,8 @@ def test_a_draft_ends_where_it_is_no_longer_sure(carry, temperature, monkeypatch
     sure = []
     read = drafter._read
 
-    def watched(token, cache, verified):
-        h, logits = read(token, cache, verified)
+    def watched(*token):
+        h, logits = read(*token)
         sure.append(mx.softmax(logits[0, -1]))
         return h, logits
 

@@ -118,14 +118,15 @@ class EarlyExit(Drafter):
         check_exit(backbone, exit)
         self.backbone, self.exit = backbone, exit
 
-    def _read(self, token: mx.array, cache: list) -> tuple[mx.array, mx.array]:
-        """What comes of one token (1, 1): the slow state at the exit (1, 1, D), and logits (1, 1, V)."""
+    def _read(self, token: mx.array, cache: list, verified: int, position: int) -> tuple[mx.array, mx.array]:
+        """What comes of one token (1, 1) at a position, where `verified` positions are: the slow state at
+        the exit (1, 1, D), and logits (1, 1, V)."""
         return self.backbone.read(token, cache, self.exit)
 
     def __call__(self, text, drafts, sampler, cache):
-        draft, token = Draft(), as_row(text[-1])
-        for _ in range(drafts):
-            h, logits = self._read(token, cache)
+        draft, token, verified = Draft(), as_row(text[-1]), len(text) - 1
+        for ahead in range(drafts):
+            h, logits = self._read(token, cache, verified, verified + ahead)
             draft.states.append(h)
             token = draft.take(logits, sampler)
         return draft
