@@ -2,7 +2,9 @@
 
 import json
 import os
+from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -205,3 +207,10 @@ def test_claims_and_choices_are_complete():
 def test_only_two_numbers_are_the_papers():
     numbers = {r["paper"] for r in report.table() if r["unit"] != "yes"}
     assert numbers == {None, 2.8, 2.9}
+
+
+def test_a_gpu_is_named(monkeypatch):
+    assert records.device() == mx.default_device().type.name or records.device().startswith("gpu: ")
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Some GPU"})
+    assert records.device() == "gpu: Some GPU"
