@@ -164,7 +164,12 @@ def not_stopping(drafter: Drafter):
 
 
 def step_costs(
-    backbone: Backbone, drafter: Drafter, K: int, prompt: list[int], repeats: int = 15
+    backbone: Backbone,
+    drafter: Drafter,
+    K: int,
+    prompt: list[int],
+    repeats: int = 15,
+    accepted: int | None = None,
 ) -> tuple[float, float]:
     """(c, v) in plain steps: one draft of K, and one verification of K + 1 rows.
 
@@ -172,21 +177,30 @@ def step_costs(
     drafts and verification, and the verification alone; medians. The drafts are the difference.
     Who looks drafts up may find too few in this prompt; K + 1 rows are verified all the same.
     Of a prompt that ends too near the end of the context the beginning is taken.
+
+    Args:
+        accepted: drafts that the step before has accepted, K / 2 by default. A drafter with a cache of its
+            own reads them all with its first draft.
     """
+    kept = 1 + (K // 2 if accepted is None else accepted)
     with not_stopping(drafter):
-        return _step_costs(backbone, drafter, K, prompt[: max(1, backbone.context - MOST_DRAFTS)], repeats)
+        return _step_costs(
+            backbone, drafter, K, prompt[: max(1, backbone.context - MOST_DRAFTS)], repeats, kept
+        )
 
 
-def _step_costs(backbone, drafter, K, prompt, repeats):
+def _step_costs(backbone, drafter, K, prompt, repeats, kept):
     cache = backbone.new_cache(len(prompt) + MOST_DRAFTS)
     pending, length, greedy = prompt[-1], len(prompt) - 1, Sampler()
     drafter.begin(prompt, len(prompt) + MOST_DRAFTS)
-    if length > 1:  # one step before the last token, so that its drafter stands as in the midst of a text
-        read_prompt(backbone, drafter, prompt[:-1], cache)
-        *_, states = draft_and_verify(backbone, drafter, prompt[:-1], K, greedy, cache)
-        crop(cache, length)
+    if length > 1:  # first the step before, so that its drafter stands as in the midst of a text
+        kept = min(kept, length - 1)
+        read_prompt(backbone, drafter, prompt[:-kept], cache)
+        draft_and_verify(backbone, drafter, prompt[:-kept], K, greedy, cache)
+        crop(cache, length - kept)
+        _, states = verify(backbone, drafter, Draft(prompt[-kept:-1]), prompt[-kept - 1], cache)
         if drafter.learns is not None:
-            drafter.learn(states[:, :1])
+            drafter.learn(states)
     elif length:
         read_prompt(backbone, drafter, prompt, cache)
 
@@ -251,7 +265,7 @@ def compare(
         tau = (len(arm.accepted) + sum(arm.accepted)) / steps
         c, v, predicted = 0.0, 1.0, 1.0
         if made := sum(arm.drafted) / steps:  # fewer than K where a drafter stops by itself
-            c, v = step_costs(backbone, arm.drafter, max(1, round(made)), prompts[0])
+            c, v = step_costs(backbone, arm.drafter, max(1, round(made)), prompts[0], 15, round(tau) - 1)
             predicted = (prefill + arm.tokens) / (prefill + steps * (made * c + v))
         figures["arms"][arm.name] = {
             "tokens": arm.tokens,
