@@ -38,13 +38,14 @@ class StreamConfig:
             (shared-KV attention, own small FFN) or `adapter` (own small FFN only).
         exits: depths E_1 < E_2 < .. at which p is read; each begins a new interval, in which
             p starts again as h.
+        span: blocks of each interval, the last ones before its exit; None: all since the exit before.
         rate: R; None means that p reaches the end of the model at every exit. 1 is the control.
         rank: rank of the change of each base matrix; None is a full one, which in decoding costs
             nothing where it is merged; 0 leaves them all as they are.
         ffn_width: width of the fast block's own FFN; 0 switches it off, and None is the form's
             own: none for `block`, 4 D for the others.
-        deep: p attends to the slow keys and values of the block at this share of the depth
-            (0.25: block N / 4), of all tokens that the model has already verified; 0: it does not.
+        deep: p attends to the slow keys and values of the block at this share of the way from a to N
+            (0.25 with a = 0: block N / 4), of all tokens that the model has already verified; 0: it does not.
         near: the form `block` also attends to those of its own block l, drafted tokens included,
             as it does in any case where `deep` is 0, and as the form `attention` always does. Where
             p does not, a draft needs nothing of the slow stream but what the model has verified.
@@ -53,6 +54,7 @@ class StreamConfig:
 
     form: str = "block"
     exits: tuple[int, ...] = (1,)
+    span: int | None = None
     rate: float | None = None
     rank: int | None = None
     ffn_width: int | None = None
@@ -62,8 +64,9 @@ class StreamConfig:
 
 
 def intervals(config: StreamConfig) -> list[tuple[int, int]]:
-    """The (a, b) of each interval: 0..E_1, E_1..E_2, .."""
-    return list(zip((0, *config.exits[:-1]), config.exits, strict=True))
+    """The (a, b) of each interval: 0..E_1, E_1..E_2, .., or their last `span` blocks."""
+    ends = zip((0, *config.exits[:-1]), config.exits, strict=True)
+    return [(max(a, b - (config.span or b)), b) for a, b in ends]
 
 
 def reads_near(config: StreamConfig) -> bool:
@@ -95,14 +98,16 @@ class AcceleratedStream(nn.Module):
         super().__init__()
         check(backbone, config)
         self._backbone, self.config = backbone, config
-        read = min(round(config.deep * backbone.depth), backbone.depth - 1) if config.deep else None
-        near = reads_near(config)
-        self.fast = [FastBlock(backbone, l, read, near, config) for l in range(config.exits[-1])]
+        N, near = backbone.depth, reads_near(config)
+        blocks = [(l, a) for a, b in intervals(config) for l in range(a, b)]
+        reads = [min(round(a + config.deep * (N - a)), N - 1) if config.deep else None for _, a in blocks]
+        self.fast = [FastBlock(backbone, l, r, near, config) for (l, _), r in zip(blocks, reads, strict=True)]
         if config.carry:
             self.carry = Carry(backbone.width)
         # plain attributes, as MLX takes a module's dicts and lists for parameters
         object.__setattr__(self, "_traced", {})
         object.__setattr__(self, "_places", places(self))
+        object.__setattr__(self, "_at", {l: block for (l, _), block in zip(blocks, self.fast, strict=True)})
 
     def parameter_count(self) -> int:
         """Numbers that training changes."""
@@ -149,7 +154,7 @@ class AcceleratedStream(nn.Module):
             before = shifted(states[self._backbone.depth]) if before is None else before
             p = [p[0] + self.carry(before).astype(p[0].dtype)]
         for l in range(a, b):
-            block = self.fast[l]
+            block = self._at[l]
             deep = (*cache[block.read].keys_and_values(), 0, deep_mask) if self.config.deep else None
             near = (SharedKV(cache[l], T), mask) if reads_near(self.config) else None
             p.append(block(p[-1], near, deep))
@@ -196,10 +201,23 @@ class AcceleratedStream(nn.Module):
 
     def _body(self, kind, x, cache, verified, position, a, b, merged, before=None):
         """A step of one of the `kind`s above, through the blocks a..b-1 as `merged` if there are such."""
-        h = last = self._backbone.run(self._backbone.embed(x) if kind == "read" else x, cache, 0, a)
-        p = h if before is None or a > 0 else h + self.carry(before).astype(h.dtype)
+        h = self._backbone.run(self._backbone.embed(x) if kind == "read" else x, cache, 0, a)
+        last, p = self.accelerate(h, cache, verified, position, b, before, merged)
+        return (last, p) if kind == "step" else (last, p, self._backbone.head(p))
+
+    def accelerate(self, h, cache, verified, position, exit: int, before=None, merged: dict | None = None):
+        """One token of each sequence through the interval a..b that ends at an exit: h_a (B, 1, D) ->
+        h at `slow_depth`, p_b, each (B, 1, D); arguments as for `step`.
+
+        Args:
+            merged: what `FastBlock.merged` gave for the blocks, to be passed in their places.
+        """
+        a, b = self.interval(exit)
+        p = last = h
+        if before is not None and a == 0:
+            p = h + self.carry(before).astype(h.dtype)
         for l in range(a, b):
-            block, near, deep = self.fast[l], None, None
+            block, near, deep = self._at[l], None, None
             if self.config.deep:
                 keys, values, deep_mask = seen(cache[block.read], verified)
                 deep = (keys, values, position, deep_mask)
@@ -208,7 +226,7 @@ class AcceleratedStream(nn.Module):
                 h = self._backbone.run(h, cache, l, l + 1)  # lazy: of the last block only its keys
                 near = SharedKV(cache[l], 1), mask
             p = block(p, near, deep, merged[l] if merged else None)
-        return (last, p) if kind == "step" else (last, p, self._backbone.head(p))
+        return last, p
 
     def _compiled(self, kind: str, a: int, b: int) -> Traced:
         """A step compiled, and anew when training has put other weights in place."""
@@ -216,8 +234,8 @@ class AcceleratedStream(nn.Module):
         known, traced = self._traced.get((kind, b), ([], None))
         if traced is None or any(x is not y for x, y in zip(known, weights, strict=True)):
             mx.eval(weights)  # or the compiled pass would make them anew each time
-            merged = {l: self.fast[l].merged() for l in range(a, b)}
-            reads = [self.fast[l].read for l in range(a, b)] if self.config.deep else ()
+            merged = {l: self._at[l].merged() for l in range(a, b)}
+            reads = [self._at[l].read for l in range(a, b)] if self.config.deep else ()
 
             def body(entries, x, verified, position, *more):
                 return self._body(kind, x, entries, verified, position, a, b, merged, *more)
@@ -261,6 +279,8 @@ def check(backbone: Backbone, config: StreamConfig) -> None:
         raise UserError(f"Exits must rise and lie between 1 and {backbone.depth - 1}; got {exits}.")
     if config.rate is not None and not (math.isfinite(config.rate) and config.rate >= 1):
         raise UserError(f"The rate must be at least 1; got {config.rate}.")
+    if config.span is not None and config.span < 1:
+        raise UserError(f"An interval spans at least one block; got {config.span}.")
     if (config.rank or 0) < 0 or (config.ffn_width or 0) < 0:
         raise UserError("Neither the rank nor the FFN's width can be negative.")
     if not 0 <= config.deep <= 1:

@@ -78,9 +78,10 @@ def teach(backbone: Backbone, windows: np.ndarray, depths: set[int], blocks: set
 def needs(stream: AcceleratedStream) -> tuple[set[int], set[int]]:
     """Depths of the states, and blocks of the keys, that training a stream asks the teacher for."""
     depth, config = stream._backbone.depth, stream.config
-    depths, blocks = {depth, *range(config.exits[-1] + 1)}, set(range(config.exits[-1]))
+    depths, blocks = {depth}, set()
     for a, b in intervals(config):
-        depths |= {tau(l, a, b, depth, config.rate) for l in range(a, b + 1)}
+        depths |= {*range(a, b + 1), *(tau(l, a, b, depth, config.rate) for l in range(a, b + 1))}
+        blocks |= set(range(a, b))
     if config.deep:
         blocks |= {f.read for f in stream.fast}
     return depths, blocks
