@@ -1,0 +1,76 @@
+"""ARLA, the exit router of M2R2: it looks at the trajectory of the accelerated residual.
+
+The paper names it and gives no more; our reading is *accelerated residual latent attention*
+(`data/paper/choices.toml`). Every state on the way, those where an interval began and those read at its
+end, is projected to a few latent numbers; the newest attends to all of them; a small layer reads from
+both how likely it is that the head is right here. No head is evaluated for it: with a vocabulary of
+4,096 that would cost as much as three blocks of the pocket model, and this a tenth of one.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .gates import Gate, Seen
+
+SEES = ("starts", "states")
+
+
+@dataclass(frozen=True)
+class ArlaConfig:
+    """Settings of the router.
+
+    Attributes:
+        exits: how many exits it knows.
+        latent: latent numbers of a state.
+        sees: which residuals: `states`, what is read at the exits, and `starts`, the slow ones from
+            which that was made.
+        threshold: probability at which a token leaves, where nothing else is asked for.
+    """
+
+    exits: int = 4
+    latent: int = 32
+    sees: tuple[str, ...] = SEES
+    threshold: float = 0.9
+
+
+class Arla(Gate):
+    """The router: (exit's number j, what is seen) -> probability of being right, (B, T, 1)."""
+
+    def __init__(self, width: int, config: ArlaConfig):
+        super().__init__()
+        self.config, self._width = config, width
+        L, kinds = config.latent, len(config.sees)
+        self.norms = [nn.RMSNorm(width) for _ in config.sees]
+        self.down = [mx.random.normal((config.exits, width, L)) * width**-0.5 for _ in config.sees]
+        self.place = mx.random.normal((config.exits, kinds, L)) * 0.1
+        self.query = mx.random.normal((L, L)) * L**-0.5
+        self.key = mx.random.normal((L, L)) * L**-0.5
+        self.hidden = nn.Linear(2 * L, L)
+        self.out = mx.zeros((config.exits, L))
+        self.bias = mx.zeros((config.exits,))
+
+    def latents(self, j: int, seen: Seen) -> list[mx.array]:
+        """The latent numbers of exit j, one (B, T, L) for each kind of residual that is seen."""
+        return [
+            norm(getattr(seen, kind)[j]) @ down[j] + self.place[j, i]
+            for i, (kind, norm, down) in enumerate(zip(self.config.sees, self.norms, self.down, strict=True))
+        ]
+
+    def logit(self, j: int, seen: Seen) -> mx.array:
+        """Log odds of being right, (B, T, 1)."""
+        known = [x for i in range(j + 1) for x in self.latents(i, seen)]
+        newest, all_of_them = known[-1], mx.stack(known, axis=-2)  # (B, T, n, L)
+        scores = ((newest @ self.query)[..., None, :] * (all_of_them @ self.key)).sum(-1)
+        weights = mx.softmax(scores * self.config.latent**-0.5, axis=-1)
+        attended = (weights[..., None] * all_of_them).sum(-2)
+        x = nn.silu(self.hidden(mx.concatenate([newest, attended], axis=-1)))
+        return (x * self.out[j]).sum(-1, keepdims=True) + self.bias[j]
+
+    def __call__(self, j, seen):
+        return mx.sigmoid(self.logit(j, seen))
+
+    def macs(self, j):
+        L, n = self.config.latent, len(self.config.sees) * (j + 1)
+        return len(self.config.sees) * self._width * L + L * L * (1 + n) + 2 * L * L + 3 * n * L

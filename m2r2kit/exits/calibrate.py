@@ -1,0 +1,95 @@
+"""A threshold with a promise: learn then test.
+
+The share of a text's tokens that differ from the whole model's is at most the asked risk, on average over
+texts, unless the calibration texts were a sample that comes up once in 1 / (1 - confidence) times. Thresholds
+are tested from the safest down, each with a p-value that holds for any loss between 0 and 1, and the last one
+before a test fails is taken (Angelopoulos et al. 2021, arXiv 2110.01052; CALM, arXiv 2207.07061, section 3).
+"""
+
+import math
+
+import numpy as np
+
+from ..errors import UserError
+
+
+def p_value(losses: np.ndarray, risk: float) -> float:
+    """How likely losses so low would be if their true mean lay above `risk` (Hoeffding-Bentkus).
+
+    Args:
+        losses: one a text, each between 0 and 1, (n,).
+    """
+    n, mean = len(losses), float(np.mean(losses))
+    if mean >= risk:
+        return 1.0
+    distance = mean * math.log(mean / risk) if mean > 0 else 0.0
+    distance += (1 - mean) * math.log((1 - mean) / (1 - risk))
+    return min(1.0, math.exp(-n * distance), math.e * binomial_below(math.ceil(n * mean), n, risk))
+
+
+def binomial_below(k: int, n: int, p: float) -> float:
+    """P(X <= k) for X of n trials with chance p each."""
+    logs = [
+        math.lgamma(n + 1)
+        - math.lgamma(i + 1)
+        - math.lgamma(n - i + 1)
+        + i * math.log(p)
+        + (n - i) * math.log1p(-p)
+        for i in range(k + 1)
+    ]
+    return min(1.0, math.fsum(map(math.exp, logs)))
+
+
+def texts_needed(risk: float, confidence: float) -> int:
+    """Texts without which not even a gate that never errs could be promised to keep the risk."""
+    return math.ceil(math.log(1 - confidence) / math.log(1 - risk))
+
+
+def check(risk: float, confidence: float, texts: int) -> None:
+    """Refuse a promise that cannot be given, in one sentence."""
+    for name, value in (("risk", risk), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise UserError(f"The {name} must lie between 0 and 1, ends excluded; got {value}.")
+    if texts < (least := texts_needed(risk, confidence)):
+        raise UserError(
+            f"{texts} texts are too few to promise a risk of {risk} with a confidence of {confidence}; "
+            f"calibrate with at least {least}."
+        )
+
+
+def calibrate(thresholds, losses: np.ndarray, risk: float, confidence: float) -> float | None:
+    """The lowest threshold that keeps the promise; None if not even the highest does.
+
+    Args:
+        thresholds: highest (safest) first, (m,).
+        losses: of each threshold on each text, (m, n).
+
+    Raises:
+        UserError: a risk or a confidence outside (0, 1), or too few texts for them.
+    """
+    check(risk, confidence, losses.shape[1])
+    found = None
+    for threshold, row in zip(thresholds, losses, strict=True):
+        if p_value(row, risk) > 1 - confidence:
+            break
+        found = float(threshold)
+    return found
+
+
+def holds(thresholds, losses: np.ndarray, risk: float, confidence: float, times: int = 100, seed: int = 0):
+    """How often the promise holds on fresh texts: calibrated on one half of the texts drawn at random, and
+    looked at on the other, `times` times.
+
+    Returns:
+        (share of the times that the mean loss of the fresh half was at most `risk`; where no threshold was
+        found all tokens pass all blocks, and it holds, mean loss of the fresh halves).
+    """
+    rng, kept, seen = np.random.default_rng(seed), 0, []
+    for _ in range(times):
+        order = rng.permutation(losses.shape[1])
+        half, fresh = np.array_split(order, 2)
+        chosen = calibrate(thresholds, losses[:, half], risk, confidence)
+        loss = 0.0 if chosen is None else float(losses[list(thresholds).index(chosen), fresh].mean())
+        kept += loss <= risk
+        seen.append(loss)
+    return kept / times, float(np.mean(seen))

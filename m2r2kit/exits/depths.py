@@ -1,0 +1,145 @@
+"""Two peers that change the depth without exits: fewer blocks for all, and blocks that skip tokens.
+
+| peer | what runs |
+|---|---|
+| `Shallow` | the first blocks only, each with a change of its matrices, and the head |
+| `MixtureOfDepths` | all blocks, but a router before every second one lets tokens pass by it |
+
+The model stays frozen; the changes are trained as the stream is, on the same rows. Mixture-of-depths
+(Raposo et al. 2024, arXiv 2404.02258) picks a share of each batch's tokens when it is trained, which looks
+at later tokens and saves nothing in decoding; here each token is judged by itself, as at decoding in that
+paper. A token that passes by still leaves its keys and values there: without them a frozen model suffers
+far more.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..backbone import Backbone
+from ..fast_blocks import Changed, _changed, _new_deltas
+from ..training import DistilConfig, Lesson
+from .forced import Outcome, Texts
+from .learn import compared
+
+
+class ChangedBlock(nn.Module):
+    """A frozen block with a trained change of its matrices, of some rank or full."""
+
+    def __init__(self, block: nn.Module, rank: int | None):
+        super().__init__()
+        self.deltas = _new_deltas(block, rank)
+        self._base = _changed(
+            block, lambda m, name: Changed(m, self.deltas[name]) if name in self.deltas else m
+        )
+
+    def __call__(self, h, mask=None, cache=None):
+        return self._base(h, mask, cache=cache)
+
+
+@dataclass(frozen=True)
+class ShallowConfig:
+    """Settings of `Shallow`: how many blocks, and the rank of their change (None: full)."""
+
+    blocks: int = 4
+    rank: int | None = None
+
+
+class Shallow(nn.Module):
+    """The first blocks of a model, trained to say what all of them say."""
+
+    def __init__(self, backbone: Backbone, config: ShallowConfig):
+        super().__init__()
+        self._backbone, self.config = backbone, config
+        self.blocks = [ChangedBlock(b, config.rank) for b in backbone.blocks[: config.blocks]]
+
+    def __call__(self, tokens: mx.array, threshold: float = 0.5):
+        """(last states (B, T, D), blocks run of each token (B, T))."""
+        h = self._backbone.embed(tokens)
+        for block in self.blocks:
+            h = block(h, "causal")
+        return h, mx.full(tokens.shape, len(self.blocks))
+
+    def loss(self, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
+        return of_end(self._backbone, self(lesson.tokens)[0], lesson, settings, rng)
+
+
+@dataclass(frozen=True)
+class DepthsConfig:
+    """Settings of `MixtureOfDepths`.
+
+    Attributes:
+        every: a router before each block whose number divided by this leaves `every` - 1.
+        capacity: share of the tokens that a routed block is trained to take.
+        rank: of the change of every block.
+        weight: of the squared distance from that share in the loss.
+    """
+
+    every: int = 2
+    capacity: float = 0.25
+    rank: int = 16
+    weight: float = 20.0
+
+
+class MixtureOfDepths(nn.Module):
+    """A model whose tokens pass by some blocks, each as a router of one linear layer says."""
+
+    def __init__(self, backbone: Backbone, config: DepthsConfig):
+        super().__init__()
+        self._backbone, self.config = backbone, config
+        self.blocks = [ChangedBlock(b, config.rank) for b in backbone.blocks]
+        routed = [l for l in range(backbone.depth) if l % config.every == config.every - 1]
+        self._routed = {l: i for i, l in enumerate(routed)}
+        self.norm = nn.RMSNorm(backbone.width)
+        self.routers = mx.zeros((len(routed), backbone.width))
+        self.bias = mx.zeros((len(routed),)) + 1.0
+
+    def score(self, l: int, h: mx.array) -> mx.array | None:
+        """How much a token needs block l, 0..1, (B, T, 1); None for blocks that take all."""
+        if l not in self._routed:
+            return None
+        i = self._routed[l]
+        return mx.sigmoid((self.norm(h) * self.routers[i]).sum(-1, keepdims=True) + self.bias[i])
+
+    def __call__(self, tokens: mx.array, threshold: float = 0.5, shares: list | None = None):
+        """(last states (B, T, D), blocks run of each token (B, T)); `shares` gets each router's mean."""
+        h, run = self._backbone.embed(tokens), mx.zeros(tokens.shape)
+        for l, block in enumerate(self.blocks):
+            score, new = self.score(l, h), block(h, "causal")
+            if score is None:
+                h, run = new, run + 1
+                continue
+            hard = (score > threshold).astype(h.dtype)
+            run = run + hard[..., 0]
+            take = hard + score - mx.stop_gradient(score)  # the gradient as if it were soft
+            h = h + take * (new - h)
+            if shares is not None:
+                shares.append(score.mean())
+        return h, run
+
+    def loss(self, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
+        shares: list = []
+        h, _ = self(lesson.tokens, shares=shares)
+        off = mx.stack(shares).mean() - self.config.capacity
+        return of_end(self._backbone, h, lesson, settings, rng) + self.config.weight * off * off
+
+
+def of_end(backbone: Backbone, h, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
+    """KL from the whole model at some tokens."""
+    width, final = backbone.width, lesson.states[backbone.depth]
+    count = min(settings.positions * lesson.tokens.shape[0], lesson.tokens.size)
+    some = mx.array(rng.choice(lesson.tokens.size, count, replace=False))
+    return compared(backbone, h.reshape(-1, width)[some], final.reshape(-1, width)[some])
+
+
+def along(backbone: Backbone, model, texts: Texts, threshold: float = 0.5) -> Outcome:
+    """What such a model would say along texts; `blocks` of the outcome are those that each token ran."""
+    tokens = mx.array(texts.tokens)
+    h, run = model(tokens[:, :-1], threshold)
+    logits, answer = backbone.head(h), tokens[:, 1:]
+    right = mx.argmax(logits, axis=-1) == answer
+    nats = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
+    gated = texts.gated
+    return Outcome(gated, np.zeros(gated.shape, int), np.array(right), np.array(nats), np.array(run))

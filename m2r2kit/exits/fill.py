@@ -1,0 +1,103 @@
+"""What later tokens find in the blocks that a token has skipped.
+
+A token that leaves at E_j has no keys and values in the blocks above. Each fill says which state
+enters block l in its place; the block's own matrices make keys and values of it, and nothing else
+of the block is computed.
+
+| fill | state that stands for h_l | source |
+|---|---|---|
+| `copy` | the slow state at the exit | CALM, Schuster et al. 2022 |
+| `p` | what the head read there: the accelerated residual, which stands for h_N | ours |
+| `linear` | a low-rank map for each block, from both and the last state of the token before | ours |
+
+Two more ways need no state: run the skipped tokens along with the next one that goes deep
+(`decode.py`, as FREE and EE-LLM do), or never go deeper again (`gates.Schedule`).
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..training import shifted
+
+FILLS = ("copy", "p", "linear")
+
+
+class Fill(nn.Module):
+    """(block l, exit's number j, slow state there, what was read there, last state of the token before),
+    each state (B, T, D) -> the state that stands for h_l. This one is `copy` or `p`; nothing to train."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def __call__(self, l: int, j: int, h: mx.array, p: mx.array, before: mx.array) -> mx.array:
+        return h if self.kind == "copy" else p
+
+    def macs(self, l: int, j: int) -> int:
+        """Products and sums for block l, its key and value matrices not counted."""
+        return 0
+
+
+class LinearFill(Fill):
+    """norm([h, p, before]) U_j V_jl: what the three say of h_l, squeezed through `rank` numbers.
+
+    Only the direction matters, as every block begins with a norm.
+    """
+
+    def __init__(self, starts: tuple[int, ...], depth: int, width: int, rank: int):
+        super().__init__("linear")
+        self._starts = tuple(starts)
+        self.down = [mx.zeros((3 * width, rank)) for _ in starts]
+        self.up = [mx.zeros((depth - start, rank, width)) for start in starts]
+
+    def __call__(self, l, j, h, p, before):
+        return (features(h, p, before) @ self.down[j]) @ self.up[j][l - self._starts[j]]
+
+    def macs(self, l, j):
+        shared = self.down[j].size if l == self._starts[j] else 0  # once for all blocks
+        return shared + self.up[j][0].size
+
+
+def unit(x: mx.array) -> mx.array:
+    """x with a root mean square of 1 in the last axis."""
+    return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+
+def features(h: mx.array, p: mx.array, before: mx.array) -> mx.array:
+    """(B, T, 3 D) of three states."""
+    return mx.concatenate([unit(h), unit(p), unit(before)], axis=-1)
+
+
+def fit_linear(reader, lessons, depth: int, width: int, rank: int) -> LinearFill:
+    """A `LinearFill` by reduced-rank regression on texts of the whole model (Izenman 1975), exactly.
+
+    Args:
+        lessons: an iterable; each holds the slow states of all depths 0..N.
+        rank: at most 3 D.
+    """
+    J = len(reader.exits)
+    left = np.zeros((J, 3 * width, 3 * width))
+    right = [np.zeros((depth - start, 3 * width, width)) for start in reader.starts]
+    for lesson in lessons:
+        targets = [np.array(unit(lesson.states[l]), np.float64).reshape(-1, width) for l in range(depth)]
+        before = shifted(lesson.states[depth])
+        for j, start in enumerate(reader.starts):
+            x = features(lesson.states[start], reader.over(j, lesson), before)
+            x = np.array(x, np.float64).reshape(-1, 3 * width)
+            left[j] += x.T @ x
+            for l in range(start, depth):
+                right[j][l - start] += x.T @ targets[l]
+    fill = LinearFill(reader.starts, depth, width, rank)
+    for j in range(J):
+        a = left[j] + 1e-4 * np.trace(left[j]) / len(left[j]) * np.eye(3 * width)
+        values, vectors = np.linalg.eigh(a)
+        back = vectors * values**-0.5 @ vectors.T
+        seen = back @ np.concatenate(list(right[j]), axis=1)  # of the whitened features, all blocks
+        _, basis = np.linalg.eigh(seen @ seen.T)
+        basis = basis[:, -rank:]
+        fill.down[j] = mx.array((back @ basis).astype(np.float32))
+        up = (basis.T @ seen).reshape(rank, -1, width).swapaxes(0, 1)
+        fill.up[j] = mx.array(np.ascontiguousarray(up, dtype=np.float32))
+    mx.eval(fill.parameters())
+    return fill

@@ -1,0 +1,163 @@
+"""What a gate would do along given texts, many at once: depth, agreement and loss of every token.
+
+The texts are the whole model's own (prompt and greedy answer). Each answer's tokens pass the exits
+as they would in decoding, and what a token leaves in the blocks that it skips is what later tokens
+find there; only the token that follows is the given one. All rows run through all blocks, so this
+shows quality and depth, and no time; `decode.py` has the time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..backbone import Backbone
+from ..fixed_cache import Traced
+from .fill import Fill
+from .gates import Gate, Seen
+
+
+@dataclass
+class Texts:
+    """Rows of text by the whole model.
+
+    Attributes:
+        tokens: int32 (B, T), prompt and answer; what follows a row's end is never looked at.
+        first: (B,) position whose token is the first to be gated: the last of the prompt.
+        end: (B,) positions that count, the last token being only an answer.
+    """
+
+    tokens: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+
+    @property
+    def gated(self) -> np.ndarray:
+        """bool (B, T - 1): positions that stand before an exit."""
+        at = np.arange(self.tokens.shape[1] - 1)
+        return (at >= self.first[:, None]) & (at < self.end[:, None])
+
+    def part(self, rows) -> "Texts":
+        """Some of the rows."""
+        end = int(self.end[rows].max()) + 1
+        return Texts(self.tokens[rows, :end], self.first[rows], self.end[rows])
+
+
+@dataclass
+class Outcome:
+    """What came of a gate along texts; each (B, T - 1), meaningful where `gated`.
+
+    Attributes:
+        exit: number of the exit taken, J where all blocks ran.
+        right: whether the token given is the one that the whole model gives.
+        nats: cross-entropy of that token.
+        blocks: run for it, where that is not the exit's to say.
+    """
+
+    gated: np.ndarray
+    exit: np.ndarray
+    right: np.ndarray
+    nats: np.ndarray
+    blocks: np.ndarray | None = None
+
+    @property
+    def agreement(self) -> float:
+        return float(self.right[self.gated].mean())
+
+
+class ForcedPass:
+    """A gate and a fill, compiled for one token of many texts.
+
+    Args:
+        reader: of `readers.py`.
+        gate: of `gates.py`, or ARLA.
+        fill: of `fill.py`.
+    """
+
+    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill):
+        self.backbone, self.reader, self.gate, self.fill = backbone, reader, gate, fill
+        self.traced = Traced(self._step, backbone.depth, range(backbone.depth))
+
+    def _step(self, entries, token, gated, before, progress, chance, answer, threshold):
+        """One token of each row: (exit's number, what the head reads, right, nats)."""
+        backbone, reader = self.backbone, self.reader
+        position = entries[0].offset
+        mask = entries[0].make_mask(1)
+        seen = Seen(backbone.head, progress, chance, answer)
+        h = backbone.embed(token)
+        J = len(reader.exits)
+        left, number = mx.zeros(gated.shape, mx.bool_), mx.full(gated.shape, J)
+        fillings: list[tuple] = []
+        taken = h
+        for l in range(backbone.depth):
+            for j in [j for j, start in enumerate(reader.starts) if start == l]:
+                seen.starts.append(h)
+                seen.states.append(reader.at(j, h, entries, position, before))
+                go = gated & ~left & (self.gate(j, seen) >= threshold)
+                taken = mx.where(go, seen.states[-1], taken)
+                number = mx.where(go, j, number)
+                left = left | go
+                fillings.append((j, go, h, seen.states[-1]))
+            x = h
+            for j, go, start, p in fillings:
+                x = mx.where(go, self.fill(l, j, start, p, before), x)
+            h = backbone.blocks[l](x, mask, cache=entries[l])
+        read = mx.where(left, taken, h)
+        logits = backbone.head(read)
+        right = mx.argmax(logits, axis=-1) == answer
+        chosen = mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
+        return number[..., 0], read, right, mx.logsumexp(logits, axis=-1) - chosen
+
+    def __call__(
+        self,
+        texts: Texts,
+        threshold: float,
+        seed: int = 0,
+        longest: int = 128,
+        report: Callable | None = None,
+    ) -> Outcome:
+        """Run along texts; at an answer of `longest` tokens a schedule has come to its end."""
+        B, T = texts.tokens.shape
+        cache = self.backbone.new_cache(T, B)
+        rng, gated, first = np.random.default_rng(seed), texts.gated, int(texts.first.min())
+        tokens = mx.array(texts.tokens)
+        before = mx.zeros((B, 1, self.backbone.width))
+        if first:  # the beginning that no row gates, in one pass
+            before = self.backbone.run(self.backbone.embed(tokens[:, :first]), cache)[:, -1:]
+        out = []
+        for t in range(first, T - 1):
+            progress = np.clip((t - texts.first) / longest, 0, 1).astype(np.float32)[:, None, None]
+            number, before, right, nats = self.traced(
+                cache,
+                tokens[:, t : t + 1],
+                mx.array(gated[:, t, None, None]),
+                before,
+                mx.array(progress),
+                mx.array(rng.random((B, 1, 1), dtype=np.float32)),
+                tokens[:, t + 1 : t + 2],
+                mx.array(threshold, mx.float32),
+            )
+            mx.eval(number, before, right, nats, [(c.keys, c.values) for c in cache])
+            out.append([np.array(x)[:, 0] for x in (number, right, nats)])
+            if report:
+                report(B)
+        exit, right, nats = (
+            np.pad(np.stack([row[i] for row in out], axis=1), [(0, 0), (first, 0)]) for i in range(3)
+        )
+        return Outcome(gated, exit, right.astype(bool), nats)
+
+
+def texts_of(backbone: Backbone, prompts: list[list[int]], max_tokens: int) -> Texts:
+    """The whole model's greedy answers to prompts, as rows; an answer ends with its end-of-text mark."""
+    from ..own_text import continue_greedily
+
+    length = max(map(len, prompts)) + max_tokens
+    rows = continue_greedily(backbone, [np.array(p, np.int32) for p in prompts], length)
+    first = np.array([len(p) - 1 for p in prompts])
+    end = np.minimum(first + max_tokens, length - 1)
+    for row, (tokens, start) in enumerate(zip(rows, first, strict=True)):
+        stops = np.flatnonzero(np.isin(tokens[start + 1 :], list(backbone.eos)))
+        if len(stops):
+            end[row] = min(end[row], start + 1 + stops[0])
+    return Texts(rows, first, end)

@@ -1,0 +1,118 @@
+"""Who decides that a token may leave at an exit: a score, and a threshold that it has to reach.
+
+| gate | score at exit E_j | source |
+|---|---|---|
+| `Static` | 1 at one exit, 0 before it | - |
+| `Confidence` | difference of the two largest probabilities | CALM, Schuster et al. 2022 |
+| `Saturation` | cosine of what is read here and at the exit before | CALM |
+| `Schedule` | how late in the text the token stands | SkipDecode, Del Corro et al. 2023 |
+| `Chance` | a random number | control |
+| `Oracle` | 1 if the head would be right, which nobody knows beforehand | bound |
+
+ARLA, which looks at the trajectory of the accelerated residual, is in `arla.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..training import cosine
+
+
+@dataclass
+class Seen:
+    """What is known of one token of each of B sequences when it stands at an exit.
+
+    Attributes:
+        starts: the slow states from which it was read at each exit so far, (B, 1, D) each.
+        states: what was read there, (B, 1, D) each; the last is that of the exit in question.
+        head: state -> logits (B, 1, V).
+        progress: share of the longest text that lies before the token, (B, 1, 1).
+        chance: a random number of 0..1, (B, 1, 1).
+        answer: the token that the whole model gives, (B, 1), for who may know it.
+    """
+
+    head: Callable
+    progress: Any
+    chance: Any = None
+    answer: Any = None
+    starts: list = field(default_factory=list)
+    states: list = field(default_factory=list)
+
+
+class Gate(nn.Module):
+    """(exit's number, what is seen) -> score (B, 1, 1); a token leaves where it reaches the threshold."""
+
+    probes = False  # whether it needs the head's logits at each exit that it looks at
+
+    def __call__(self, j: int, seen: Seen) -> mx.array:
+        raise NotImplementedError
+
+    def macs(self, j: int) -> int:
+        """Products and sums of one look at exit j, without the head's."""
+        return 0
+
+
+class Static(Gate):
+    """Always the same exit."""
+
+    def __init__(self, j: int):
+        super().__init__()
+        self.j = j
+
+    def __call__(self, j, seen):
+        return mx.full(seen.progress.shape, float(j >= self.j))
+
+
+class Confidence(Gate):
+    """Difference of the two largest probabilities (CALM's softmax response)."""
+
+    probes = True
+
+    def __call__(self, j, seen):
+        logits = seen.head(seen.states[-1])
+        first = logits.max(-1, keepdims=True)
+        second = mx.where(logits == first, -mx.inf, logits).max(-1, keepdims=True)
+        total = mx.exp(logits - first).sum(-1, keepdims=True)
+        return (1 - mx.exp(second - first)) / total
+
+
+class Saturation(Gate):
+    """How little the state still changes; at the first exit there is nothing to compare with."""
+
+    def __call__(self, j, seen):
+        if j == 0:
+            return mx.zeros_like(seen.progress) - 1
+        return cosine(seen.states[-1], seen.states[-2])[..., None]
+
+
+class Schedule(Gate):
+    """The later in the text, the earlier the exit: E_j from the share (N - E_j) / (N - E_1) of the text on,
+    times the threshold. Depth never rises, so no block's keys are ever missing."""
+
+    def __init__(self, depth: int, exits: tuple[int, ...]):
+        super().__init__()
+        self.shares = [(depth - exit) / (depth - exits[0]) for exit in exits]
+
+    def __call__(self, j, seen):
+        return seen.progress / self.shares[j]
+
+
+class Chance(Gate):
+    """A coin."""
+
+    def __call__(self, j, seen):
+        return seen.chance
+
+
+class Oracle(Gate):
+    """Knows the whole model's answer; leaves where the head would give it."""
+
+    probes = True
+
+    def __call__(self, j, seen):
+        right = mx.argmax(seen.head(seen.states[-1]), axis=-1) == seen.answer
+        return right.astype(mx.float32)[..., None]

@@ -1,0 +1,183 @@
+"""Everything that is trained for exits, made, trained, saved and loaded in one way.
+
+| kind | what it is |
+|---|---|
+| `m2r2` | the accelerated residual at several exits, a linear fill, ARLA |
+| `lens` | the slow residual with a layer at each exit, a linear fill, ARLA: what CALM and SkipDecode read |
+| `mixture-of-depths` | routers that let tokens pass by blocks |
+| `shallow` | the first blocks alone |
+
+All learn from the same rows for the same number of steps; `m2r2` and `lens` have as many numbers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .. import checkpoints
+from ..backbone import Backbone
+from ..errors import UserError
+from ..residuals import AcceleratedStream, StreamConfig
+from ..training import DistilConfig, Lesson, distil, teach
+from .arla import Arla, ArlaConfig
+from .depths import DepthsConfig, MixtureOfDepths, Shallow, ShallowConfig
+from .fill import LinearFill, fit_linear
+from .learn import exits_loss, gate_loss
+from .readers import LensConfig, LensReader, StreamReader
+
+KINDS = ("m2r2", "lens", "mixture-of-depths", "shallow")
+FIT_ROWS = 256  # of text from which a linear fill is computed
+SHARES = (0.5, 0.25, 0.25)  # of the steps: readers alone, readers and fill past holes, the router
+
+
+@dataclass(frozen=True)
+class ExitsConfig:
+    """Settings of what is trained for exits.
+
+    Attributes:
+        reader: `m2r2` or `lens`.
+        exits: blocks after which a token may leave; by default chosen for the pocket model of 24 blocks.
+        fill_rank: numbers through which the fill's map goes.
+        latent: latent numbers of ARLA.
+        sees: residuals that ARLA looks at (`arla.ArlaConfig`).
+    """
+
+    reader: str = "m2r2"
+    exits: tuple[int, ...] = (1, 6, 12, 18)
+    fill_rank: int = 64
+    latent: int = 32
+    sees: tuple[str, ...] = ("starts", "states")
+
+
+class Exits(nn.Module):
+    """A reader, its fill and its router."""
+
+    def __init__(self, backbone: Backbone, config: ExitsConfig):
+        super().__init__()
+        self._backbone, self.config = backbone, config
+        N, exits = backbone.depth, config.exits
+        if len(set(exits)) != len(exits) or list(exits) != sorted(exits) or not 0 < exits[0] <= exits[-1] < N:
+            raise UserError(f"Exits must rise and lie between 1 and {N - 1}; got {exits}.")
+        stream = AcceleratedStream(backbone, StreamConfig(exits=exits, span=1))
+        if config.reader == "m2r2":
+            self.reader = StreamReader(stream)
+        else:
+            width = stream.parameter_count() // (2 * backbone.width * len(exits))
+            self.reader = LensReader(backbone, LensConfig(exits, width))
+        self.fill = LinearFill(self.reader.starts, N, backbone.width, config.fill_rank)
+        self.gate = Arla(backbone.width, ArlaConfig(len(exits), config.latent, config.sees))
+
+    def train_on(
+        self, lessons: list[Lesson], rows: np.ndarray, settings: DistilConfig, report: Callable | None = None
+    ) -> None:
+        """Readers, fill and router in turn; `rows` (n, T) are texts for the fill's first map."""
+        done = 0
+
+        def part(module, loss, share, rate):
+            nonlocal done
+            steps = max(1, round(settings.steps * share))
+            own = replace(settings, steps=steps, learning_rate=settings.learning_rate * rate)
+            at = done
+            distil(module, loss(own), lessons, own, (lambda s, l: report(at + s, l)) if report else None)
+            done += steps
+
+        part(self.reader, lambda s: lambda m, x, rng: exits_loss(m, x, s, None, rng), SHARES[0], 1)
+        depths, blocks = self.needs()
+        depths |= set(range(self._backbone.depth + 1))
+        texts = (teach(self._backbone, rows[i : i + 16], depths, blocks) for i in range(0, len(rows), 16))
+        self.fill = fit_linear(
+            self.reader, texts, self._backbone.depth, self._backbone.width, self.config.fill_rank
+        )
+        both = Pair(self.reader, self.fill)
+        part(both, lambda s: lambda m, x, rng: exits_loss(m.reader, x, s, m.fill, rng), SHARES[1], 0.5)
+        part(
+            self.gate, lambda s: lambda m, x, rng: gate_loss(m, self.reader, x, self.fill, rng), SHARES[2], 1
+        )
+
+    def needs(self) -> tuple[set[int], set[int]]:
+        """Depths of the states and blocks of the keys of which a lesson has to know."""
+        depths, blocks = self.reader.needs()
+        return depths | set(self.reader.starts), blocks | set(self.reader.reads)
+
+
+class Pair(nn.Module):
+    """A reader and a fill, trained at once."""
+
+    def __init__(self, reader, fill):
+        super().__init__()
+        self.reader, self.fill = reader, fill
+
+
+MODULES = {DepthsConfig: MixtureOfDepths, ShallowConfig: Shallow, ExitsConfig: Exits}
+
+
+def settings_of(kind: str, exits: tuple[int, ...] | None = None):
+    """The settings of a kind, its exits or number of blocks as asked for."""
+    if kind == "mixture-of-depths":
+        return DepthsConfig()
+    if kind == "shallow":
+        return ShallowConfig(exits[0]) if exits else ShallowConfig()
+    return replace(ExitsConfig(reader=kind), **({"exits": exits} if exits else {}))
+
+
+def new(backbone: Backbone, kind: str, exits: tuple[int, ...] | None = None, seed: int = 0) -> nn.Module:
+    """An untrained module of a kind.
+
+    Raises:
+        UserError: exits that this model cannot have.
+    """
+    mx.random.seed(seed)
+    config = settings_of(kind, exits)
+    return MODULES[type(config)](backbone, config)
+
+
+def train(
+    backbone: Backbone,
+    module: nn.Module,
+    rows: np.ndarray,
+    settings: DistilConfig,
+    batch: int = 8,
+    report: Callable | None = None,
+) -> None:
+    """Train a module on rows of text (n, T), in lessons of `batch` rows."""
+    depths, blocks = module.needs() if isinstance(module, Exits) else ({backbone.depth}, set())
+    lessons = [
+        teach(backbone, rows[i : i + batch], depths, blocks) for i in range(0, len(rows) - batch + 1, batch)
+    ]
+    if isinstance(module, Exits):
+        module.train_on(lessons, rows[:FIT_ROWS], settings, report)
+    else:
+        distil(module, lambda m, x, rng: m.loss(x, settings, rng), lessons, settings, report, math.inf)
+
+
+def numbers(module: nn.Module) -> dict[str, int]:
+    """Trained numbers of each part."""
+    parts = ("reader", "fill", "gate") if isinstance(module, Exits) else ("blocks",)
+    count = lambda m: sum(v.size for _, v in tree_flatten(m.trainable_parameters()))  # noqa: E731
+    return {p: count(module[p]) for p in parts if p != "blocks"} | {"all": count(module)}
+
+
+def save(module: nn.Module, backbone: Backbone, folder: str | Path, **facts) -> None:
+    """Write a module, bound to its model."""
+    checkpoints.save(module, module.config, backbone.sha256, folder, "exits", **facts)
+
+
+def load(backbone: Backbone, folder: str | Path, kind: str = "m2r2") -> tuple[nn.Module, dict]:
+    """A saved module, and everything that its JSON says.
+
+    Raises:
+        UserError: there is none, it is of another kind, damaged, or belongs to another model.
+    """
+    config, text = checkpoints.read_settings(folder, "exits", type(settings_of(kind)))
+    made = MODULES[type(config)]
+    if text.get("kind") != made.__name__ or getattr(config, "reader", kind) != kind:
+        raise UserError(f"{folder} holds no {kind}; name its own folder.")
+    module = made(backbone, config)
+    checkpoints.load_weights(module, text, backbone.sha256, folder, "exits")
+    return module, text

@@ -1,0 +1,250 @@
+"""Exits: gate 0 is the whole model, fills and waiting leave what they should, the promise is kept."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from m2r2kit.errors import UserError
+from m2r2kit.exits import trained, work
+from m2r2kit.exits.calibrate import binomial_below, calibrate, holds, p_value, texts_needed
+from m2r2kit.exits.decode import ExitDecoder
+from m2r2kit.exits.fill import Fill, fit_linear
+from m2r2kit.exits.forced import ForcedPass, texts_of
+from m2r2kit.exits.gates import Chance, Confidence, Gate, Oracle, Saturation, Schedule, Static
+from m2r2kit.exits.readers import BareReader
+from m2r2kit.speculation.loop import generate
+from m2r2kit.training import teach
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
+NEVER = 2.0
+
+
+def exits(reader="m2r2", seed=0):
+    """Untrained parts, with some numbers in what begins with zeros."""
+    view = tiny.backbone("llama")
+    module = trained.new(view, reader, exits=(1, 2, 3))
+    mx.random.seed(seed)
+    for part in (module.fill, module.gate):
+        part.apply(lambda w: w + 0.1 * mx.random.normal(w.shape))
+    return view, module
+
+
+def plain(view, prompt, tokens=20):
+    return generate(view, prompt, max_tokens=tokens).tokens
+
+
+class At(Gate):
+    """Leaves at exits drawn for each position by a seed: the same in any pass over the same text."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.numbers = mx.array(np.random.default_rng(seed).random((4, 64)), mx.float32)
+
+    def __call__(self, j, seen):
+        at = mx.round(seen.progress * 20).astype(mx.int32)
+        return self.numbers[j][at]
+
+
+# --- decoding -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["m2r2", "lens"])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_threshold_that_nobody_reaches_is_plain_decoding(reader, waits):
+    view, module = exits(reader)
+    decoder = ExitDecoder(view, module.reader, module.gate, None if waits else module.fill)
+    for prompt in PROMPTS:
+        out = decoder.generate(prompt, NEVER, max_tokens=20)
+        assert out.tokens == plain(view, prompt)
+        assert set(out.depth) == {view.depth}
+
+
+@pytest.mark.parametrize("reader", ["m2r2", "lens"])
+def test_decoding_and_the_forced_pass_take_the_same_ways(reader):
+    view, module = exits(reader)
+    texts = texts_of(view, PROMPTS, 20)
+    gate = At(1)
+    forced = ForcedPass(view, module.reader, gate, module.fill)(texts, 0.6, longest=20)
+    decoder = ExitDecoder(view, module.reader, gate, module.fill)
+    depths = (*module.reader.exits, view.depth)
+    some = set()
+    for row, prompt in enumerate(PROMPTS):
+        at = np.flatnonzero(texts.gated[row])
+        given = texts.tokens[row, at + 1].tolist()
+        out = decoder.generate(prompt, 0.6, max_tokens=len(given), given=given, longest=20)
+        assert out.depth == [depths[e] for e in forced.exit[row, at]]
+        assert [a == b for a, b in zip(out.tokens, given, strict=True)] == forced.right[row, at].tolist()
+        some |= set(out.depth)
+    assert len(some) == 4  # all exits and all blocks were tried
+
+
+def test_tokens_that_wait_get_the_keys_of_the_full_run():
+    view, module = exits()
+    decoder = ExitDecoder(view, module.reader, At(2), None)
+    text = plain(view, PROMPTS[1], 20)
+    state = decoder.begin(PROMPTS[1], 40)
+    token, left = PROMPTS[1][-1], 0
+    for i, following in enumerate(text):
+        _, number = decoder.token(token, state, 0.6, i / 20)
+        left += number < 3
+        token = following
+    _, number = decoder.token(token, state, NEVER, 1.0)
+    assert number == 3 and 0 < left < 20
+    whole = view.new_cache(40)
+    view.run(view.embed(mx.array([PROMPTS[1] + text])), whole)
+    for mine, true in zip(state.cache, whole, strict=True):
+        assert mine.offset == true.offset
+        for a, b in zip(mine.keys_and_values(), true.keys_and_values(), strict=True):
+            assert mx.allclose(a, b, atol=1e-4)
+
+
+def test_a_fill_puts_the_keys_of_its_state_in_the_skipped_blocks():
+    view, module = exits()
+    decoder = ExitDecoder(view, module.reader, Static(0), Fill("p"))
+    state = decoder.begin([5, 6], 10)
+    decoder.token(6, state, 0.5, 0.0)
+    entry = state.cache[2]
+    whole = view.new_cache(10)
+    view.run(view.embed(mx.array([[5]])), whole)
+    view.blocks[2](state.before, whole[2].make_mask(1), cache=whole[2])  # what was read, p, enters block 2
+    assert mx.allclose(entry.keys[..., :2, :], whole[2].keys[..., :2, :], atol=1e-5)
+
+
+# --- gates ----------------------------------------------------------------------------------
+
+
+def test_gates_leave_as_their_names_say():
+    view, module = exits()
+    texts = texts_of(view, PROMPTS, 20)
+
+    def run(gate, threshold, fill="p"):
+        out = ForcedPass(view, module.reader, gate, Fill(fill))(texts, threshold, longest=20)
+        return out, out.exit[out.gated]
+
+    out, taken = run(Confidence(), NEVER)
+    assert (taken == 3).all() and out.agreement == 1
+    assert (run(Static(1), 0.5)[1] == 1).all()
+    assert (run(Confidence(), 0.0)[1] == 0).all()
+    assert 0.3 < (run(Chance(), 0.5)[1] == 0).mean() < 0.7
+    assert not (run(Saturation(), 0.99)[1] == 0).any()
+    out, taken = run(Oracle(), 0.5)
+    assert out.right[out.gated][taken < 3].all() and (taken < 3).any()
+    out, _ = run(Schedule(view.depth, module.reader.exits), 1.0)
+    for row, gated in zip(out.exit, out.gated, strict=True):
+        assert (np.diff(row[gated]) <= 0).all()  # never deeper again
+
+
+def test_arla_counts_what_it_has_and_answers_with_a_probability():
+    view, module = exits()
+    lesson = teach(view, np.array([[1, 2, 3, 4, 5, 6, 7, 8]]), *module.needs())
+    from m2r2kit.exits.learn import seen_in
+
+    seen = seen_in(module.reader, lesson, None, None, view.head)
+    for j in range(3):
+        score = module.gate(j, seen)
+        assert score.shape == (1, 8, 1) and 0 < score.min().item() and score.max().item() < 1
+        assert module.gate.macs(j) > 2 * view.width * 32  # two states projected, and more the later the exit
+    assert module.gate.macs(0) < module.gate.macs(1) < module.gate.macs(2)
+
+
+# --- training -------------------------------------------------------------------------------
+
+
+def test_a_linear_fill_finds_a_map_that_is_there():
+    view, module = exits()
+    rows = np.random.default_rng(0).integers(1, 90, (12, 32))
+    depths, blocks = module.needs()
+    texts = [teach(view, rows, depths | set(range(view.depth + 1)), blocks)]
+    small, large = (fit_linear(module.reader, texts, view.depth, view.width, r) for r in (2, 96))
+    lesson = texts[0]
+    from m2r2kit.exits.fill import unit
+    from m2r2kit.training import shifted
+
+    before = shifted(lesson.states[view.depth])
+
+    def off(fill, l):
+        guess = fill(l, 0, lesson.states[0], module.reader.over(0, lesson), before)
+        return ((guess - unit(lesson.states[l])) ** 2).mean().item()
+
+    assert off(large, 0) < 1e-3  # h_0 itself is among what it sees
+    assert off(large, 2) < off(small, 2) < 1
+
+
+@pytest.mark.parametrize("kind", trained.KINDS)
+def test_every_kind_learns_and_comes_back_from_disk(kind, tmp_path):
+    from m2r2kit.training import DistilConfig
+
+    view = tiny.backbone("llama")
+    module = trained.new(
+        view, kind, exits=(2,) if kind == "shallow" else (1, 2) if kind in ("m2r2", "lens") else None
+    )
+    rows = np.stack(
+        [np.array((PROMPTS[i % 4] + plain(view, PROMPTS[i % 4], 30) + [0] * 40)[:24]) for i in range(16)]
+    )
+    losses = []
+    trained.train(
+        view, module, rows, DistilConfig(steps=24, positions=8), report=lambda s, l: losses.append((s, l))
+    )
+    first = [l for s, l in losses if s < 4]
+    last = [l for s, l in losses if 8 <= s < 12]
+    assert np.mean(last) < np.mean(first)
+    trained.save(module, view, tmp_path)
+    again, _ = trained.load(view, tmp_path, kind)
+    assert type(again) is type(module) and again.config == module.config
+    others = {"m2r2": "lens", "lens": "m2r2"}
+    if kind in others:
+        with pytest.raises(UserError, match="holds no"):
+            trained.load(view, tmp_path, others[kind])
+
+
+# --- work and promise -----------------------------------------------------------------------
+
+
+def test_work_is_counted_whole():
+    view, module = exits()
+    parts = work.by_exit(view, module.reader, module.gate, module.fill)
+    whole = work.whole(view)
+    assert [p.blocks for p in parts] == [
+        l * work.block_macs(view) for l in (*module.reader.starts, view.depth)
+    ]
+    assert parts[-1].fill == 0 and parts[0].fill > parts[1].fill > 0
+    assert parts[-1].total > whole.total  # gates and readers come on top
+    probing = work.by_exit(view, module.reader, Confidence(), module.fill)
+    assert [p.heads // work.head_macs(view) for p in probing] == [1, 2, 3, 4]
+    waiting = work.by_exit(view, module.reader, module.gate, None)
+    assert all(p.blocks == whole.blocks for p in waiting)
+    assert all(
+        p.fill == 0 for p in work.by_exit(view, module.reader, module.gate, module.fill, monotone=True)
+    )
+    assert work.mean(parts, np.array([0, 0, 3, 3])).blocks == (parts[0].blocks + parts[3].blocks) / 2
+
+
+def test_p_values_are_those_of_a_binomial_and_a_promise_is_kept_on_fresh_texts():
+    assert abs(binomial_below(3, 10, 0.5) - 176 / 1024) < 1e-12
+    assert p_value(np.full(50, 0.2), 0.1) == 1
+    assert p_value(np.zeros(50), 0.1) < p_value(np.full(50, 0.02), 0.1) < p_value(np.full(50, 0.06), 0.1)
+    rng = np.random.default_rng(0)
+    thresholds = [0.9, 0.8, 0.7, 0.6, 0.5]
+    losses = np.stack([rng.beta(40 * m, 40 * (1 - m), 400) for m in (0.01, 0.02, 0.035, 0.06, 0.1)])
+    assert calibrate(thresholds, losses, 0.05, 0.95) in (0.8, 0.7)
+    share, loss = holds(thresholds, losses, 0.05, 0.95)
+    assert share >= 0.95 and 0.01 < loss < 0.05
+
+
+@pytest.mark.parametrize(("risk", "confidence", "texts", "said"), [
+    (0, 0.95, 100, "The risk must lie between 0 and 1"),
+    (1.5, 0.95, 100, "The risk must lie between 0 and 1"),
+    (0.05, 1.0, 100, "The confidence must lie"),
+    (0.05, 0.95, 20, "20 texts are too few .* at least 59"),
+])  # fmt: skip
+def test_a_promise_that_cannot_be_given_is_refused(risk, confidence, texts, said):
+    with pytest.raises(UserError, match=said):
+        calibrate([0.9], np.zeros((1, texts)), risk, confidence)
+    assert texts_needed(0.05, 0.95) == 59
+
+
+def test_exits_that_a_model_cannot_have_are_refused():
+    with pytest.raises(UserError, match="between 1 and 3"):
+        trained.new(tiny.backbone("llama"), "m2r2", exits=(2, 4))
+    assert BareReader(tiny.backbone("llama"), (1, 2)).macs(0) == 0
