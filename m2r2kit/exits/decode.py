@@ -17,16 +17,28 @@ import mlx.core as mx
 from ..backbone import Backbone
 from ..errors import UserError
 from ..fixed_cache import FEW, Traced
-from ..speculation.loop import FIRST_ROOM, Generation
 from .fill import Fill
 from .gates import Gate, Seen
 
+FIRST_ROOM = 64  # of an answer in the cache, as every step reads all of it; it grows with a longer one
+
 
 @dataclass
-class ExitGeneration(Generation):
-    """What came out of one prompt; `depth` is the exit of each token, N for those through all blocks."""
+class ExitGeneration:
+    """What came out of one prompt.
 
+    Attributes:
+        tokens: emitted ids, the end-of-text mark included if it was reached.
+        depth: of each token, the exit that it took; N for those through all blocks.
+        seconds: from the first pass over the prompt to the last token; `prefill_seconds`, of that pass.
+        stopped: `eos` or `length`.
+    """
+
+    tokens: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    stopped: str = "length"
 
 
 class ExitDecoder:
