@@ -1,8 +1,8 @@
-"""Speculation broken on purpose: the checks of `test_speculation.py` must see it."""
+"""Speculation broken on purpose: the checks of `speculation_checks.py` must see it."""
 
 import pytest
 import tiny
-from test_speculation import PROMPT, Scripted, WithEnds, check_cache, check_equal, m2r2, patched, plain
+from speculation_checks import PROMPT, Scripted, WithEnds, check_cache, check_equal, m2r2, patched, plain
 
 from m2r2kit.speculation import M2R2, generate, loop
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from m2r2kit import __main__ as cli
+from m2r2kit import arguments
 from m2r2kit.errors import UserError
 
 COMMANDS = (
@@ -73,7 +74,7 @@ def test_defaults_are_those_that_programs_rely_on():
 def test_the_names_of_methods_are_those_of_the_drafters():
     from m2r2kit.speculation import methods, peers  # the command line names them without importing them
 
-    assert cli.METHODS == methods.METHODS and cli.PEERS == tuple(peers.KINDS)
+    assert arguments.METHODS == methods.METHODS and arguments.PEERS == tuple(peers.KINDS)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from mlx.utils import tree_map
-from test_speculation import WithEnds, check_cache, check_equal, plain
+from speculation_checks import WithEnds, check_cache, check_equal, plain
 
 from m2r2kit.bench import step_costs
 from m2r2kit.fixed_cache import STEP, round_up

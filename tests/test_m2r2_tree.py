@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from speculation_checks import PROMPT, check_cache, check_equal, patched
 from test_accept import FEW, check_counts, model_joint, sample_model
 from test_broken_speculation import assert_caught
-from test_speculation import PROMPT, check_cache, check_equal, patched
 from test_tree import Hashable, all_seen, shifted
 
 from m2r2kit import tuning

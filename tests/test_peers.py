@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 from mlx.utils import tree_flatten, tree_map
+from speculation_checks import WithEnds, check_cache, check_equal, patched, plain
 from test_accept import FEW, check_counts, model_joint, sample_model
-from test_speculation import WithEnds, check_cache, check_equal, patched, plain
 
 from m2r2kit import own_text
 from m2r2kit.backbone import crop

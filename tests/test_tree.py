@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from speculation_checks import PROMPT, check_cache, check_equal, patched, plain
 from test_accept import FEW, V, check_counts, joint, model_joint, probabilities, sample_model, tables
 from test_broken_speculation import assert_caught
-from test_speculation import PROMPT, check_cache, check_equal, patched, plain
 
 from m2r2kit import masked_pass
 from m2r2kit.errors import UserError
