@@ -257,11 +257,22 @@ class Backbone:
             ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
         else:
             ids = list(self.tokenizer.encode(text))
-        if len(ids) >= self.context:
-            raise UserError(
-                f"The prompt has {len(ids)} tokens and the model reads {self.context}; shorten it."
-            )
+        self.room_after(ids)
         return ids
+
+    def room_after(self, prompt: list[int]) -> int:
+        """How many tokens the model can add to a prompt of token ids.
+
+        Raises:
+            UserError: the prompt is empty, or leaves no room.
+        """
+        if not prompt:
+            raise UserError("The prompt is empty; write something to continue.")
+        if len(prompt) >= self.context:
+            raise UserError(
+                f"The prompt has {len(prompt)} tokens and the model reads {self.context}; shorten it."
+            )
+        return self.context - len(prompt)
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, without the end-of-text mark."""

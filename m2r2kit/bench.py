@@ -265,7 +265,7 @@ def compare(
         tau = (len(arm.accepted) + sum(arm.accepted)) / steps
         c, v, predicted = 0.0, 1.0, 1.0
         if made := sum(arm.drafted) / steps:  # fewer than K where a drafter stops by itself
-            c, v = step_costs(backbone, arm.drafter, max(1, round(made)), prompts[0], 15, round(tau) - 1)
+            c, v = step_costs(backbone, arm.drafter, max(1, round(made)), prompts[0], accepted=round(tau) - 1)
             predicted = (prefill + arm.tokens) / (prefill + steps * (made * c + v))
         figures["arms"][arm.name] = {
             "tokens": arm.tokens,

@@ -119,7 +119,7 @@ def _matrix_shape(linear: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
-def _changed(module: nn.Module, make, path: str = "") -> nn.Module:
+def changed(module: nn.Module, make, path: str = "") -> nn.Module:
     """A copy of a module that shares its weights; `make(matrix, name)` says what takes a matrix's place."""
     clone = copy.copy(module)
     for name, child in module.children().items():
@@ -127,11 +127,11 @@ def _changed(module: nn.Module, make, path: str = "") -> nn.Module:
         if isinstance(child, (nn.Linear, nn.QuantizedLinear)):
             clone[name] = make(child, inner)
         elif isinstance(child, nn.Module):
-            clone[name] = _changed(child, make, f"{inner}/")
+            clone[name] = changed(child, make, f"{inner}/")
     return clone
 
 
-def _new_deltas(module: nn.Module, rank: int | None) -> dict[str, Delta]:
+def new_deltas(module: nn.Module, rank: int | None) -> dict[str, Delta]:
     """A change for each matrix that p uses; its own keys and values would be thrown away."""
     found = {}
     if rank == 0:
@@ -215,8 +215,8 @@ class FastBlock(nn.Module):
         elif config.form == "attention":
             self._part, base, self._norm = "attention", block[parts.attention], block[parts.attention_norm]
         if self._part:
-            self.deltas = _new_deltas(base, config.rank)
-            self._unchanged, self._base = base, _changed(base, self._with_delta)
+            self.deltas = new_deltas(base, config.rank)
+            self._unchanged, self._base = base, changed(base, self._with_delta)
         if width := own_ffn(config, backbone.width):
             self.ffn = SmallFFN(backbone.width, width)
         if read is not None:
@@ -232,7 +232,7 @@ class FastBlock(nn.Module):
         allows; anew after training."""
         if self._part not in ("block", "ffn") or not is_small(self._unchanged):
             return None
-        return _changed(self._unchanged, lambda matrix, name: Merged(matrix, self.deltas.get(name)))
+        return changed(self._unchanged, lambda matrix, name: Merged(matrix, self.deltas.get(name)))
 
     def __call__(self, p, near: tuple | None, deep: tuple | None, merged: nn.Module | None = None):
         """p_l -> p_{l+1}, where it reads block l's keys after the slow stream has left them there.
@@ -257,9 +257,20 @@ class FastBlock(nn.Module):
                 p = p + self._around(base, p)
         return p + self.ffn(p).astype(p.dtype) if "ffn" in self else p
 
+    def macs(self) -> int:
+        """Products of a weight and a number for one token."""
+        parts = self.ffn.down.size + self.ffn.up.size if "ffn" in self else 0
+        parts += self.deep.q.size + self.deep.o.size if "deep" in self else 0
+        return parts + (matrix_sizes(self._unchanged) if self._part else 0)
+
     def _around(self, part, p):
         """A part of the base block with its norm, before or after it as the family has it."""
         return self._norm(part(p)) if self._norm_after else part(self._norm(p))
+
+
+def matrix_sizes(module: nn.Module) -> int:
+    """Numbers in a module's matrices: as many products as it takes for one token."""
+    return sum(w.size for _, w in tree_flatten(module.parameters()) if w.ndim == 2)
 
 
 def own_ffn(config, width: int) -> int:

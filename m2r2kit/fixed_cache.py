@@ -13,6 +13,7 @@ import mlx.core as mx
 from .lean_pass import lean_pass
 
 FEW = 16  # passes of up to so many tokens are compiled: one trace for each number and each room
+FIRST_ROOM = 64  # of an answer at first, as every step reads all of it; it grows with a longer one
 STEP = 64  # positions are allocated in multiples of this
 
 

@@ -99,15 +99,17 @@ class AcceleratedStream(nn.Module):
         check(backbone, config)
         self._backbone, self.config = backbone, config
         N, near = backbone.depth, reads_near(config)
-        blocks = [(l, a) for a, b in intervals(config) for l in range(a, b)]
-        reads = [min(round(a + config.deep * (N - a)), N - 1) if config.deep else None for _, a in blocks]
-        self.fast = [FastBlock(backbone, l, r, near, config) for (l, _), r in zip(blocks, reads, strict=True)]
+        blocks = {}
+        for a, b in intervals(config):
+            read = min(round(a + config.deep * (N - a)), N - 1) if config.deep else None
+            blocks |= {l: FastBlock(backbone, l, read, near, config) for l in range(a, b)}
+        self.fast = list(blocks.values())
         if config.carry:
             self.carry = Carry(backbone.width)
         # plain attributes, as MLX takes a module's dicts and lists for parameters
         object.__setattr__(self, "_traced", {})
         object.__setattr__(self, "_places", places(self))
-        object.__setattr__(self, "_at", {l: block for (l, _), block in zip(blocks, self.fast, strict=True)})
+        object.__setattr__(self, "_blocks", blocks)
 
     def parameter_count(self) -> int:
         """Numbers that training changes."""
@@ -123,6 +125,10 @@ class AcceleratedStream(nn.Module):
         raise UserError(
             f"This stream has no exit {exit}; it was trained for {', '.join(map(str, self.config.exits))}."
         )
+
+    def block(self, l: int) -> FastBlock:
+        """The fast block that takes p_l to p_{l+1}."""
+        return self._blocks[l]
 
     def slow_depth(self, exit: int) -> int:
         """How deep a draft at an exit takes the slow stream: to where p starts from it, or where p reads
@@ -154,7 +160,7 @@ class AcceleratedStream(nn.Module):
             before = shifted(states[self._backbone.depth]) if before is None else before
             p = [p[0] + self.carry(before).astype(p[0].dtype)]
         for l in range(a, b):
-            block = self._at[l]
+            block = self.block(l)
             deep = (*cache[block.read].keys_and_values(), 0, deep_mask) if self.config.deep else None
             near = (SharedKV(cache[l], T), mask) if reads_near(self.config) else None
             p.append(block(p[-1], near, deep))
@@ -217,7 +223,7 @@ class AcceleratedStream(nn.Module):
         if before is not None and a == 0:
             p = h + self.carry(before).astype(h.dtype)
         for l in range(a, b):
-            block, near, deep = self._at[l], None, None
+            block, near, deep = self.block(l), None, None
             if self.config.deep:
                 keys, values, deep_mask = seen(cache[block.read], verified)
                 deep = (keys, values, position, deep_mask)
@@ -234,8 +240,8 @@ class AcceleratedStream(nn.Module):
         known, traced = self._traced.get((kind, b), ([], None))
         if traced is None or any(x is not y for x, y in zip(known, weights, strict=True)):
             mx.eval(weights)  # or the compiled pass would make them anew each time
-            merged = {l: self._at[l].merged() for l in range(a, b)}
-            reads = [self._at[l].read for l in range(a, b)] if self.config.deep else ()
+            merged = {l: self.block(l).merged() for l in range(a, b)}
+            reads = [self.block(l).read for l in range(a, b)] if self.config.deep else ()
 
             def body(entries, x, verified, position, *more):
                 return self._body(kind, x, entries, verified, position, a, b, merged, *more)

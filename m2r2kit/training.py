@@ -14,6 +14,7 @@ tokens before it, each further one has the stream's own p_E in the place of the 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -108,6 +109,33 @@ def _(primals, cotangent, output):
     return s * left - t * right, mx.zeros_like(primals[1])
 
 
+def divergence(
+    backbone: Backbone,
+    guess: mx.array,
+    final: mx.array,
+    rng: np.random.Generator,
+    read: Callable | None = None,
+    positions: int | None = None,
+    among: np.ndarray | None = None,
+) -> mx.array:
+    """Mean KL from the model's distribution to another's, without the model's entropy: what the stream and
+    every peer are trained with, at some tokens, drawn anew each time.
+
+    Args:
+        guess: states (B, T, D') that are to say what the model's last states say.
+        final: the model's states h_N there, (B, T, D).
+        read: logits of such a guess; by default the model's norm and head.
+        positions: so many tokens for each row; by default `DistilConfig.positions`.
+        among: the tokens to draw from, as numbers 0..B T - 1; by default all.
+    """
+    count = (DistilConfig.positions if positions is None else positions) * final.shape[0]
+    guess, final = (x.reshape(-1, x.shape[-1]) for x in (guess, final))
+    among = np.arange(len(final)) if among is None else among
+    some = mx.array(rng.choice(among, min(count, len(among)), replace=False))
+    teacher = mx.stop_gradient(backbone.head(final[some]))
+    return distance((read or backbone.head)(guess[some]), teacher).mean()
+
+
 def cosine(x: mx.array, y: mx.array) -> mx.array:
     """Cosine of the last axis."""
     return (x * y).sum(-1) * mx.rsqrt((x * x).sum(-1) * (y * y).sum(-1) + 1e-12)
@@ -136,16 +164,12 @@ def stream_loss(
 ) -> mx.array:
     """The loss above, summed over the exits and drafts; one number."""
     backbone, config = stream._backbone, stream.config
-    depth, width = backbone.depth, backbone.width
-    final = lesson.states[depth].reshape(-1, width)
+    depth, final = backbone.depth, lesson.states[backbone.depth]
     total = 0.0
     for a, b in intervals(config):
         targets = [lesson.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
         for j, p in enumerate(chain(stream, lesson, settings.ahead, b)):
-            count = min(settings.positions * lesson.tokens.shape[0], len(final))
-            some = mx.array(rng.choice(len(final), count, replace=False))
-            student = backbone.head(p[-1].reshape(-1, width)[some])
-            loss = distance(student, mx.stop_gradient(backbone.head(final[some]))).mean()
+            loss = divergence(backbone, p[-1], final, rng, positions=settings.positions)
             if settings.align_weight:
                 off = sum((1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True))
                 loss = loss + settings.align_weight * off / (b - a)

@@ -28,7 +28,7 @@ def figures(monkeypatch):
             arm.seconds, arm.prefill_seconds = ([10.0], [2.0]) if arm.name == "plain" else ([8.0], [2.0])
 
     monkeypatch.setattr(bench, "time_arms", timed)
-    monkeypatch.setattr(bench, "step_costs", lambda *_: (0.1, 1.5))
+    monkeypatch.setattr(bench, "step_costs", lambda *_, **__: (0.1, 1.5))
     view = tiny.backbone()
     arms = [Arm("plain", Plain()), Arm("early-exit", EarlyExit(view, 3), 3, TRAINED)]
     return compare(view, arms, PROMPTS, ["", ""], max_tokens=12, repeats=1)
@@ -92,6 +92,23 @@ def test_the_rows_of_a_verification_are_timed_also_where_too_few_drafts_are_foun
     monkeypatch.setattr(bench, "verify", lambda *args: (rows.append(args[2].depth), verify(*args))[1])
     _, v = bench.step_costs(tiny.backbone(), Finds(), 5, PROMPTS[0], repeats=1)
     assert rows[-2:] == [offered, 5] and v > 0  # the drafts that were found, then as many as were asked for
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 3])
+def test_the_step_before_has_accepted_so_many_drafts(accepted, monkeypatch):
+    view, text = tiny.backbone(), tiny.prompt(12)
+    verify, rows = bench.verify, []
+    monkeypatch.setattr(bench, "verify", lambda *args: (rows.append(args[2].depth), verify(*args))[1])
+    learnt = []
+
+    class Learns(EarlyExit):
+        learns = view.depth
+
+        def learn(self, states):
+            learnt.append(states.shape[1])
+
+    bench.step_costs(view, Learns(view, 2), 4, text, repeats=1, accepted=accepted)
+    assert rows[0] == accepted and learnt[-1] == accepted + 1  # and the token of the model's own
 
 
 def test_the_exit_of_a_record_is_where_p_is_read():

@@ -58,6 +58,14 @@ def test_a_threshold_that_nobody_reaches_is_plain_decoding(reader, waits):
         out = decoder.generate(prompt, NEVER, max_tokens=20)
         assert out.tokens == plain(view, prompt)
         assert set(out.depth) == {view.depth}
+    state, whole = decoder.begin([1, 2, 3], 10), view.new_cache(10)
+    view.run(view.embed(mx.array([[1, 2]])), whole)
+    decoder.token(3, state, NEVER, 0.0)
+    view.logits(mx.array([[3]]), whole)
+    for mine, true in zip(state.cache, whole, strict=True):  # to the bit
+        assert all(
+            mx.array_equal(a, b) for a, b in zip(mine.keys_and_values(), true.keys_and_values(), strict=True)
+        )
 
 
 @pytest.mark.parametrize("reader", ["m2r2", "lens"])
@@ -164,7 +172,7 @@ def test_a_linear_fill_finds_a_map_that_is_there():
     before = shifted(lesson.states[view.depth])
 
     def off(fill, l):
-        guess = fill(l, 0, lesson.states[0], module.reader.over(0, lesson), before)
+        guess = fill(0, lesson.states[0], module.reader.over(0, lesson), before)(l)
         return ((guess - unit(lesson.states[l])) ** 2).mean().item()
 
     assert off(large, 0) < 1e-3  # h_0 itself is among what it sees
@@ -247,4 +255,6 @@ def test_a_promise_that_cannot_be_given_is_refused(risk, confidence, texts, said
 def test_exits_that_a_model_cannot_have_are_refused():
     with pytest.raises(UserError, match="between 1 and 3"):
         trained.new(tiny.backbone("llama"), "m2r2", exits=(2, 4))
+    with pytest.raises(UserError, match="1 to 3 blocks; got 4"):
+        trained.new(tiny.backbone("llama"), "shallow", exits=(4,))
     assert BareReader(tiny.backbone("llama"), (1, 2)).macs(0) == 0

@@ -46,6 +46,14 @@ def test_fast_blocks_read_the_keys_at_a_share_of_the_depth(deep, read):
     assert [block.read for block in stream.fast] == [read] * 3
 
 
+def test_an_interval_may_be_the_last_blocks_before_its_exit():
+    config = StreamConfig(exits=(1, 6, 12), span=2)
+    assert intervals(config) == [(0, 1), (4, 6), (10, 12)]
+    stream = tiny.stream(exits=(1, 3), span=1, deep=0.5, form="adapter")
+    assert len(stream.fast) == 2 and stream.block(2) is stream.fast[1]  # none for block 1
+    assert [block.read for block in stream.fast] == [2, 3]  # half of the way from where each interval begins
+
+
 def test_settings_that_a_model_cannot_have_are_refused():
     for settings, sentence in [
         ({"form": "cube"}, "There is no fast block 'cube'"),
@@ -56,6 +64,7 @@ def test_settings_that_a_model_cannot_have_are_refused():
         ({"exits": (3, 1)}, "Exits must rise"),
         ({"rate": 0.5}, "The rate must be at least 1"),
         ({"rate": float("nan")}, "The rate must be at least 1"),
+        ({"span": 0}, "at least one block; got 0"),
         ({"rank": -1}, "can be negative"),
         ({"ffn_width": -1}, "can be negative"),
         ({"form": "adapter", "ffn_width": 0}, "needs an FFN of its own"),

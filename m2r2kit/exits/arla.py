@@ -4,7 +4,7 @@ The paper names it and gives no more; our reading is *accelerated residual laten
 (`data/paper/choices.toml`). Every state on the way, those where an interval began and those read at its
 end, is projected to a few latent numbers; the newest attends to all of them; a small layer reads from
 both how likely it is that the head is right here. No head is evaluated for it: with a vocabulary of
-4,096 that would cost as much as three blocks of the pocket model, and this a tenth of one.
+4,096 it has as many products as three blocks of the pocket model, and the router a tenth of one.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,11 @@ class ArlaConfig:
         latent: latent numbers of a state.
         sees: which residuals: `states`, what is read at the exits, and `starts`, the slow ones from
             which that was made.
-        threshold: probability at which a token leaves, where nothing else is asked for.
     """
 
     exits: int = 4
     latent: int = 32
     sees: tuple[str, ...] = SEES
-    threshold: float = 0.9
 
 
 class Arla(Gate):

@@ -15,12 +15,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..backbone import Backbone
-from ..errors import UserError
-from ..fixed_cache import FEW, Traced
+from ..fixed_cache import FEW, FIRST_ROOM, Traced
 from .fill import Fill
 from .gates import Gate, Seen
-
-FIRST_ROOM = 64  # of an answer in the cache, as every step reads all of it; it grows with a longer one
 
 
 @dataclass
@@ -52,26 +49,23 @@ class ExitDecoder:
 
     def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill | None):
         self.backbone, self.reader, self.gate, self.fill = backbone, reader, gate, fill
-        self.ends = (*reader.starts[1:], backbone.depth)
-        N, J = backbone.depth, len(reader.exits)
-        between = zip((0, *reader.starts), reader.starts, strict=False)
-        runs = [range(a, b) for a, b in between]
-        self.probes = [
-            Traced(self._probe(j), N, runs[j] if fill is not None or j == 0 else range(0), reader.reads)
-            for j in range(J)
-        ]
-        self.fills = [Traced(self._filling(j), N, range(reader.starts[j], N)) for j in range(J)]
+        # or the compiled passes would make them anew each time; they keep the weights of this moment
+        mx.eval(reader.parameters(), gate.parameters(), fill.parameters() if fill is not None else [])
+        N, starts = backbone.depth, reader.starts
+        self.probes, self.fills = [], []
+        for j, (begin, end) in enumerate(zip((0, *starts[:-1]), starts, strict=True)):
+            # where tokens wait, they are run with the newest one, before the probe (`_catch_up`)
+            runs = range(begin, end) if fill is not None or j == 0 else range(0)
+            self.probes.append(Traced(self._probe(j, runs), N, runs, reader.reads))
+            self.fills.append(Traced(self._filling(j), N, range(end, N)))
 
-    def _probe(self, j: int):
-        """The compiled body of one probe; its first input is a token at the first exit, a state later."""
+    def _probe(self, j: int, runs: range):
+        """The compiled body of one probe, with the slow blocks that it `runs`; its first input is a token
+        at the first exit, a state later."""
         backbone, reader = self.backbone, self.reader
 
         def body(entries, x, position, before, progress, *trajectory):
-            h = backbone.embed(x) if j == 0 else x
-            if j == 0:
-                h = backbone._run(h, entries, 0, reader.starts[0])
-            elif self.fill is not None:
-                h = backbone._run(h, entries, reader.starts[j - 1], reader.starts[j])
+            h = backbone.run(backbone.embed(x) if j == 0 else x, entries, runs.start, runs.stop)
             starts, states = list(trajectory[:j]), list(trajectory[j:])
             p = reader.at(j, h, entries, position, before)
             seen = Seen(backbone.head, progress, starts=[*starts, h], states=[*states, p])
@@ -84,8 +78,9 @@ class ExitDecoder:
 
         def body(entries, h, p, before):
             mask = entries[self.reader.starts[j]].make_mask(1)
+            filled = self.fill(j, h, p, before)
             for l in range(self.reader.starts[j], self.backbone.depth):
-                self.backbone.blocks[l](self.fill(l, j, h, p, before), mask, cache=entries[l])
+                self.backbone.blocks[l](filled(l), mask, cache=entries[l])
             return ()
 
         return body
@@ -113,11 +108,8 @@ class ExitDecoder:
                 state.position += 1
                 return choice.item(), j
             x = h
-        if self.fill is not None:
-            h, logits = self.backbone.close(x, cache, self.reader.starts[-1])
-        else:
-            x, state.waiting[J - 1] = mx.concatenate([*state.waiting[J - 1], x], axis=1), []
-            h, logits = self.backbone.close(x, cache, self.reader.starts[-1])
+        x, state.waiting[-1] = mx.concatenate([*state.waiting[-1], x], axis=1), []
+        h, logits = self.backbone.close(x, cache, self.reader.starts[-1])
         state.before = h[:, -1:]
         state.position += 1
         return mx.argmax(logits[:, -1], axis=-1).item(), J
@@ -131,9 +123,9 @@ class ExitDecoder:
             state.waiting[k + 1].append(rows[:, :-1])
         return rows[:, -1:]
 
-    def begin(self, prompt: list[int], room: int, cache: list | None = None) -> "State":
+    def begin(self, prompt: list[int], room: int) -> "State":
         """A state that has read all of a prompt but its last token, through all blocks."""
-        cache = self.backbone.new_cache(room) if cache is None else cache
+        cache = self.backbone.new_cache(room)
         before = mx.zeros((1, 1, self.backbone.width))
         if len(prompt) > 1:
             h = self.backbone.run(self.backbone.embed(mx.array([prompt[:-1]])), cache)
@@ -161,14 +153,8 @@ class ExitDecoder:
         Raises:
             UserError: an empty or over-long prompt.
         """
-        if not prompt:
-            raise UserError("The prompt is empty; write something to continue.")
         backbone = self.backbone
-        limit = min(max_tokens, backbone.context - len(prompt))
-        if limit < 1:
-            raise UserError(
-                f"The prompt has {len(prompt)} tokens and the model reads {backbone.context}; shorten it."
-            )
+        limit = min(max_tokens, backbone.room_after(prompt))
         out, begun = ExitGeneration(), time.perf_counter()
         state = self.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
         out.prefill_seconds = time.perf_counter() - begun

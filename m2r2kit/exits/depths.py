@@ -19,10 +19,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..backbone import Backbone
-from ..fast_blocks import Changed, _changed, _new_deltas
-from ..training import DistilConfig, Lesson
+from ..errors import UserError
+from ..fast_blocks import Changed, changed, new_deltas
+from ..training import DistilConfig, Lesson, divergence
 from .forced import Outcome, Texts
-from .learn import compared
 
 
 class ChangedBlock(nn.Module):
@@ -30,8 +30,8 @@ class ChangedBlock(nn.Module):
 
     def __init__(self, block: nn.Module, rank: int | None):
         super().__init__()
-        self.deltas = _new_deltas(block, rank)
-        self._base = _changed(
+        self.deltas = new_deltas(block, rank)
+        self._base = changed(
             block, lambda m, name: Changed(m, self.deltas[name]) if name in self.deltas else m
         )
 
@@ -52,6 +52,8 @@ class Shallow(nn.Module):
 
     def __init__(self, backbone: Backbone, config: ShallowConfig):
         super().__init__()
+        if not 0 < config.blocks < backbone.depth:
+            raise UserError(f"A shallow model has 1 to {backbone.depth - 1} blocks; got {config.blocks}.")
         self._backbone, self.config = backbone, config
         self.blocks = [ChangedBlock(b, config.rank) for b in backbone.blocks[: config.blocks]]
 
@@ -128,10 +130,7 @@ class MixtureOfDepths(nn.Module):
 
 def of_end(backbone: Backbone, h, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
     """KL from the whole model at some tokens."""
-    width, final = backbone.width, lesson.states[backbone.depth]
-    count = min(settings.positions * lesson.tokens.shape[0], lesson.tokens.size)
-    some = mx.array(rng.choice(lesson.tokens.size, count, replace=False))
-    return compared(backbone, h.reshape(-1, width)[some], final.reshape(-1, width)[some])
+    return divergence(backbone, h, lesson.states[backbone.depth], rng, positions=settings.positions)
 
 
 def along(backbone: Backbone, model, texts: Texts, threshold: float = 0.5) -> Outcome:

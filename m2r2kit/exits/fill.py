@@ -14,6 +14,8 @@ Two more ways need no state: run the skipped tokens along with the next one that
 (`decode.py`, as FREE and EE-LLM do), or never go deeper again (`gates.Schedule`).
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -24,15 +26,16 @@ FILLS = ("copy", "p", "linear")
 
 
 class Fill(nn.Module):
-    """(block l, exit's number j, slow state there, what was read there, last state of the token before),
-    each state (B, T, D) -> the state that stands for h_l. This one is `copy` or `p`; nothing to train."""
+    """(exit's number j, slow state there, what was read there, last state of the token before), each state
+    (B, T, D) -> a function: block l -> the state that stands for h_l there. This one is `copy` or `p`;
+    nothing to train."""
 
     def __init__(self, kind: str):
         super().__init__()
         self.kind = kind
 
-    def __call__(self, l: int, j: int, h: mx.array, p: mx.array, before: mx.array) -> mx.array:
-        return h if self.kind == "copy" else p
+    def __call__(self, j: int, h: mx.array, p: mx.array, before: mx.array) -> Callable[[int], mx.array]:
+        return lambda l: h if self.kind == "copy" else p
 
     def macs(self, l: int, j: int) -> int:
         """Products and sums for block l, its key and value matrices not counted."""
@@ -51,11 +54,12 @@ class LinearFill(Fill):
         self.down = [mx.zeros((3 * width, rank)) for _ in starts]
         self.up = [mx.zeros((depth - start, rank, width)) for start in starts]
 
-    def __call__(self, l, j, h, p, before):
-        return (features(h, p, before) @ self.down[j]) @ self.up[j][l - self._starts[j]]
+    def __call__(self, j, h, p, before):
+        squeezed = features(h, p, before) @ self.down[j]  # once for all blocks
+        return lambda l: squeezed @ self.up[j][l - self._starts[j]]
 
     def macs(self, l, j):
-        shared = self.down[j].size if l == self._starts[j] else 0  # once for all blocks
+        shared = self.down[j].size if l == self._starts[j] else 0
         return shared + self.up[j][0].size
 
 

@@ -77,6 +77,8 @@ class ForcedPass:
 
     def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill):
         self.backbone, self.reader, self.gate, self.fill = backbone, reader, gate, fill
+        # or the compiled pass would make them anew each time; it keeps the weights of this moment
+        mx.eval(reader.parameters(), gate.parameters(), fill.parameters())
         self.traced = Traced(self._step, backbone.depth, range(backbone.depth))
 
     def _step(self, entries, token, gated, before, progress, chance, answer, threshold):
@@ -98,10 +100,10 @@ class ForcedPass:
                 taken = mx.where(go, seen.states[-1], taken)
                 number = mx.where(go, j, number)
                 left = left | go
-                fillings.append((j, go, h, seen.states[-1]))
+                fillings.append((go, self.fill(j, h, seen.states[-1], before)))
             x = h
-            for j, go, start, p in fillings:
-                x = mx.where(go, self.fill(l, j, start, p, before), x)
+            for go, filled in fillings:
+                x = mx.where(go, filled(l), x)
             h = backbone.blocks[l](x, mask, cache=entries[l])
         read = mx.where(left, taken, h)
         logits = backbone.head(read)

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..backbone import Backbone
-from ..training import DistilConfig, KeptKV, Lesson, distance, shifted
+from ..training import DistilConfig, KeptKV, Lesson, divergence, shifted
 from .arla import Arla
 from .fill import LinearFill
 from .gates import Seen
@@ -73,58 +73,48 @@ def holes(reader, lesson: Lesson, fill, rng: np.random.Generator) -> Holes:
         last = mx.where(number == j, read[j], last)
     before = mx.stop_gradient(shifted(last))
 
+    filled = [fill(j, lesson.states[start], read[j], before) for j, start in enumerate(reader.starts)]
+
     def states(l):
         found = None
         for j, start in enumerate(reader.starts):
             if start <= l:
-                state = fill(l, j, lesson.states[start], read[j], before)
-                found = state if found is None else mx.where(number == j, state, found)
+                found = filled[j](l) if found is None else mx.where(number == j, filled[j](l), found)
         return found
 
     out = Holes(number, {}, before, states)
     for l in reader.reads:
-        kept, filled = lesson.cache[l], keys_of(backbone, l, states(l))
+        kept, new = lesson.cache[l], keys_of(backbone, l, states(l))
         gone = out.gone(l, reader.starts)[:, None]  # (B, 1, T, 1), as keys and values have heads
-        pairs = ((filled.keys, kept.keys), (filled.values, kept.values))
-        out.cache[l] = KeptKV(*(mx.stop_gradient(mx.where(gone, f, k)) for f, k in pairs))
+        pairs = ((new.keys, kept.keys), (new.values, kept.values))
+        out.cache[l] = KeptKV(*(mx.stop_gradient(mx.where(gone, n, k)) for n, k in pairs))
     return out
 
 
 def exits_loss(reader, lesson: Lesson, settings: DistilConfig, fill, rng) -> mx.array:
     """KL from the whole model at every exit; with a fill, on a lesson with holes. One number."""
     backbone = reader_backbone(reader)
-    width, final = backbone.width, lesson.states[backbone.depth]
+    final = lesson.states[backbone.depth]
     cut = holes(reader, lesson, fill, rng) if fill is not None else None
     cache, before = (cut.cache, cut.before) if cut else (None, shifted(final))
     total = 0.0
     for j in range(len(reader.exits)):
-        count = min(settings.positions * lesson.tokens.shape[0], lesson.tokens.size)
-        some = mx.array(rng.choice(lesson.tokens.size, count, replace=False))
         state = reader.over(j, lesson, cache, before)
-        total = total + compared(backbone, state.reshape(-1, width)[some], final.reshape(-1, width)[some])
+        total = total + divergence(backbone, state, final, rng, positions=settings.positions)
     if isinstance(fill, LinearFill):
         total = total + deep_loss(reader, lesson, settings, fill, cut, rng)
     return total
 
 
-def compared(backbone: Backbone, state, final) -> mx.array:
-    """Mean KL between what the head says of two lists of states (n, D), up to the teacher's entropy."""
-    return distance(backbone.head(state), mx.stop_gradient(backbone.head(final))).mean()
-
-
 def deep_loss(reader, lesson: Lesson, settings: DistilConfig, fill, cut: Holes, rng) -> mx.array:
-    """The same of the whole model's own end for tokens that went through all blocks past those holes:
+    """The same at the whole model's own end, for tokens that went through all blocks past those holes:
     what a fill is for. The gradient passes through the frozen blocks into the fill."""
     backbone = reader_backbone(reader)
-    width, final = backbone.width, lesson.states[backbone.depth]
-    h, mask = lesson.states[reader.starts[0]], "causal"
+    final, h = lesson.states[backbone.depth], lesson.states[reader.starts[0]]
     for l in range(reader.starts[0], backbone.depth):
-        x = mx.where(cut.gone(l, reader.starts), cut.states(l), h)
-        h = backbone.blocks[l](x, mask)
+        h = backbone.blocks[l](mx.where(cut.gone(l, reader.starts), cut.states(l), h), "causal")
     through = np.flatnonzero(np.array(cut.number == len(reader.exits)).reshape(-1))
-    count = min(settings.positions * lesson.tokens.shape[0], len(through))
-    some = mx.array(rng.choice(through, count, replace=False))
-    return compared(backbone, h.reshape(-1, width)[some], final.reshape(-1, width)[some])
+    return divergence(backbone, h, final, rng, positions=settings.positions, among=through)
 
 
 def reader_backbone(reader) -> Backbone:

@@ -6,7 +6,7 @@
 | `LensReader` | h_E + Up s(Down norm(h_E)), a tuned lens for each exit | blocks below E_j |
 | `BareReader` | h_E as it is | blocks below E_j |
 
-`reader.starts[j]` is that depth, `reader.states[j]` what else a gate may look at.
+`reader.starts[j]` is that depth.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import mlx.nn as nn
 from ..backbone import Backbone
 from ..fast_blocks import SmallFFN
 from ..residuals import AcceleratedStream, intervals, reads_near
-from ..training import Lesson
+from ..training import Lesson, needs
 
 
 class BareReader(nn.Module):
@@ -103,26 +103,8 @@ class StreamReader(nn.Module):
         return self.stream(lesson.states, cache or lesson.cache, exit=self.exits[j], before=before)[-1]
 
     def needs(self):
-        from ..training import needs
-
         return needs(self.stream)
 
     def macs(self, j):
-        D, config = self.stream._backbone.width, self.stream.config
-        total = D * D if config.carry and j == 0 else 0
-        for l in range(self.starts[j], self.exits[j]):
-            block = self.stream._at[l]
-            if block._part:
-                total += sum(w.size for w in matrices(block._unchanged))
-            if "ffn" in block:
-                total += 2 * D * block.ffn.down.shape[1]
-            if "deep" in block:
-                total += block.deep.q.size + block.deep.o.size
-        return total
-
-
-def matrices(module: nn.Module) -> list[mx.array]:
-    """The weight matrices of a module, each of which a token multiplies once."""
-    from mlx.utils import tree_flatten
-
-    return [w for _, w in tree_flatten(module.parameters()) if w.ndim == 2]
+        carry = self.stream.carry.matrix.size if self.stream.config.carry and self.starts[j] == 0 else 0
+        return carry + sum(self.stream.block(l).macs() for l in range(self.starts[j], self.exits[j]))

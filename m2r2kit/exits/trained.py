@@ -20,12 +20,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import checkpoints
+from .. import checkpoints, distillation
 from ..backbone import Backbone
 from ..errors import UserError
 from ..residuals import AcceleratedStream, StreamConfig
 from ..training import DistilConfig, Lesson, distil, teach
-from .arla import Arla, ArlaConfig
+from .arla import SEES, Arla, ArlaConfig
 from .depths import DepthsConfig, MixtureOfDepths, Shallow, ShallowConfig
 from .fill import LinearFill, fit_linear
 from .learn import exits_loss, gate_loss
@@ -52,7 +52,7 @@ class ExitsConfig:
     exits: tuple[int, ...] = (1, 6, 12, 18)
     fill_rank: int = 64
     latent: int = 32
-    sees: tuple[str, ...] = ("starts", "states")
+    sees: tuple[str, ...] = SEES
 
 
 class Exits(nn.Module):
@@ -62,9 +62,7 @@ class Exits(nn.Module):
         super().__init__()
         self._backbone, self.config = backbone, config
         N, exits = backbone.depth, config.exits
-        if len(set(exits)) != len(exits) or list(exits) != sorted(exits) or not 0 < exits[0] <= exits[-1] < N:
-            raise UserError(f"Exits must rise and lie between 1 and {N - 1}; got {exits}.")
-        stream = AcceleratedStream(backbone, StreamConfig(exits=exits, span=1))
+        stream = AcceleratedStream(backbone, StreamConfig(exits=exits, span=1))  # refuses exits out of order
         if config.reader == "m2r2":
             self.reader = StreamReader(stream)
         else:
@@ -83,11 +81,11 @@ class Exits(nn.Module):
             nonlocal done
             steps = max(1, round(settings.steps * share))
             own = replace(settings, steps=steps, learning_rate=settings.learning_rate * rate)
-            at = done
-            distil(module, loss(own), lessons, own, (lambda s, l: report(at + s, l)) if report else None)
+            counted = report and (lambda step, value, before=done: report(before + step, value))
+            distil(module, loss, lessons, own, counted)
             done += steps
 
-        part(self.reader, lambda s: lambda m, x, rng: exits_loss(m, x, s, None, rng), SHARES[0], 1)
+        part(self.reader, lambda m, x, rng: exits_loss(m, x, settings, None, rng), SHARES[0], 1)
         depths, blocks = self.needs()
         depths |= set(range(self._backbone.depth + 1))
         texts = (teach(self._backbone, rows[i : i + 16], depths, blocks) for i in range(0, len(rows), 16))
@@ -95,10 +93,8 @@ class Exits(nn.Module):
             self.reader, texts, self._backbone.depth, self._backbone.width, self.config.fill_rank
         )
         both = Pair(self.reader, self.fill)
-        part(both, lambda s: lambda m, x, rng: exits_loss(m.reader, x, s, m.fill, rng), SHARES[1], 0.5)
-        part(
-            self.gate, lambda s: lambda m, x, rng: gate_loss(m, self.reader, x, self.fill, rng), SHARES[2], 1
-        )
+        part(both, lambda m, x, rng: exits_loss(m.reader, x, settings, m.fill, rng), SHARES[1], 0.5)
+        part(self.gate, lambda m, x, rng: gate_loss(m, self.reader, x, self.fill, rng), SHARES[2], 1)
 
     def needs(self) -> tuple[set[int], set[int]]:
         """Depths of the states and blocks of the keys of which a lesson has to know."""
@@ -147,9 +143,7 @@ def train(
 ) -> None:
     """Train a module on rows of text (n, T), in lessons of `batch` rows."""
     depths, blocks = module.needs() if isinstance(module, Exits) else ({backbone.depth}, set())
-    lessons = [
-        teach(backbone, rows[i : i + batch], depths, blocks) for i in range(0, len(rows) - batch + 1, batch)
-    ]
+    lessons = distillation.lessons(backbone, rows, depths, blocks, batch)
     if isinstance(module, Exits):
         module.train_on(lessons, rows[:FIT_ROWS], settings, report)
     else:
@@ -158,9 +152,8 @@ def train(
 
 def numbers(module: nn.Module) -> dict[str, int]:
     """Trained numbers of each part."""
-    parts = ("reader", "fill", "gate") if isinstance(module, Exits) else ("blocks",)
-    count = lambda m: sum(v.size for _, v in tree_flatten(m.trainable_parameters()))  # noqa: E731
-    return {p: count(module[p]) for p in parts if p != "blocks"} | {"all": count(module)}
+    parts = {p: module[p] for p in ("reader", "fill", "gate") if p in module} | {"all": module}
+    return {p: sum(v.size for _, v in tree_flatten(m.trainable_parameters())) for p, m in parts.items()}
 
 
 def save(module: nn.Module, backbone: Backbone, folder: str | Path, **facts) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backbone import Backbone
-from .readers import matrices
+from ..fast_blocks import matrix_sizes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Work:
 
 def block_macs(backbone: Backbone) -> int:
     """Of one block."""
-    return sum(w.size for w in matrices(backbone.blocks[0]))
+    return matrix_sizes(backbone.blocks[0])
 
 
 def head_macs(backbone: Backbone) -> int:
@@ -46,7 +46,7 @@ def key_value_macs(backbone: Backbone) -> int:
     """Of a block's key and value matrices."""
     attention = backbone.blocks[0][backbone.parts.attention]
     named = {name: w for name, w in attention.named_modules() if name in ("k_proj", "v_proj")}
-    return sum(m.weight.size for m in named.values()) or sum(w.size for w in matrices(attention)) // 2
+    return sum(m.weight.size for m in named.values()) or matrix_sizes(attention) // 2
 
 
 def whole(backbone: Backbone) -> Work:

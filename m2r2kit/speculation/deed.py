@@ -10,9 +10,8 @@ from ..backbone import Backbone, crop
 from ..errors import UserError
 from ..fast_blocks import SmallFFN
 from ..lean_pass import lean_pass
-from ..training import Lesson
+from ..training import Lesson, divergence
 from .drafters import Draft, Drafter, as_row, check_exit, confidence
-from .own_parts import divergence
 
 
 @dataclass(frozen=True)

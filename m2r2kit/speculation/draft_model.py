@@ -11,9 +11,8 @@ from mlx_lm.models import llama
 from ..backbone import Backbone, crop
 from ..errors import UserError
 from ..small_llama import PretrainConfig, causal_bias, hf_config, hidden_states, new_parameters
-from ..training import Lesson
+from ..training import Lesson, divergence
 from .drafters import Draft, Drafter
-from .own_parts import divergence
 
 
 @dataclass(frozen=True)

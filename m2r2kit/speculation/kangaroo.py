@@ -8,9 +8,9 @@ import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
 from ..backbone import Backbone
-from ..training import Lesson
+from ..training import Lesson, divergence
 from .drafters import Draft, Drafter, as_row, check_exit, confidence
-from .own_parts import OwnPass, divergence, new_block
+from .own_parts import OwnPass, new_block
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import mlx.core as mx
 
 from ..backbone import Backbone, crop
 from ..errors import UserError
+from ..fixed_cache import FIRST_ROOM
 from .accept import Sampler, accept_greedy, accept_sampled
 from .drafters import Draft, Drafter, Plain, as_row
 from .tree import Tree, accept_tree, verify_tree
 
 MOST_DRAFTS = 16
-FIRST_ROOM = 64  # of an answer in the cache, as every step reads all of it; it grows with a longer one
 
 
 @dataclass
@@ -75,17 +75,11 @@ def generate(
     Raises:
         UserError: an empty or over-long prompt, or a draft count out of range.
     """
-    if not prompt:
-        raise UserError("The prompt is empty; write something to continue.")
+    room = backbone.room_after(prompt)
     if not 0 <= drafts <= MOST_DRAFTS:
         raise UserError(f"The number of drafts must lie between 0 and {MOST_DRAFTS}; got {drafts}.")
     if max_tokens < 1:
         raise UserError(f"At least one token must be asked for; got {max_tokens}.")
-    room = backbone.context - len(prompt)
-    if room < 1:
-        raise UserError(
-            f"The prompt has {len(prompt)} tokens and the model reads {backbone.context}; shorten it."
-        )
     drafter, sampler = drafter or Plain(), sampler or Sampler()
     limit = min(max_tokens, room)
     cache = backbone.new_cache(len(prompt) + min(limit, FIRST_ROOM)) if cache is None else cache

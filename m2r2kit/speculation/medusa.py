@@ -8,9 +8,8 @@ import numpy as np
 
 from ..backbone import Backbone
 from ..lean_pass import lean_pass
-from ..training import Lesson
+from ..training import Lesson, divergence
 from .drafters import Draft, Drafter
-from .own_parts import divergence
 
 
 @dataclass(frozen=True)

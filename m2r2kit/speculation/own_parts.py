@@ -1,16 +1,14 @@
-"""What trained peers have of their own: a block, a KV cache that is cut back with the text, a loss."""
+"""What trained peers have of their own: a block, and a KV cache that is cut back with the text."""
 
 from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models import llama
 
 from ..backbone import Backbone, crop
 from ..fast_blocks import head_dim
 from ..fixed_cache import FEW, FixedKV, Traced, round_up
-from ..training import DistilConfig, distance
 
 
 def new_block(backbone: Backbone) -> llama.TransformerBlock:
@@ -74,25 +72,3 @@ class OwnPass:
         if x.shape[1] <= FEW:
             return self.traced(self.cache, x, *more)
         return self.body(self.cache[0], x, *more)
-
-
-def divergence(
-    backbone: Backbone,
-    guess: mx.array,
-    final: mx.array,
-    rng: np.random.Generator,
-    read: Callable | None = None,
-) -> mx.array:
-    """Mean KL from the model's distribution to a peer's, without the model's entropy: what every peer is
-    trained with, at as many tokens of each row as the accelerated stream is, drawn anew each time.
-
-    Args:
-        guess: states of the peer (B, T, D').
-        final: the model's states h_N there, (B, T, D).
-        read: logits of such a guess; by default the model's norm and head.
-    """
-    count = DistilConfig.positions * final.shape[0]
-    guess, final = (x.reshape(-1, x.shape[-1]) for x in (guess, final))
-    some = mx.array(rng.choice(len(final), min(count, len(final)), replace=False))
-    teacher = mx.stop_gradient(backbone.head(final[some]))
-    return distance((read or backbone.head)(guess[some]), teacher).mean()
