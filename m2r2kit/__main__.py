@@ -61,6 +61,8 @@ def parser() -> Parser:
     arguments.bench_speculation(add(bench, "speculation", _runs("bench"), about))
     about = "predict the speed-up of each exit with each number of drafts, from what is measured there"
     arguments.bench_map(add(bench, "map", _runs("bench_map"), about))
+    about = "draw quality against depth for ways of leaving early, and time some of them"
+    arguments.bench_exits(add(bench, "exits", _runs("bench_exits"), about))
 
     train = commands.add_parser("train", help="train a pocket model, or what drafts for a model")
     train = train.add_subparsers(dest="subject", metavar="WHAT", required=True)
@@ -70,6 +72,9 @@ def parser() -> Parser:
     arguments.train_stream(add(train, "stream", _runs("train_stream"), about))
     about = "train a peer of the stream, another way of drafting for the same model"
     arguments.train_drafter(add(train, "drafter", _runs("train_drafter"), about))
+
+    about = "train what lets tokens leave early: the stream at several exits, or a peer of it"
+    arguments.train_exits(add(train, "exits", _runs("train_exits"), about))
 
     about = (
         "choose how long drafts are on this machine, of a stream and its peers, and write it into their JSON"

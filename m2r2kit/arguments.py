@@ -8,6 +8,12 @@ from .records import ROOT
 MODEL = ROOT / "data" / "pocket-dense"
 PEERS = ("draft-model", "eagle", "medusa", "kangaroo", "deed")  # those that are trained
 METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup", "lookahead", *PEERS)
+EXIT_KINDS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")  # trained for exits
+EXIT_METHODS = (
+    *("m2r2", "m2r2-confidence", "m2r2-random", "m2r2-oracle", "m2r2-static", "lens-arla", "static", "calm"),
+    *("saturation", "skipdecode", "layerskip", "m2r2-copy", "m2r2-p", "m2r2-wait", "calm-wait"),
+    *("mixture-of-depths", "shallow"),
+)
 FORMS = ("block", "attention", "adapter")
 
 
@@ -106,7 +112,9 @@ def drafting(parser):
 
 def generate(parser):
     model(parser)
-    parser.add_argument("--method", choices=METHODS, default="m2r2", help="how to decode (default: m2r2)")
+    parser.add_argument(
+        "--method", choices=(*METHODS, "exits"), default="m2r2", help="how to decode (default: m2r2)"
+    )
     drafting(parser)
     parser.add_argument(
         "--temp",
@@ -124,6 +132,7 @@ def generate(parser):
         help="sample among the likeliest that hold this share of the probability",
     )
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed of sampling (default: 0)")
+    leaving(parser.add_argument_group("method exits", "tokens leave early, greedily, and some may differ"))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="what to answer")
     source.add_argument(
@@ -134,6 +143,33 @@ def generate(parser):
     )
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+
+
+def leaving(parser):
+    """How `generate --method exits` decides."""
+    exits(parser)
+    parser.add_argument(
+        "--risk",
+        type=float,
+        default=0.05,
+        metavar="R",
+        help="share of tokens that may differ from the model's (default: 0.05)",
+    )
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, metavar="C", help="that the risk is kept (default: 0.95)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="T", help="leave from this probability on, whatever the risk"
+    )
+    parser.add_argument(
+        "--exits", type=lambda text: tuple(counts(text)), metavar="E,F,..", help="leave at these exits only"
+    )
+    parser.add_argument(
+        "--skipped",
+        choices=("wait", "linear"),
+        default="wait",
+        help="skipped blocks are made up for with the next token that goes deep, or filled (default: wait)",
+    )
 
 
 def bench_speculation(parser):
@@ -159,6 +195,43 @@ def bench_speculation(parser):
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
     parser.add_argument("--record", action="store_true", help="add the result to data/results")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
+
+
+def exits(parser):
+    parser.add_argument(
+        "--trained",
+        type=Path,
+        metavar="DIR",
+        help="what was trained for exits (default: the folder 'exits' inside the model's folder)",
+    )
+
+
+def bench_exits(parser):
+    model(parser)
+    exits(parser)
+    parser.add_argument(
+        "--methods",
+        type=some_of(EXIT_METHODS),
+        default=["m2r2", "m2r2-oracle", "m2r2-wait", "calm"],
+        metavar="A,B,..",
+        help=f"what to compare, of {', '.join(EXIT_METHODS)}, or all",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+    )
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
+    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    parser.add_argument(
+        "--timed",
+        type=natural,
+        default=8,
+        metavar="N",
+        help="prompts of each kind that are decoded by the clock; 0 for none (default: 8)",
+    )
+    parser.add_argument(
+        "--repeats", type=count, default=3, metavar="N", help="timed rounds of all methods (default: 3)"
+    )
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
 
 
 def bench_map(parser):
@@ -213,17 +286,21 @@ def processes(parser):
 
 
 def lessons(parser):
-    """What the stream and its peers learn from, and for how long."""
+    """What a trained part learns from, and for how many steps."""
     parser.add_argument(
         "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"
     )
     parser.add_argument("--batch", type=count, default=8, metavar="B", help="rows of a step (default: 8)")
     parser.add_argument("--steps", type=count, metavar="N", help="training steps")
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+
+
+def tuning(parser):
+    """How long the training of what drafts may take, and whether the length of drafts is chosen after it."""
     parser.add_argument(
         "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
     )
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
     parser.add_argument(
         "--tune",
         action=argparse.BooleanOptionalAction,
@@ -283,6 +360,7 @@ def train_stream(parser):
         help="train other readouts of the same size for as long, and record them all; saves none",
     )
     lessons(parser)
+    tuning(parser)
     parser.add_argument(
         "--start",
         type=Path,
@@ -309,5 +387,30 @@ def train_drafter(parser):
     )
     parser.add_argument(
         "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
+    )
+    lessons(parser)
+    tuning(parser)
+
+
+def train_exits(parser):
+    model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(EXIT_KINDS),
+        default=["m2r2"],
+        metavar="A,B,..",
+        help=f"what to train, of {', '.join(EXIT_KINDS)}, or all, from the same rows (default: m2r2)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to save it (default: 'exits/KIND' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--exits",
+        type=lambda text: tuple(counts(text)),
+        metavar="E,F,..",
+        help="after so many blocks a token may leave; for shallow, the number of its blocks",
     )
     lessons(parser)

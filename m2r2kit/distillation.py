@@ -30,8 +30,6 @@ def windows(
     """Rows of text (rows, WINDOW): a share `own` written by the model, the rest from the corpus,
     the kinds in equal parts and the rows shuffled."""
     rng = np.random.default_rng(seed)
-    asks, answers = (backbone.tokenizer.convert_tokens_to_ids(mark) for mark in (USER, ASSISTANT))
-    known = asks != answers and {asks, answers} <= set(range(backbone.config["vocab_size"]))
     kinds = [ids for ids in tokens.values() if len(ids) > WINDOW]
     parts = []
     for i, ids in enumerate(kinds):
@@ -39,10 +37,18 @@ def windows(
         written = round(share * own)
         starts = rng.integers(0, len(ids) - WINDOW, share - written)
         parts += [ids[s : s + WINDOW] for s in starts]
-        begun = questions(ids, asks, answers, written, LONGEST, rng) if known and written else []
-        parts += _written(backbone, begun or beginnings(ids, written, BEGINNING, rng))
+        parts += _written(backbone, asked(backbone, ids, written, rng))
     # joined with an empty text, ids would have become numbers with a point
     return np.stack(parts)[rng.permutation(len(parts))].astype(np.int32)
+
+
+def asked(backbone: Backbone, ids: np.ndarray, rows: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """What the model is to go on from: `rows` whole questions where one of its kind's documents (`ids`, in
+    one row) asks any and the tokenizer knows how, else beginnings from anywhere."""
+    asks, answers = (backbone.tokenizer.convert_tokens_to_ids(mark) for mark in (USER, ASSISTANT))
+    known = asks != answers and {asks, answers} <= set(range(backbone.config["vocab_size"]))
+    found = questions(ids, asks, answers, rows, LONGEST, rng) if known and rows else []
+    return found or beginnings(ids, rows, BEGINNING, rng)
 
 
 def _written(backbone: Backbone, starts: list[np.ndarray]) -> list[np.ndarray]:

@@ -88,7 +88,7 @@ class Traced:
         reads: other blocks whose entries are looked at.
     """
 
-    def __init__(self, body: Callable, depth: int, writes: range, reads: Sequence[int] = ()):
+    def __init__(self, body: Callable, depth: int, writes: Sequence[int], reads: Sequence[int] = ()):
         self.body, self.depth, self.writes = body, depth, writes
         self.blocks = [*writes, *sorted(set(reads) - set(writes))]
         self.function = mx.compile(self._function)

@@ -9,6 +9,8 @@ from m2r2kit.errors import UserError
 from m2r2kit.exits import trained, work
 from m2r2kit.exits.calibrate import binomial_below, calibrate, holds, p_value, texts_needed
 from m2r2kit.exits.decode import ExitDecoder
+from m2r2kit.exits.depth_decode import DepthDecoder
+from m2r2kit.exits.depths import along
 from m2r2kit.exits.fill import Fill, fit_linear
 from m2r2kit.exits.forced import ForcedPass, texts_of
 from m2r2kit.exits.gates import Chance, Confidence, Gate, Oracle, Saturation, Schedule, Static
@@ -53,7 +55,7 @@ class At(Gate):
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_threshold_that_nobody_reaches_is_plain_decoding(reader, waits):
     view, module = exits(reader)
-    decoder = ExitDecoder(view, module.reader, module.gate, None if waits else module.fill)
+    decoder = ExitDecoder(view, module.reader, module.gate, module.fill, waits)
     for prompt in PROMPTS:
         out = decoder.generate(prompt, NEVER, max_tokens=20)
         assert out.tokens == plain(view, prompt)
@@ -69,12 +71,13 @@ def test_a_threshold_that_nobody_reaches_is_plain_decoding(reader, waits):
 
 
 @pytest.mark.parametrize("reader", ["m2r2", "lens"])
-def test_decoding_and_the_forced_pass_take_the_same_ways(reader):
+@pytest.mark.parametrize("waits", [False, True])
+def test_decoding_and_the_forced_pass_take_the_same_ways(reader, waits):
     view, module = exits(reader)
     texts = texts_of(view, PROMPTS, 20)
     gate = At(1)
-    forced = ForcedPass(view, module.reader, gate, module.fill)(texts, 0.6, longest=20)
-    decoder = ExitDecoder(view, module.reader, gate, module.fill)
+    forced = ForcedPass(view, module.reader, gate, module.fill, waits)(texts, 0.6, longest=20)
+    decoder = ExitDecoder(view, module.reader, gate, module.fill, waits)
     depths = (*module.reader.exits, view.depth)
     some = set()
     for row, prompt in enumerate(PROMPTS):
@@ -89,7 +92,7 @@ def test_decoding_and_the_forced_pass_take_the_same_ways(reader):
 
 def test_tokens_that_wait_get_the_keys_of_the_full_run():
     view, module = exits()
-    decoder = ExitDecoder(view, module.reader, At(2), None)
+    decoder = ExitDecoder(view, module.reader, At(2), module.fill, waits=True)
     text = plain(view, PROMPTS[1], 20)
     state = decoder.begin(PROMPTS[1], 40)
     token, left = PROMPTS[1][-1], 0
@@ -109,9 +112,9 @@ def test_tokens_that_wait_get_the_keys_of_the_full_run():
 
 def test_a_fill_puts_the_keys_of_its_state_in_the_skipped_blocks():
     view, module = exits()
-    decoder = ExitDecoder(view, module.reader, Static(0), Fill("p"))
+    decoder = ExitDecoder(view, module.reader, Static(), Fill("p"))
     state = decoder.begin([5, 6], 10)
-    decoder.token(6, state, 0.5, 0.0)
+    decoder.token(6, state, 0, 0.0)
     entry = state.cache[2]
     whole = view.new_cache(10)
     view.run(view.embed(mx.array([[5]])), whole)
@@ -132,7 +135,7 @@ def test_gates_leave_as_their_names_say():
 
     out, taken = run(Confidence(), NEVER)
     assert (taken == 3).all() and out.agreement == 1
-    assert (run(Static(1), 0.5)[1] == 1).all()
+    assert (run(Static(), 1)[1] == 1).all()
     assert (run(Confidence(), 0.0)[1] == 0).all()
     assert 0.3 < (run(Chance(), 0.5)[1] == 0).mean() < 0.7
     assert not (run(Saturation(), 0.99)[1] == 0).any()
@@ -185,7 +188,7 @@ def test_every_kind_learns_and_comes_back_from_disk(kind, tmp_path):
 
     view = tiny.backbone("llama")
     module = trained.new(
-        view, kind, exits=(2,) if kind == "shallow" else (1, 2) if kind in ("m2r2", "lens") else None
+        view, kind, exits=(2,) if kind == "shallow" else (1, 2) if kind in ("m2r2", "lens", "bare") else None
     )
     rows = np.stack(
         [np.array((PROMPTS[i % 4] + plain(view, PROMPTS[i % 4], 30) + [0] * 40)[:24]) for i in range(16)]
@@ -196,14 +199,39 @@ def test_every_kind_learns_and_comes_back_from_disk(kind, tmp_path):
     )
     first = [l for s, l in losses if s < 4]
     last = [l for s, l in losses if 8 <= s < 12]
-    assert np.mean(last) < np.mean(first)
+    if kind != "bare":  # has only a fill to learn, for six of the steps
+        assert np.mean(last) < np.mean(first)
     trained.save(module, view, tmp_path)
     again, _ = trained.load(view, tmp_path, kind)
     assert type(again) is type(module) and again.config == module.config
-    others = {"m2r2": "lens", "lens": "m2r2"}
+    others = {"m2r2": "lens", "lens": "bare", "bare": "m2r2"}
     if kind in others:
         with pytest.raises(UserError, match="holds no"):
             trained.load(view, tmp_path, others[kind])
+
+
+# --- peers without exits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mixture-of-depths", "shallow"])
+def test_peers_decode_as_they_say_along_a_text(kind):
+    view = tiny.backbone("llama")
+    module = trained.new(view, kind, exits=(2,) if kind == "shallow" else None)
+    mx.random.seed(3)
+    for block in module.blocks:
+        block.apply(lambda w: w + 0.1 * mx.random.normal(w.shape))
+    if kind == "mixture-of-depths":
+        module.routers = mx.random.normal(module.routers.shape)
+        module.bias = mx.zeros(module.bias.shape)
+    texts = texts_of(view, PROMPTS, 20)
+    forced, decoder = along(view, module, texts), DepthDecoder(view, module)
+    for row, prompt in enumerate(PROMPTS):
+        at = np.flatnonzero(texts.gated[row])
+        given = texts.tokens[row, at + 1].tolist()
+        out = decoder.generate(prompt, 0.5, max_tokens=len(given), given=given)
+        assert out.depth == forced.blocks[row, at].tolist()
+        assert [a == b for a, b in zip(out.tokens, given, strict=True)] == forced.right[row, at].tolist()
+    assert len(set(forced.blocks[texts.gated])) == (1 if kind == "shallow" else 3)
 
 
 # --- work and promise -----------------------------------------------------------------------
@@ -220,8 +248,9 @@ def test_work_is_counted_whole():
     assert parts[-1].total > whole.total  # gates and readers come on top
     probing = work.by_exit(view, module.reader, Confidence(), module.fill)
     assert [p.heads // work.head_macs(view) for p in probing] == [1, 2, 3, 4]
-    waiting = work.by_exit(view, module.reader, module.gate, None)
+    waiting = work.by_exit(view, module.reader, module.gate, module.fill, waits=True)
     assert all(p.blocks == whole.blocks for p in waiting)
+    assert 0 < waiting[0].fill < parts[0].fill  # only what the reader looks at
     assert all(
         p.fill == 0 for p in work.by_exit(view, module.reader, module.gate, module.fill, monotone=True)
     )

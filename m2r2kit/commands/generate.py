@@ -8,6 +8,7 @@ from ..prompts import Prompt, read
 from ..speculation import Sampler, generate
 from ..speculation.loop import Generation
 from ..speculation.methods import drafter, drafters_folder, mlx_lm_generate, stream_folder, tuned_drafts
+from . import generate_exits
 
 
 def run(args) -> int:
@@ -15,6 +16,8 @@ def run(args) -> int:
     prompts = read(args.prompts) if args.prompts else [Prompt("prompt", args.prompt)]
     backbone = Backbone.load(args.model)
     ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first
+    if args.method == "exits":
+        return generate_exits.run(args, backbone, prompts, ids)
     folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
     who = None
     if args.method != "mlx_lm":

@@ -149,20 +149,24 @@ def text(backbone: Backbone, corpus, rows: int, seed: int) -> tuple[np.ndarray, 
 
 def write(backbone: Backbone, all_documents: list, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """What `text` keeps."""
+    train, held_out = (tokens_of(backbone, all_documents, held, rows, seed) for held in (False, True))
+    train = distillation.windows(backbone, train, rows, OWN, seed)
+    return train, distillation.windows(backbone, held_out, HELD_OUT_ROWS, OWN, seed + 1)
 
-    def tokens(held_out: bool) -> dict[str, np.ndarray]:
-        ids: dict[str, list[int]] = {kind: [] for kind in KINDS}
-        budget = 40 * rows * distillation.WINDOW  # characters of a kind: enough to draw rows from
-        for d in np.random.default_rng(seed).permutation(np.array(all_documents, dtype=object)):
-            if d.held_out == held_out and len(ids[d.kind]) * 3 < budget:
-                ids[d.kind] += [
-                    *backbone.tokenizer.encode(d.text, add_special_tokens=False, verbose=False),
-                    *sorted(backbone.eos)[:1],
-                ]
-        return {kind: np.array(i, dtype=np.int32) for kind, i in ids.items()}
 
-    train = distillation.windows(backbone, tokens(False), rows, OWN, seed)
-    return train, distillation.windows(backbone, tokens(True), HELD_OUT_ROWS, OWN, seed + 1)
+def tokens_of(
+    backbone: Backbone, all_documents: list, held_out: bool, rows: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Token ids of each kind's documents in one row, as many as `rows` rows are to be drawn from."""
+    ids: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    budget = 40 * rows * distillation.WINDOW  # characters of a kind
+    for d in np.random.default_rng(seed).permutation(np.array(all_documents, dtype=object)):
+        if d.held_out == held_out and len(ids[d.kind]) * 3 < budget:
+            ids[d.kind] += [
+                *backbone.tokenizer.encode(d.text, add_special_tokens=False, verbose=False),
+                *sorted(backbone.eos)[:1],
+            ]
+    return {kind: np.array(i, dtype=np.int32) for kind, i in ids.items()}
 
 
 def resume(stream: AcceleratedStream, folder: Path, backbone: Backbone, config: StreamConfig) -> int:

@@ -12,6 +12,8 @@ import numpy as np
 
 from ..errors import UserError
 
+RISK, CONFIDENCE = 0.05, 0.95  # if nothing else is asked for
+
 
 def p_value(losses: np.ndarray, risk: float) -> float:
     """How likely losses so low would be if their true mean lay above `risk` (Hoeffding-Bentkus).
@@ -61,7 +63,7 @@ def calibrate(thresholds, losses: np.ndarray, risk: float, confidence: float) ->
     """The lowest threshold that keeps the promise; None if not even the highest does.
 
     Args:
-        thresholds: highest (safest) first, (m,).
+        thresholds: (m,); the highest is the safest.
         losses: of each threshold on each text, (m, n).
 
     Raises:
@@ -69,7 +71,7 @@ def calibrate(thresholds, losses: np.ndarray, risk: float, confidence: float) ->
     """
     check(risk, confidence, losses.shape[1])
     found = None
-    for threshold, row in zip(thresholds, losses, strict=True):
+    for threshold, row in sorted(zip(thresholds, losses, strict=True), key=lambda pair: -pair[0]):
         if p_value(row, risk) > 1 - confidence:
             break
         found = float(threshold)

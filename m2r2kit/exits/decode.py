@@ -2,20 +2,22 @@
 
     probe j    the slow stream up to where exit j's interval begins, what is read at the exit, the gate's
                score, the head's token                                  (one compiled pass)
-    leave      emit that token; fill the skipped blocks, or let it wait for the next deep pass
+    leave      emit that token; fill the skipped blocks, or let it wait for the next deep pass (FREE, Bae
+               et al. 2023), and fill only what the reader looks at, until that pass puts the true keys there
     or go on   to the next exit, and after the last one through all blocks
 
 With a threshold that nobody reaches it is plain decoding, to the bit.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from ..backbone import Backbone
 from ..fixed_cache import FEW, FIRST_ROOM, Traced
+from ..lean_pass import lean_pass
 from .fill import Fill
 from .gates import Gate, Seen
 
@@ -44,20 +46,23 @@ class ExitDecoder:
     Args:
         reader: of `readers.py`.
         gate: of `gates.py`, or ARLA.
-        fill: of `fill.py`; None lets skipped tokens wait and run with the next one that goes deep.
+        fill: of `fill.py`.
+        waits: whether skipped tokens run with the next one that goes deep.
     """
 
-    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill | None):
-        self.backbone, self.reader, self.gate, self.fill = backbone, reader, gate, fill
-        # or the compiled passes would make them anew each time; they keep the weights of this moment
-        mx.eval(reader.parameters(), gate.parameters(), fill.parameters() if fill is not None else [])
+    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits: bool = False):
+        self.backbone, self.reader, self.gate, self.fill, self.waits = backbone, reader, gate, fill, waits
+        reader.prepare()
+        mx.eval(gate.parameters(), fill.parameters())
         N, starts = backbone.depth, reader.starts
         self.probes, self.fills = [], []
         for j, (begin, end) in enumerate(zip((0, *starts[:-1]), starts, strict=True)):
             # where tokens wait, they are run with the newest one, before the probe (`_catch_up`)
-            runs = range(begin, end) if fill is not None or j == 0 else range(0)
+            runs = range(begin, end) if j == 0 or not waits else range(0)
             self.probes.append(Traced(self._probe(j, runs), N, runs, reader.reads))
-            self.fills.append(Traced(self._filling(j), N, range(end, N)))
+            filled = [l for l in reader.reads if l >= end] if waits else range(end, N)
+            self.fills.append(Traced(self._filling(j, filled), N, filled))
+        self.choose = mx.compile(self._choice)
 
     def _probe(self, j: int, runs: range):
         """The compiled body of one probe, with the slow blocks that it `runs`; its first input is a token
@@ -69,17 +74,23 @@ class ExitDecoder:
             starts, states = list(trajectory[:j]), list(trajectory[j:])
             p = reader.at(j, h, entries, position, before)
             seen = Seen(backbone.head, progress, starts=[*starts, h], states=[*states, p])
-            return h, p, self.gate(j, seen), mx.argmax(backbone.head(p), axis=-1)
+            # a gate that needs the head has it; for others it is read out only where a token leaves
+            return h, p, self.gate(j, seen), *([self._choice(p)] if self.gate.probes else [])
 
         return body
 
-    def _filling(self, j: int):
-        """The compiled body of filling the blocks above exit j: only their keys and values are computed."""
+    def _choice(self, p: mx.array) -> mx.array:
+        """The token that the head reads in a state (1, 1, D)."""
+        with lean_pass():
+            return mx.argmax(self.backbone.head(p), axis=-1)
+
+    def _filling(self, j: int, blocks: Sequence[int]):
+        """The compiled body of filling blocks above exit j: only their keys and values are computed."""
 
         def body(entries, h, p, before):
-            mask = entries[self.reader.starts[j]].make_mask(1)
             filled = self.fill(j, h, p, before)
-            for l in range(self.reader.starts[j], self.backbone.depth):
+            for l in blocks:
+                mask = entries[l].make_mask(1)
                 self.backbone.blocks[l](filled(l), mask, cache=entries[l])
             return ()
 
@@ -92,23 +103,24 @@ class ExitDecoder:
         progress = mx.full((1, 1, 1), progress)
         must = sum(h.shape[1] for rows in state.waiting for h in rows) >= FEW - 1
         for j in range(J):
-            if j and self.fill is None:
+            if j and self.waits:
                 x = self._catch_up(j - 1, x, state)
-            h, p, score, choice = self.probes[j](
+            h, p, score, *choice = self.probes[j](
                 cache, x, mx.array(state.position), state.before, progress, *starts, *states
             )
-            mx.async_eval(score, choice)
             starts, states = [*starts, h], [*states, p]
-            if score.item() >= threshold and not must:
-                if self.fill is not None:
+            if not must and state.allowed[j] and score.item() >= threshold:
+                choice = choice[0] if choice else self.choose(p)
+                mx.async_eval(choice)  # before the fill, which nobody waits for
+                if self.fills[j].writes:
                     self.fills[j](cache, h, p, state.before)
-                else:
+                if self.waits:
                     state.waiting[j].append(h)
                 state.before = p
                 state.position += 1
                 return choice.item(), j
             x = h
-        x, state.waiting[-1] = mx.concatenate([*state.waiting[-1], x], axis=1), []
+        x = self._with_waiting(J - 1, x, state)
         h, logits = self.backbone.close(x, cache, self.reader.starts[-1])
         state.before = h[:, -1:]
         state.position += 1
@@ -116,12 +128,21 @@ class ExitDecoder:
 
     def _catch_up(self, k: int, h: mx.array, state: "State") -> mx.array:
         """The newest token, and with it those that wait at exit k, to the next exit, where they wait on."""
-        rows = mx.concatenate([*state.waiting[k], h], axis=1)
-        state.waiting[k] = []
+        rows = self._with_waiting(k, h, state)
         rows = self.backbone.run(rows, state.cache, self.reader.starts[k], self.reader.starts[k + 1])
         if rows.shape[1] > 1:
             state.waiting[k + 1].append(rows[:, :-1])
         return rows[:, -1:]
+
+    def _with_waiting(self, k: int, h: mx.array, state: "State") -> mx.array:
+        """Those that wait at exit k and the newest, to be run on; what was filled for them is forgotten."""
+        rows = mx.concatenate([*state.waiting[k], h], axis=1)
+        state.waiting[k] = []
+        stop = self.reader.starts[k + 1] if k + 1 < len(self.reader.exits) else self.backbone.depth
+        for l in self.reader.reads if self.waits else ():
+            if self.reader.starts[k] <= l < stop:
+                state.cache[l].trim(rows.shape[1] - 1)
+        return rows
 
     def begin(self, prompt: list[int], room: int) -> "State":
         """A state that has read all of a prompt but its last token, through all blocks."""
@@ -131,7 +152,8 @@ class ExitDecoder:
             h = self.backbone.run(self.backbone.embed(mx.array([prompt[:-1]])), cache)
             before = mx.contiguous(h[:, -1:])
             mx.eval(before, [(c.keys, c.values) for c in cache])
-        return State(cache, before, len(prompt) - 1, [[] for _ in self.reader.exits])
+        exits = self.reader.exits
+        return State(cache, before, len(prompt) - 1, [[] for _ in exits], [True] * len(exits))
 
     def generate(
         self,
@@ -141,6 +163,7 @@ class ExitDecoder:
         on_tokens: Callable | None = None,
         given: list[int] | None = None,
         longest: int = 128,
+        allowed: tuple[int, ...] | None = None,
     ) -> ExitGeneration:
         """Continue a prompt.
 
@@ -149,6 +172,7 @@ class ExitDecoder:
             on_tokens: called with ([token], [depth]) after each.
             given: tokens that follow in the place of those that are emitted, to compare with them.
             longest: length of an answer at which a schedule has come to its end.
+            allowed: the exits at which a token may leave; by default all.
 
         Raises:
             UserError: an empty or over-long prompt.
@@ -158,6 +182,7 @@ class ExitDecoder:
         out, begun = ExitGeneration(), time.perf_counter()
         state = self.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
         out.prefill_seconds = time.perf_counter() - begun
+        state.allowed = [allowed is None or exit in allowed for exit in self.reader.exits]
         token, depths = prompt[-1], (*self.reader.exits, backbone.depth)
         while len(out.tokens) < limit:
             new, number = self.token(token, state, threshold, min(1.0, len(out.tokens) / longest))
@@ -175,9 +200,11 @@ class ExitDecoder:
 
 @dataclass
 class State:
-    """Where a text stands: its cache, what was read of the last token, its length, and who waits where."""
+    """Where a text stands: its cache, what was read of the last token, its length, who waits where, and at
+    which exits one may leave."""
 
     cache: list
     before: mx.array
     position: int
     waiting: list[list[mx.array]]
+    allowed: list[bool]

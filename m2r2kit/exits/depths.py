@@ -20,8 +20,9 @@ import numpy as np
 
 from ..backbone import Backbone
 from ..errors import UserError
-from ..fast_blocks import Changed, changed, new_deltas
+from ..fast_blocks import Changed, Merged, changed, is_small, new_deltas
 from ..training import DistilConfig, Lesson, divergence
+from . import work
 from .forced import Outcome, Texts
 
 
@@ -30,10 +31,16 @@ class ChangedBlock(nn.Module):
 
     def __init__(self, block: nn.Module, rank: int | None):
         super().__init__()
-        self.deltas = new_deltas(block, rank)
+        self._block, self.deltas = block, new_deltas(block, rank)
         self._base = changed(
             block, lambda m, name: Changed(m, self.deltas[name]) if name in self.deltas else m
         )
+
+    def merged(self) -> nn.Module:
+        """The block with its change, as it is now, in as few operations as a block of this size allows."""
+        if not is_small(self._block):
+            return self._base
+        return changed(self._block, lambda m, name: Merged(m, self.deltas.get(name)))
 
     def __call__(self, h, mask=None, cache=None):
         return self._base(h, mask, cache=cache)
@@ -63,6 +70,10 @@ class Shallow(nn.Module):
         for block in self.blocks:
             h = block(h, "causal")
         return h, mx.full(tokens.shape, len(self.blocks))
+
+    def macs(self, run: np.ndarray) -> np.ndarray:
+        """Products and sums of a token that ran so many blocks, the head's among them."""
+        return run * work.block_macs(self._backbone) + work.head_macs(self._backbone)
 
     def loss(self, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
         return of_end(self._backbone, self(lesson.tokens)[0], lesson, settings, rng)
@@ -120,6 +131,17 @@ class MixtureOfDepths(nn.Module):
             if shares is not None:
                 shares.append(score.mean())
         return h, run
+
+    def macs(self, run: np.ndarray) -> np.ndarray:
+        """Products and sums of a token that ran so many blocks: routers, and keys and values of the others
+        among them (the changes of the matrices are merged where the model decodes)."""
+        passed = (self._backbone.depth - run) * work.key_value_macs(self._backbone)
+        return (
+            run * work.block_macs(self._backbone)
+            + passed
+            + self.routers.size
+            + work.head_macs(self._backbone)
+        )
 
     def loss(self, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
         shares: list = []

@@ -4,6 +4,9 @@ The texts are the whole model's own (prompt and greedy answer). Each answer's to
 as they would in decoding, and what a token leaves in the blocks that it skips is what later tokens
 find there; only the token that follows is the given one. All rows run through all blocks, so this
 shows quality and depth, and no time; `decode.py` has the time.
+
+Where tokens wait for the next deep pass, all blocks have their true states; only a reader that looks
+at keys of blocks that a token has not yet been through finds the fill's there.
 """
 
 from collections.abc import Callable
@@ -13,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..backbone import Backbone
-from ..fixed_cache import Traced
+from ..fixed_cache import FixedKV, Traced
 from .fill import Fill
 from .gates import Gate, Seen
 
@@ -73,18 +76,22 @@ class ForcedPass:
         reader: of `readers.py`.
         gate: of `gates.py`, or ARLA.
         fill: of `fill.py`.
+        waits: whether skipped tokens run along with the next one that goes deep (`decode.py`).
     """
 
-    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill):
-        self.backbone, self.reader, self.gate, self.fill = backbone, reader, gate, fill
-        # or the compiled pass would make them anew each time; it keeps the weights of this moment
-        mx.eval(reader.parameters(), gate.parameters(), fill.parameters())
-        self.traced = Traced(self._step, backbone.depth, range(backbone.depth))
+    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits: bool = False):
+        self.backbone, self.reader, self.gate, self.fill, self.waits = backbone, reader, gate, fill, waits
+        reader.prepare()
+        mx.eval(gate.parameters(), fill.parameters())
+        entries = backbone.depth + (len(reader.reads) if waits else 0)  # those of the fill come last
+        self.traced = Traced(self._step, entries, range(entries))
 
-    def _step(self, entries, token, gated, before, progress, chance, answer, threshold):
-        """One token of each row: (exit's number, what the head reads, right, nats)."""
+    def _step(self, entries, token, gated, before, progress, chance, answer, threshold, caught):
+        """One token of each row: (exit's number, what the head reads, right, nats, caught); `caught` (reads,
+        B) are the positions before which the blocks that a reader looks at have been run."""
         backbone, reader = self.backbone, self.reader
         position = entries[0].offset
+        known = self._known(entries, caught) if self.waits else entries
         mask = entries[0].make_mask(1)
         seen = Seen(backbone.head, progress, chance, answer)
         h = backbone.embed(token)
@@ -95,7 +102,7 @@ class ForcedPass:
         for l in range(backbone.depth):
             for j in [j for j, start in enumerate(reader.starts) if start == l]:
                 seen.starts.append(h)
-                seen.states.append(reader.at(j, h, entries, position, before))
+                seen.states.append(reader.at(j, h, known, position, before))
                 go = gated & ~left & (self.gate(j, seen) >= threshold)
                 taken = mx.where(go, seen.states[-1], taken)
                 number = mx.where(go, j, number)
@@ -104,12 +111,28 @@ class ForcedPass:
             x = h
             for go, filled in fillings:
                 x = mx.where(go, filled(l), x)
-            h = backbone.blocks[l](x, mask, cache=entries[l])
+            if self.waits and l in reader.reads:  # only keys and values of it are evaluated
+                backbone.blocks[l](x, mask, cache=entries[backbone.depth + reader.reads.index(l)])
+            h = backbone.blocks[l](h if self.waits else x, mask, cache=entries[l])
+        run = mx.array([*reader.starts, backbone.depth])[number[:, 0, 0]]  # blocks
+        caught = (
+            mx.where(run > mx.array(reader.reads)[:, None], position + 1, caught) if self.waits else caught
+        )
         read = mx.where(left, taken, h)
         logits = backbone.head(read)
         right = mx.argmax(logits, axis=-1) == answer
         chosen = mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
-        return number[..., 0], read, right, mx.logsumexp(logits, axis=-1) - chosen
+        return number[..., 0], read, right, mx.logsumexp(logits, axis=-1) - chosen, caught
+
+    def _known(self, entries, caught) -> list:
+        """What a reader finds while tokens wait: true keys and values before `caught`, the fill's behind."""
+        N, known = self.backbone.depth, list(entries)
+        for i, l in enumerate(self.reader.reads):
+            true, filled = entries[l], entries[N + i]
+            there = mx.arange(true.keys.shape[2])[:, None] < caught[i][:, None, None, None]
+            pairs = (true.keys, filled.keys), (true.values, filled.values)
+            known[l] = FixedKV(*(mx.where(there, t, f) for t, f in pairs), true.offset)
+        return known
 
     def __call__(
         self,
@@ -121,16 +144,21 @@ class ForcedPass:
     ) -> Outcome:
         """Run along texts; at an answer of `longest` tokens a schedule has come to its end."""
         B, T = texts.tokens.shape
-        cache = self.backbone.new_cache(T, B)
         rng, gated, first = np.random.default_rng(seed), texts.gated, int(texts.first.min())
-        tokens = mx.array(texts.tokens)
+        tokens, N = mx.array(texts.tokens), self.backbone.depth
+        cache = self.backbone.new_cache(T, B)
         before = mx.zeros((B, 1, self.backbone.width))
         if first:  # the beginning that no row gates, in one pass
             before = self.backbone.run(self.backbone.embed(tokens[:, :first]), cache)[:, -1:]
+        caught = mx.full((len(self.reader.reads), B), first)
+        if self.waits:
+            cache += [self.backbone.new_cache(T, B)[l] for l in self.reader.reads]
+            for entry in cache[N:]:
+                entry.offset = first  # never looked at before it: all is caught there
         out = []
         for t in range(first, T - 1):
             progress = np.clip((t - texts.first) / longest, 0, 1).astype(np.float32)[:, None, None]
-            number, before, right, nats = self.traced(
+            number, before, right, nats, caught = self.traced(
                 cache,
                 tokens[:, t : t + 1],
                 mx.array(gated[:, t, None, None]),
@@ -139,8 +167,9 @@ class ForcedPass:
                 mx.array(rng.random((B, 1, 1), dtype=np.float32)),
                 tokens[:, t + 1 : t + 2],
                 mx.array(threshold, mx.float32),
+                caught,
             )
-            mx.eval(number, before, right, nats, [(c.keys, c.values) for c in cache])
+            mx.eval(number, before, right, nats, caught, [(c.keys, c.values) for c in cache])
             out.append([np.array(x)[:, 0] for x in (number, right, nats)])
             if report:
                 report(B)

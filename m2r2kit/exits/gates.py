@@ -2,7 +2,7 @@
 
 | gate | score at exit E_j | source |
 |---|---|---|
-| `Static` | 1 at one exit, 0 before it | - |
+| `Static` | the exit's number | - |
 | `Confidence` | difference of the two largest probabilities | CALM, Schuster et al. 2022 |
 | `Saturation` | cosine of what is read here and at the exit before | CALM |
 | `Schedule` | how late in the text the token stands | SkipDecode, Del Corro et al. 2023 |
@@ -57,14 +57,10 @@ class Gate(nn.Module):
 
 
 class Static(Gate):
-    """Always the same exit."""
-
-    def __init__(self, j: int):
-        super().__init__()
-        self.j = j
+    """The same exit for all: the score is the exit's number, and the threshold the one to leave at."""
 
     def __call__(self, j, seen):
-        return mx.full(seen.progress.shape, float(j >= self.j))
+        return mx.full(seen.progress.shape, float(j))
 
 
 class Confidence(Gate):

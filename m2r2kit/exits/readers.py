@@ -27,7 +27,11 @@ class BareReader(nn.Module):
         super().__init__()
         self._backbone = backbone
         self.exits = self.starts = tuple(exits)
-        self.reads: tuple[int, ...] = ()  # deeper blocks whose keys it looks at
+        self.reads: tuple[int, ...] = ()  # blocks whose keys it looks at, those of each exit in turn
+
+    def prepare(self) -> None:
+        """Make ready for compiled passes, with the weights of this moment."""
+        mx.eval(self.parameters())  # or each pass would make them anew
 
     def at(self, j: int, h: mx.array, cache, position, before) -> mx.array:
         """What the head reads at exit j of one token of each sequence: h at `starts[j]`, (B, 1, D) -> same.
@@ -94,10 +98,17 @@ class StreamReader(nn.Module):
         self.exits = tuple(stream.config.exits)
         self.starts = tuple(a for a, _ in intervals(stream.config))
         self.reads = tuple(sorted({block.read for block in stream.fast if block.read is not None}))
+        object.__setattr__(self, "_merged", None)  # a plain attribute: no parameters of its own
+
+    def prepare(self):
+        mx.eval(self.parameters())
+        blocks = {l for a, b in intervals(self.stream.config) for l in range(a, b)}
+        object.__setattr__(self, "_merged", {l: self.stream.block(l).merged() for l in blocks})
 
     def at(self, j, h, cache, position, before):
         before = before if self.stream.config.carry else None
-        return self.stream.accelerate(h, cache, position, position, self.exits[j], before)[1]
+        exit, merged = self.exits[j], self._merged
+        return self.stream.accelerate(h, cache, position, position, exit, before, merged)[1]
 
     def over(self, j, lesson, cache=None, before=None):
         return self.stream(lesson.states, cache or lesson.cache, exit=self.exits[j], before=before)[-1]

@@ -4,6 +4,7 @@
 |---|---|
 | `m2r2` | the accelerated residual at several exits, a linear fill, ARLA |
 | `lens` | the slow residual with a layer at each exit, a linear fill, ARLA: what CALM and SkipDecode read |
+| `bare` | the slow residual as it is, and a linear fill: what LayerSkip reads |
 | `mixture-of-depths` | routers that let tokens pass by blocks |
 | `shallow` | the first blocks alone |
 
@@ -11,6 +12,7 @@ All learn from the same rows for the same number of steps; `m2r2` and `lens` hav
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +31,11 @@ from .arla import SEES, Arla, ArlaConfig
 from .depths import DepthsConfig, MixtureOfDepths, Shallow, ShallowConfig
 from .fill import LinearFill, fit_linear
 from .learn import exits_loss, gate_loss
-from .readers import LensConfig, LensReader, StreamReader
+from .readers import BareReader, LensConfig, LensReader, StreamReader
 
-KINDS = ("m2r2", "lens", "mixture-of-depths", "shallow")
+KINDS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")
 FIT_ROWS = 256  # of text from which a linear fill is computed
+STEPS = 800  # if nothing else is asked for
 SHARES = (0.5, 0.25, 0.25)  # of the steps: readers alone, readers and fill past holes, the router
 
 
@@ -41,7 +44,7 @@ class ExitsConfig:
     """Settings of what is trained for exits.
 
     Attributes:
-        reader: `m2r2` or `lens`.
+        reader: `m2r2`, `lens` or `bare`.
         exits: blocks after which a token may leave; by default chosen for the pocket model of 24 blocks.
         fill_rank: numbers through which the fill's map goes.
         latent: latent numbers of ARLA.
@@ -65,6 +68,8 @@ class Exits(nn.Module):
         stream = AcceleratedStream(backbone, StreamConfig(exits=exits, span=1))  # refuses exits out of order
         if config.reader == "m2r2":
             self.reader = StreamReader(stream)
+        elif config.reader == "bare":
+            self.reader = BareReader(backbone, exits)
         else:
             width = stream.parameter_count() // (2 * backbone.width * len(exits))
             self.reader = LensReader(backbone, LensConfig(exits, width))
@@ -85,7 +90,8 @@ class Exits(nn.Module):
             distil(module, loss, lessons, own, counted)
             done += steps
 
-        part(self.reader, lambda m, x, rng: exits_loss(m, x, settings, None, rng), SHARES[0], 1)
+        if self.config.reader != "bare":
+            part(self.reader, lambda m, x, rng: exits_loss(m, x, settings, None, rng), SHARES[0], 1)
         depths, blocks = self.needs()
         depths |= set(range(self._backbone.depth + 1))
         texts = (teach(self._backbone, rows[i : i + 16], depths, blocks) for i in range(0, len(rows), 16))
@@ -140,14 +146,21 @@ def train(
     settings: DistilConfig,
     batch: int = 8,
     report: Callable | None = None,
-) -> None:
-    """Train a module on rows of text (n, T), in lessons of `batch` rows."""
+) -> float:
+    """Train a module on rows of text (n, T), in lessons of `batch` rows; returns the seconds it took."""
     depths, blocks = module.needs() if isinstance(module, Exits) else ({backbone.depth}, set())
     lessons = distillation.lessons(backbone, rows, depths, blocks, batch)
+    begun = time.perf_counter()
     if isinstance(module, Exits):
         module.train_on(lessons, rows[:FIT_ROWS], settings, report)
     else:
         distil(module, lambda m, x, rng: m.loss(x, settings, rng), lessons, settings, report, math.inf)
+    return time.perf_counter() - begun
+
+
+def folder(model: str | Path, exits: str | Path | None) -> Path:
+    """Where a model's trained exits lie, a folder for each kind: as given, or beside its weights."""
+    return Path(exits) if exits else Path(model) / "exits"
 
 
 def numbers(module: nn.Module) -> dict[str, int]:

@@ -54,11 +54,14 @@ def whole(backbone: Backbone) -> Work:
     return Work(backbone.depth * block_macs(backbone), 0, 0, head_macs(backbone), 0)
 
 
-def by_exit(backbone: Backbone, reader, gate, fill, monotone: bool = False) -> list[Work]:
+def by_exit(
+    backbone: Backbone, reader, gate, fill, waits: bool = False, monotone: bool = False
+) -> list[Work]:
     """Of a token that leaves at each of the J exits, and of one that never does: J + 1 of them.
 
     Args:
-        fill: None where skipped tokens run along with a later pass: they then cost all blocks.
+        waits: skipped tokens run along with a later pass: they cost all blocks, and filling what the
+            reader looks at.
         monotone: no token goes deeper than one before it, so that nothing has to be filled.
     """
     block, head, N, J = block_macs(backbone), head_macs(backbone), backbone.depth, len(reader.exits)
@@ -67,10 +70,10 @@ def by_exit(backbone: Backbone, reader, gate, fill, monotone: bool = False) -> l
         looked = range(min(j + 1, J))
         heads = (len(looked) + (j == J) if gate.probes else 1) * head
         filled = 0
-        if j < J and fill is not None and not monotone:
-            blocks = range(reader.starts[j], N)
+        if j < J and not monotone:
+            blocks = [l for l in range(reader.starts[j], N) if not waits or l in reader.reads]
             filled = sum(fill.macs(l, j) + key_value_macs(backbone) for l in blocks)
-        slow = reader.starts[j] if j < J and fill is not None else N
+        slow = reader.starts[j] if j < J and not waits else N
         readers, gates = (sum(map(part.macs, looked)) for part in (reader, gate))
         out.append(Work(slow * block, readers, gates, heads, filled))
     return out

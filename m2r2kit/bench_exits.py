@@ -1,0 +1,191 @@
+"""Measure ways of leaving early against each other: quality and depth along given texts, then time.
+
+Quality and depth need no clock: every method passes the model's own answers to the same prompts, each at many
+thresholds, and a curve comes of it (`exits/forced.py`). Time is taken with some of these points, decoding the
+same tokens one by one, interleaved with plain decoding (A B C A B C ..); a speed-up is the median over
+rounds of the ratio of total times.
+"""
+
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from .backbone import Backbone
+from .exits import work
+from .exits.decode import ExitDecoder
+from .exits.depth_decode import DepthDecoder
+from .exits.forced import Texts
+from .exits.merit import Curve, merits
+from .exits.methods import Method
+
+TIMED_LOSSES = (0.01, 0.03, 0.05, 0.1)  # of agreement: the points of each curve that are timed
+
+
+def measure(method: Method, texts: Texts, report: Callable | None = None) -> Curve:
+    """A method's curve along texts."""
+    gated = texts.gated
+    points = list(method.curve(texts, report))
+
+    def sums(arrays):
+        return np.stack([np.where(gated, a, 0).sum(1) for a in arrays]).astype(float)
+
+    return Curve(
+        [p.threshold for p in points],
+        sums([p.outcome.right for p in points]),
+        sums([p.outcome.nats for p in points]),
+        sums([p.blocks for p in points]),
+        sums([p.macs for p in points]),
+        gated.sum(1).astype(float),
+        method.backbone.depth,
+    )
+
+
+def nats_of(backbone: Backbone, texts: Texts) -> float:
+    """Mean cross-entropy that the whole model gives its own answers."""
+    total = 0.0
+    for row, gated in zip(texts.tokens, texts.gated, strict=True):
+        logits = backbone.logits(mx.array(row[None, :-1]))[0]
+        chosen = mx.take_along_axis(logits, mx.array(row[1:, None]), -1)[:, 0]
+        total += float(np.array(mx.logsumexp(logits, axis=-1) - chosen)[gated].sum())
+    return total / texts.gated.sum()
+
+
+# --- time ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Timed:
+    """A method at one threshold, and what was seen of it while it decoded."""
+
+    name: str
+    threshold: float
+    decoder: object
+    seconds: list[float] = field(default_factory=list)  # a round, all prompts
+    right: int = 0
+    tokens: int = 0
+    depth: int = 0
+
+    def decode(self, prompt: list[int], answer: list[int]) -> float:
+        """Seconds of decoding an answer; only its own choices count as right."""
+        out = self.decoder.generate(prompt, self.threshold, max_tokens=len(answer), given=answer)
+        self.right += sum(a == b for a, b in zip(out.tokens, answer, strict=True))
+        self.tokens += len(answer)
+        self.depth += sum(out.depth)
+        return out.seconds
+
+    def figures(self, plain: list[float]) -> dict:
+        ratios = [p / s for p, s in zip(plain, self.seconds, strict=True)]
+        return {
+            "threshold": self.threshold,
+            "agreement": self.right / self.tokens,
+            "depth": self.depth / self.tokens,
+            "speedup": statistics.median(ratios),
+            "from": min(ratios),
+            "to": max(ratios),
+        }
+
+
+def decoder(method: Method):
+    """What decodes with a method."""
+    if method.reader is None:
+        return DepthDecoder(method.backbone, method.module)
+    return ExitDecoder(method.backbone, *method.parts)
+
+
+def points_to_time(curve: Curve) -> list[float]:
+    """Thresholds whose agreement is nearest to those that are asked for, each once."""
+    agreement = curve.means("right")
+    near = {int(np.argmin(abs(agreement - (1 - loss)))) for loss in TIMED_LOSSES}
+    return [curve.thresholds[i] for i in sorted(near)]
+
+
+def time_points(
+    arms: list[Timed], plain: Callable, prompts: list, answers: list, repeats: int, report=None
+) -> list[float]:
+    """Rounds of all arms, interleaved prompt by prompt, after one that is not counted.
+
+    Args:
+        plain: (prompt, number of tokens) -> seconds of plain decoding.
+
+    Returns:
+        seconds of each round of plain decoding.
+    """
+    plainly: list[float] = []
+    for counted in range(repeats + 1):
+        totals = [0.0] * (len(arms) + 1)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            totals[-1] += plain(prompt, len(answer))
+            for i, arm in enumerate(arms):
+                totals[i] += arm.decode(prompt, answer)
+            if report:
+                report()
+        if counted:  # the first round traces and warms up
+            plainly.append(totals[-1])
+            for arm, seconds in zip(arms, totals, strict=False):
+                arm.seconds.append(seconds)
+    return plainly
+
+
+def fastest(points: list[dict], loss: float) -> dict | None:
+    """Of timed points the fastest that loses at most so much agreement."""
+    good = [p for p in points if p["agreement"] >= 1 - loss]
+    return max(good, key=lambda p: p["speedup"], default=None)
+
+
+# --- answers --------------------------------------------------------------------------------
+
+
+def last_number(text: str) -> str | None:
+    """The answer to an arithmetic prompt: the last number of the text."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return found[-1].replace(",", "") if found else None
+
+
+def answers_kept(
+    backbone: Backbone, decoder, threshold: float, prompts: list, answers: list, max_tokens: int
+) -> dict:
+    """How many of the whole model's answers are also the method's when it decodes freely.
+
+    Returns:
+        `same`, of `asked` prompts to which the whole model's text has a number.
+    """
+    same = asked = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        wanted = last_number(backbone.decode(answer))
+        if wanted is None:
+            continue
+        asked += 1
+        out = decoder.generate(prompt, threshold, max_tokens=max_tokens)
+        same += last_number(backbone.decode(out.tokens)) == wanted
+    return {"same": same, "asked": asked}
+
+
+# --- the whole --------------------------------------------------------------------------------
+
+
+def figures(curves: dict[str, Curve], methods: dict[str, Method], full_nats: float) -> dict:
+    """Points and figures of merit of all methods, in the form of `data/results/exits.jsonl`."""
+    found = merits(curves)
+    whole = work.whole(next(iter(methods.values())).backbone).total
+    out = {}
+    for name, curve in curves.items():
+        names = ("right", "nats", "blocks", "macs")
+        means = {n: curve.means(n) for n in names}
+        out[name] = {
+            "points": [
+                {
+                    "threshold": float(t),
+                    "agreement": float(r),
+                    "nats_lost": float(n) - full_nats,
+                    "blocks": float(b),
+                    "macs": float(m) / whole,
+                }
+                for t, r, n, b, m in zip(curve.thresholds, *(means[n] for n in names), strict=True)
+            ],
+            "merit": found[name],
+        }
+    return out

@@ -1,0 +1,125 @@
+"""`m2r2kit bench exits`: curves of quality against depth for every method, then the time of some points."""
+
+import shlex
+import sys
+
+from tqdm import tqdm
+
+from .. import bench_exits as bench
+from .. import prompts as prompt_files
+from .. import records
+from ..backbone import Backbone
+from ..conversations import questions
+from ..errors import UserError
+from ..exits import trained, work
+from ..exits.forced import texts_of
+from ..exits.merit import LOSSES
+from ..exits.methods import Method, method
+from ..speculation import generate
+
+
+def run(args) -> int:
+    """Measure, print a table, and with `--record` add a record."""
+    backbone = Backbone.load(args.model)
+    folder = trained.folder(args.model, args.trained)
+    methods = {name: method(name, backbone, folder) for name in args.methods}
+    if "m2r2" not in methods:
+        raise UserError("The others are compared with m2r2; name it among the methods.")
+    prompts = prompt_files.first_of_each_kind(prompt_files.read(args.prompts or prompt_files.ALL), args.limit)
+    asked = questions(backbone, prompts, args.max_tokens)
+    texts = texts_of(backbone, asked.ids, args.max_tokens)
+    curves = {}
+    with tqdm(total=sum(len(m.thresholds) for m in methods.values()), unit="point", disable=quiet()) as bar:
+        for name, each in methods.items():
+            bar.set_description(name)
+            curves[name] = bench.measure(each, texts, bar.update)
+    figures = {"methods": bench.figures(curves, methods, bench.nats_of(backbone, texts))}
+    if args.timed:
+        few = prompt_files.first_of_each_kind(asked.prompts, args.timed)
+        rows = [i for i, p in enumerate(asked.prompts) if p in few]
+        answers = [texts.tokens[i, texts.first[i] + 1 : texts.end[i] + 1].tolist() for i in rows]
+        time(backbone, methods, curves, [asked.ids[i] for i in rows], answers, figures["methods"], args)
+        arithmetic = [k for k, i in enumerate(rows) if asked.prompts[i].kind == "arithmetic"]
+        keep_answers(backbone, methods, figures["methods"], arithmetic, rows, asked, answers, args)
+    print(table(figures["methods"], backbone.depth))
+    if args.record:
+        records.append(
+            "exits",
+            command=shlex.join(["m2r2kit", *sys.argv[1:]]),
+            settings={
+                "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
+                "model_sha256": backbone.sha256,
+                "depth": backbone.depth,
+                "exits": list(methods["m2r2"].reader.exits),
+                "starts": list(methods["m2r2"].reader.starts),
+                "prompts": len(asked.prompts),
+                "tokens": int(texts.gated.sum()),
+                "max_tokens": args.max_tokens,
+                "timed": args.timed,
+                "repeats": args.repeats,
+            },
+            figures=figures,
+            prompts_sha256=prompt_files.sha256(asked.prompts),
+        )
+    return 0
+
+
+def quiet() -> bool:
+    return not sys.stderr.isatty()
+
+
+def time(backbone: Backbone, methods: dict, curves: dict, prompts, answers, figures: dict, args) -> None:
+    """Add `timed` points to the figures of each method that can decode."""
+    arms = []
+    for name, each in methods.items():
+        if name.endswith("-oracle"):
+            continue  # knows what nobody knows when decoding
+        decoder = bench.decoder(each)
+        arms += [bench.Timed(name, t, decoder) for t in bench.points_to_time(curves[name])]
+
+    def plain(prompt, tokens):
+        return generate(backbone, prompt, max_tokens=tokens).seconds
+
+    with tqdm(total=(args.repeats + 1) * len(prompts), unit="prompt", desc="time", disable=quiet()) as bar:
+        seconds = bench.time_points(arms, plain, prompts, answers, args.repeats, bar.update)
+    for arm in arms:
+        figures[arm.name].setdefault("timed", []).append(arm.figures(seconds))
+    for name in figures:
+        best = bench.fastest(figures[name].get("timed", []), LOSSES[-1])
+        figures[name]["fastest"] = best
+
+
+def keep_answers(backbone, methods, figures, arithmetic, rows, asked, answers, args) -> None:
+    """Add to the figures of each method, at its fastest point, how many arithmetic answers stay."""
+    prompts, whole = ([asked.ids[rows[k]] for k in arithmetic], [answers[k] for k in arithmetic])
+    for name, each in methods.items():
+        if best := figures[name].get("fastest"):
+            decoder = bench.decoder(each)
+            kept = bench.answers_kept(backbone, decoder, best["threshold"], prompts, whole, args.max_tokens)
+            figures[name]["answers"] = kept
+
+
+def shares(method: Method, exits) -> dict:
+    """MACs of an average token by what they are for, in those of a plain token."""
+    whole = work.whole(method.backbone).total
+    mean = work.mean(method.works(), exits)
+    return {part: getattr(mean, part) / whole for part in ("blocks", "readers", "gates", "heads", "fill")}
+
+
+def table(figures: dict, depth: int) -> str:
+    """The methods, those that save most at 5 % loss first."""
+    heads = ("method", "saved at 1 %", "saved at 5 %", "less than m2r2", "speed-up", "answers")
+    lines = [row(*heads)]
+    order = sorted(figures, key=lambda name: -figures[name]["merit"][str(LOSSES[-1])]["saved"])
+    for name in order:
+        one, five = (figures[name]["merit"][str(loss)] for loss in LOSSES)
+        best, kept = figures[name].get("fastest"), figures[name].get("answers")
+        saved = [f"{m['saved']:.1%} ({m['from']:.1%}..{m['to']:.1%})" for m in (one, five)]
+        less = f"{100 * five['lead']:.1f} ({100 * five['lead_from']:.1f}..{100 * five['lead_to']:.1f})"
+        speed = f"{best['speedup']:.2f}x" if best else "-"
+        lines.append(row(name, *saved, less, speed, f"{kept['same']} of {kept['asked']}" if kept else "-"))
+    return "\n".join([*lines, f"Share of the {depth} blocks saved, at 1 % and 5 % loss of agreement."])
+
+
+def row(name, one, five, less, speed, kept) -> str:
+    return f"{name:18} {one:>21} {five:>21} {less:>18} {speed:>9}  {kept}"

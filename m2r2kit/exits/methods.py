@@ -1,0 +1,171 @@
+"""Every way to spend less depth on some tokens, by name, as the command line and notebook 03 ask for them.
+
+| method | reads | leaves by | source |
+|---|---|---|---|
+| `m2r2` | accelerated residual | ARLA | M2R2 (Bhendawade et al. 2025), as we read it |
+| `m2r2-confidence` | accelerated residual | difference of two probabilities | control: ARLA's part |
+| `m2r2-random` | accelerated residual | a coin | control: any gate's part |
+| `m2r2-oracle` | accelerated residual | the answer, known beforehand | bound |
+| `m2r2-static` | accelerated residual | one exit for all | control |
+| `lens-arla` | a trained layer at each exit | ARLA | control: the stream's part |
+| `static` | a trained layer | one exit for all | - |
+| `calm` | a trained layer | difference of two probabilities | CALM (Schuster et al. 2022) |
+| `saturation` | a trained layer | how little the state still changes | CALM |
+| `skipdecode` | a trained layer | the later in the text, the earlier | SkipDecode (Del Corro et al. 2023) |
+| `layerskip` | the bare residual | difference of two probabilities | LayerSkip (Elhoushi et al. 2024) |
+| `mixture-of-depths` | - | a router before every second block | Raposo et al. 2024 |
+| `shallow` | - | the first blocks alone, trained | control |
+
+`-copy`, `-p` and `-wait` behind a name take another way of giving later tokens the keys and values of blocks
+that were skipped (`fill.py`); without one it is the linear fill.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..backbone import Backbone
+from ..errors import UserError
+from . import trained, work
+from .depths import DepthsConfig, along
+from .fill import Fill
+from .forced import ForcedPass, Outcome, Texts
+from .gates import Chance, Confidence, Oracle, Saturation, Schedule, Static
+
+PROBABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.995)
+THRESHOLDS = {  # of each gate: the points of its curve; of a static one, the exits' numbers
+    "arla": PROBABLE,
+    "confidence": PROBABLE,
+    "saturation": (0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99),
+    "schedule": (0.3, 0.5, 0.7, 0.9, 1.2, 1.6, 2.4, 4.0),
+    "chance": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+    "oracle": (0.5,),
+    "routers": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+}
+GATES = {
+    "m2r2": ("m2r2", "arla"),
+    "m2r2-confidence": ("m2r2", "confidence"),
+    "m2r2-random": ("m2r2", "chance"),
+    "m2r2-oracle": ("m2r2", "oracle"),
+    "m2r2-static": ("m2r2", "static"),
+    "lens-arla": ("lens", "arla"),
+    "static": ("lens", "static"),
+    "calm": ("lens", "confidence"),
+    "saturation": ("lens", "saturation"),
+    "skipdecode": ("lens", "schedule"),
+    "layerskip": ("bare", "confidence"),
+}
+DEPTHS = ("mixture-of-depths", "shallow")
+FILLS = ("copy", "p", "wait")
+METHODS = (*GATES, *(f"m2r2-{fill}" for fill in FILLS), "calm-wait", *DEPTHS)
+
+
+def split(name: str) -> tuple[str, str]:
+    """The method and its fill: `calm-wait` -> (`calm`, `wait`), `calm` -> (`calm`, `linear`)."""
+    for fill in FILLS:
+        if name.endswith(f"-{fill}"):
+            return name.removesuffix(f"-{fill}"), fill
+    return name, "linear"
+
+
+@dataclass
+class Point:
+    """A method at one threshold along texts: what came of it, blocks and MACs of each token (B, T - 1)."""
+
+    threshold: float
+    outcome: Outcome
+    blocks: np.ndarray
+    macs: np.ndarray
+
+
+@dataclass
+class Method:
+    """A method that is ready to run on a model.
+
+    Attributes:
+        module: what was trained for it.
+        thresholds: those of its curve, one point each.
+    """
+
+    name: str
+    backbone: Backbone
+    module: object
+    reader: object = None
+    gate: object = None
+    fill: Fill | None = None
+    waits: bool = False
+    thresholds: tuple = ()
+
+    @property
+    def parts(self):
+        """Reader, gate, fill and whether tokens wait, as `ForcedPass` and `ExitDecoder` take them."""
+        return self.reader, self.gate, self.fill, self.waits
+
+    @property
+    def monotone(self) -> bool:
+        return isinstance(self.gate, Schedule)
+
+    def works(self) -> list[work.Work]:
+        """What a token costs that takes each of the exits, or none."""
+        return work.by_exit(self.backbone, self.reader, self.gate, self.fill, self.waits, self.monotone)
+
+    def curve(self, texts: Texts, report=None) -> Iterator[Point]:
+        """Its points along texts, one by one.
+
+        Blocks are counted by their products, those of the reader among them: an accelerated block is one.
+        """
+        block = work.block_macs(self.backbone)
+        forced = None if self.reader is None else ForcedPass(self.backbone, *self.parts)
+        for threshold in self.thresholds:
+            if forced is None:
+                out = along(self.backbone, self.module, texts, threshold)
+                macs, blocks = self.module.macs(out.blocks), out.blocks
+            else:
+                out = forced(texts, threshold)
+                works = self.works()
+                macs = np.array([w.total for w in works])[out.exit]
+                blocks = np.array([w.blocks + w.readers for w in works])[out.exit] / block
+            if report:
+                report()
+            yield Point(threshold, out, blocks, macs)
+
+
+def method(name: str, backbone: Backbone, folder: Path) -> Method:
+    """A method by name, with what was trained for it.
+
+    Args:
+        folder: holds the trained kinds, a folder each (`trained.folder`).
+
+    Raises:
+        UserError: no such method, or nothing trained for it.
+    """
+    if name in DEPTHS:
+        module = trained.load(backbone, folder / name, name)[0]
+        thresholds = THRESHOLDS["routers"] if isinstance(module.config, DepthsConfig) else (0.5,)
+        return Method(name, backbone, module, thresholds=thresholds)
+    base, fill = split(name)
+    if base not in GATES:
+        raise UserError(f"There is no method {name}; choose of {', '.join(METHODS)}.")
+    kind, gate = GATES[base]
+    return with_gate(name, backbone, trained.load(backbone, folder / kind, kind)[0], gate, fill)
+
+
+def with_gate(
+    name: str, backbone: Backbone, module: trained.Exits, gate: str, fill: str = "linear"
+) -> Method:
+    """A trained reader with a gate of the table above and a way of filling."""
+    reader = module.reader
+    gates = {
+        "arla": lambda: module.gate,
+        "confidence": Confidence,
+        "saturation": Saturation,
+        "schedule": lambda: Schedule(backbone.depth, reader.exits),
+        "chance": Chance,
+        "oracle": Oracle,
+        "static": Static,
+    }
+    thresholds = tuple(range(len(reader.exits))) if gate == "static" else THRESHOLDS[gate]
+    state = Fill(fill) if fill in ("copy", "p") else module.fill
+    return Method(name, backbone, module, reader, gates[gate](), state, fill == "wait", thresholds)
