@@ -286,21 +286,21 @@ def processes(parser):
 
 
 def lessons(parser):
-    """What a trained part learns from, and for how many steps."""
+    """What a trained part learns from, and for how long."""
     parser.add_argument(
         "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"
     )
     parser.add_argument("--batch", type=count, default=8, metavar="B", help="rows of a step (default: 8)")
     parser.add_argument("--steps", type=count, metavar="N", help="training steps")
+    parser.add_argument(
+        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
+    )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
 
 
 def tuning(parser):
-    """How long the training of what drafts may take, and whether the length of drafts is chosen after it."""
-    parser.add_argument(
-        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
-    )
+    """Whether the length of drafts is chosen after a training."""
     parser.add_argument(
         "--tune",
         action=argparse.BooleanOptionalAction,
@@ -412,5 +412,11 @@ def train_exits(parser):
         type=lambda text: tuple(counts(text)),
         metavar="E,F,..",
         help="after so many blocks a token may leave; for shallow, the number of its blocks",
+    )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="for m2r2: begin the first exit with this trained stream (`m2r2kit train stream`)",
     )
     lessons(parser)

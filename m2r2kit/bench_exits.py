@@ -21,7 +21,9 @@ from .exits.depth_decode import DepthDecoder
 from .exits.forced import Texts
 from .exits.merit import Curve, merits
 from .exits.methods import Method
+from .training import teach
 
+UNTIMED = ("m2r2-oracle", "m2r2-random")  # a bound and a control, of which nobody decodes
 TIMED_LOSSES = (0.01, 0.03, 0.05, 0.1)  # of agreement: the points of each curve that are timed
 
 
@@ -42,6 +44,21 @@ def measure(method: Method, texts: Texts, report: Callable | None = None) -> Cur
         gated.sum(1).astype(float),
         method.backbone.depth,
     )
+
+
+def at_exits(reader, backbone: Backbone, texts: Texts) -> list[dict]:
+    """How well the head reads the answer at each exit if nobody leaves: agreement and cross-entropy."""
+    depths, blocks = reader.needs()
+    lesson = teach(backbone, texts.tokens[:, :-1], depths, blocks)
+    gated, answer = texts.gated, mx.array(texts.tokens[:, 1:])
+    out = []
+    for j, exit in enumerate(reader.exits):
+        logits = backbone.head(reader.over(j, lesson))
+        chosen = mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
+        nats = np.array(mx.logsumexp(logits, axis=-1) - chosen)[gated]
+        right = np.array(mx.argmax(logits, axis=-1) == answer)[gated]
+        out.append({"exit": exit, "agreement": float(right.mean()), "nats": float(nats.mean())})
+    return out
 
 
 def nats_of(backbone: Backbone, texts: Texts) -> float:

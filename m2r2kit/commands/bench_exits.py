@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..exits import trained, work
 from ..exits.forced import texts_of
 from ..exits.merit import LOSSES
-from ..exits.methods import Method, method
+from ..exits.methods import GATES, Method, method, split
 from ..speculation import generate
 
 
@@ -34,6 +34,9 @@ def run(args) -> int:
             bar.set_description(name)
             curves[name] = bench.measure(each, texts, bar.update)
     figures = {"methods": bench.figures(curves, methods, bench.nats_of(backbone, texts))}
+    figures["exits"] = {
+        kind: bench.at_exits(reader, backbone, texts) for kind, reader in readers(methods).items()
+    }
     if args.timed:
         few = prompt_files.first_of_each_kind(asked.prompts, args.timed)
         rows = [i for i, p in enumerate(asked.prompts) if p in few]
@@ -55,6 +58,7 @@ def run(args) -> int:
                 "prompts": len(asked.prompts),
                 "tokens": int(texts.gated.sum()),
                 "max_tokens": args.max_tokens,
+                "parameters": {name: trained.numbers(each.module) for name, each in methods.items()},
                 "timed": args.timed,
                 "repeats": args.repeats,
             },
@@ -62,6 +66,13 @@ def run(args) -> int:
             prompts_sha256=prompt_files.sha256(asked.prompts),
         )
     return 0
+
+
+def readers(methods: dict[str, Method]) -> dict:
+    """What is read at the exits by the methods, each kind once."""
+    return {
+        GATES[split(name)[0]][0]: each.reader for name, each in methods.items() if each.reader is not None
+    }
 
 
 def quiet() -> bool:
@@ -72,8 +83,8 @@ def time(backbone: Backbone, methods: dict, curves: dict, prompts, answers, figu
     """Add `timed` points to the figures of each method that can decode."""
     arms = []
     for name, each in methods.items():
-        if name.endswith("-oracle"):
-            continue  # knows what nobody knows when decoding
+        if name in bench.UNTIMED:
+            continue
         decoder = bench.decoder(each)
         arms += [bench.Timed(name, t, decoder) for t in bench.points_to_time(curves[name])]
 

@@ -1,5 +1,6 @@
 """`m2r2kit train exits`: what lets tokens leave early, M2R2's and its peers', on the same rows."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..exits import trained
 from ..exits.calibrate import CONFIDENCE, RISK, calibrate, holds
 from ..exits.forced import Texts, texts_of
 from ..exits.methods import with_gate
+from ..residuals import load_stream
 from ..training import DistilConfig
 from .train_stream import command, for_training, text, tokens_of
 
@@ -24,13 +26,16 @@ WAYS = ("wait", "linear")  # of filling skipped blocks, calibrated each by itsel
 
 def run(args) -> int:
     """Train, save and record each kind that is asked for."""
-    if args.rows < max(args.batch, trained.FIT_ROWS):
-        least = max(args.batch, trained.FIT_ROWS)
-        raise UserError(f"{args.rows} rows of text are too few for exits; ask for at least {least}.")
+    if args.rows < args.batch:
+        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
     if args.out and len(args.kind) > 1:
         raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
     backbone = for_training(args.model)
     modules = {kind: trained.new(backbone, kind, args.exits, args.seed) for kind in args.kind}
+    if args.start:
+        if args.kind != ["m2r2"]:
+            raise UserError("Only m2r2 begins with a stream; leave --start out, or ask for --kind m2r2.")
+        modules["m2r2"].begin_with(load_stream(backbone, args.start))
     rows, _ = text(backbone, args.corpus, args.rows, args.seed)
     fresh = held_out_texts(backbone, args) if {"m2r2", "lens"} & set(args.kind) else None
     for kind, module in modules.items():
@@ -71,7 +76,8 @@ def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> 
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        seconds = trained.train(backbone, module, rows, distil, args.batch, report)
+        limit = 60 * args.minutes if args.minutes else math.inf
+        seconds = trained.train(backbone, module, rows, distil, args.batch, report, limit)
     facts = {"steps": len(losses), "train_seconds": round(seconds)}
     known = calibration(backbone, module, fresh) if kind in ("m2r2", "lens") else {}
     trained.save(module, backbone, out, **facts, **({"calibration": known} if known else {}))
@@ -95,6 +101,7 @@ def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> 
         "batch": args.batch,
         **asdict(module.config),
         **asdict(distil),
+        "start": str(args.start) if args.start else None,
     }
     records.append("exits-training", command=command(), settings=settings, figures=figures)
     print(f"{kind}: {len(losses)} steps. Saved in {out}.", flush=True)

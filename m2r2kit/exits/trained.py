@@ -75,31 +75,59 @@ class Exits(nn.Module):
             self.reader = LensReader(backbone, LensConfig(exits, width))
         self.fill = LinearFill(self.reader.starts, N, backbone.width, config.fill_rank)
         self.gate = Arla(backbone.width, ArlaConfig(len(exits), config.latent, config.sees))
+        object.__setattr__(self, "started", False)
+
+    def begin_with(self, stream: AcceleratedStream) -> None:
+        """Take the first exit from a trained stream of the same model that has it.
+
+        Raises:
+            UserError: its first interval is another, or these exits read no stream.
+        """
+        own = self.reader.stream if "stream" in self.reader else None
+        wanted = own and replace(own.config, exits=own.config.exits[:1], span=stream.config.span)
+        if own is None or stream.config != wanted:
+            raise UserError(
+                f"These exits cannot begin with that stream ({stream.config}); train one with "
+                f"`m2r2kit train stream --exit {self.config.exits[0]}` and no other settings, for kind m2r2."
+            )
+        own.fast[0].update(stream.fast[0].trainable_parameters())
+        own.carry.update(stream.carry.trainable_parameters())
+        object.__setattr__(self, "started", True)
 
     def train_on(
-        self, lessons: list[Lesson], rows: np.ndarray, settings: DistilConfig, report: Callable | None = None
+        self,
+        lessons: list[Lesson],
+        rows: np.ndarray,
+        settings: DistilConfig,
+        report: Callable | None = None,
+        seconds: float = math.inf,
     ) -> None:
         """Readers, fill and router in turn; `rows` (n, T) are texts for the fill's first map."""
-        done = 0
+        done, stream = 0, self.reader.stream if "stream" in self.reader else None
 
         def part(module, loss, share, rate):
             nonlocal done
             steps = max(1, round(settings.steps * share))
             own = replace(settings, steps=steps, learning_rate=settings.learning_rate * rate)
             counted = report and (lambda step, value, before=done: report(before + step, value))
-            distil(module, loss, lessons, own, counted)
+            distil(module, loss, lessons, own, counted, seconds * share)
             done += steps
 
+        begun = [stream.fast[0], stream.carry] if self.started else []
+        for ready in begun:
+            ready.freeze()  # it has learnt for longer than what is beside it will
         if self.config.reader != "bare":
             part(self.reader, lambda m, x, rng: exits_loss(m, x, settings, None, rng), SHARES[0], 1)
+        for ready in begun:
+            ready.unfreeze()
         depths, blocks = self.needs()
         depths |= set(range(self._backbone.depth + 1))
         texts = (teach(self._backbone, rows[i : i + 16], depths, blocks) for i in range(0, len(rows), 16))
         self.fill = fit_linear(
             self.reader, texts, self._backbone.depth, self._backbone.width, self.config.fill_rank
         )
-        both = Pair(self.reader, self.fill)
-        part(both, lambda m, x, rng: exits_loss(m.reader, x, settings, m.fill, rng), SHARES[1], 0.5)
+        both, rate = Pair(self.reader, self.fill), 0.1 if self.started else 0.5
+        part(both, lambda m, x, rng: exits_loss(m.reader, x, settings, m.fill, rng), SHARES[1], rate)
         part(self.gate, lambda m, x, rng: gate_loss(m, self.reader, x, self.fill, rng), SHARES[2], 1)
 
     def needs(self) -> tuple[set[int], set[int]]:
@@ -146,15 +174,17 @@ def train(
     settings: DistilConfig,
     batch: int = 8,
     report: Callable | None = None,
+    seconds: float = math.inf,
 ) -> float:
-    """Train a module on rows of text (n, T), in lessons of `batch` rows; returns the seconds it took."""
+    """Train a module on rows of text (n, T), in lessons of `batch` rows, for the settings' steps or so many
+    seconds, whichever end first; returns the seconds it took."""
     depths, blocks = module.needs() if isinstance(module, Exits) else ({backbone.depth}, set())
     lessons = distillation.lessons(backbone, rows, depths, blocks, batch)
     begun = time.perf_counter()
     if isinstance(module, Exits):
-        module.train_on(lessons, rows[:FIT_ROWS], settings, report)
+        module.train_on(lessons, rows[:FIT_ROWS], settings, report, seconds)
     else:
-        distil(module, lambda m, x, rng: m.loss(x, settings, rng), lessons, settings, report, math.inf)
+        distil(module, lambda m, x, rng: m.loss(x, settings, rng), lessons, settings, report, seconds)
     return time.perf_counter() - begun
 
 

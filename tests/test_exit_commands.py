@@ -1,0 +1,200 @@
+"""`train exits`, `bench exits` and `generate --method exits` on a tiny model; figures of merit."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+from test_train_stream import arguments as stream_arguments
+from test_train_stream import written  # noqa: F401  (a fixture: little text and few prompts)
+
+from m2r2kit import arguments, bench_exits, figures_exits, prompts, records
+from m2r2kit.__main__ import main
+from m2r2kit.commands import bench_exits as bench_command
+from m2r2kit.commands import train_exits, train_stream
+from m2r2kit.errors import UserError
+from m2r2kit.exits import methods, trained
+from m2r2kit.exits.merit import Curve, crossing, merits
+from m2r2kit.figures import new_figure
+
+MODEL = {"max_position_embeddings": 512}
+FOLDERS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")
+
+
+def training(out, kind, **changes):
+    exits = (2,) if kind == "shallow" else (1, 2)
+    values = {
+        "model": str(tiny.folder("llama", **MODEL)), "kind": [kind], "out": out, "exits": exits, "rows": 16,
+        "batch": 8, "steps": 4, "minutes": None, "corpus": out, "seed": 0, "start": None,
+    }  # fmt: skip
+    return SimpleNamespace(**(values | changes))
+
+
+@pytest.fixture
+def little(written, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train_exits, "documents", train_stream.documents)
+    monkeypatch.setattr(train_exits, "CALIBRATION_TEXTS", 120)
+    monkeypatch.setattr(train_exits, "CALIBRATION_TOKENS", 4)
+    return written
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A folder with all kinds, untrained: what a method does with them does not depend on that."""
+    folder = tmp_path_factory.mktemp("exits")
+    view = tiny.backbone("llama", **MODEL)
+    for kind in FOLDERS:
+        exits = {"shallow": (2,), "mixture-of-depths": None}.get(kind, (1, 2, 3))
+        trained.save(trained.new(view, kind, exits), view, folder / kind)
+    return folder
+
+
+def test_the_command_line_offers_every_kind_and_method():
+    assert set(arguments.EXIT_KINDS) == set(trained.KINDS)
+    assert list(arguments.EXIT_METHODS) == list(methods.METHODS)
+
+
+@pytest.mark.parametrize("kind", ["m2r2", "shallow"])
+def test_a_kind_is_trained_saved_recorded_and_calibrated(kind, tmp_path, little):
+    assert train_exits.run(training(tmp_path / kind, kind)) == 0
+    ((subject, record),) = little
+    assert subject == "exits-training" and record["settings"]["kind"] == kind
+    assert record["figures"]["steps"] == 4 and record["figures"]["parameters"]["all"] > 0
+    _, facts = trained.load(tiny.backbone("llama", **MODEL), tmp_path / kind, kind)
+    assert ("calibration" in facts) == (kind == "m2r2")
+    if kind == "m2r2":
+        for way in ("wait", "linear"):
+            known = facts["calibration"][way]
+            assert np.shape(known["losses"]) == (len(known["thresholds"]), 120)
+            assert 0 <= record["figures"][f"promise_{way}"]["kept"] <= 1
+
+
+def test_exits_begin_with_a_stream_of_the_same_first_interval(tmp_path, little):
+    model = str(tiny.folder("llama", **MODEL))
+    ready = stream_arguments(tmp_path / "s", exit=1, rank=None, near=False, carry=True, tune=False)
+    assert train_stream.run(ready) == 0
+    assert train_exits.run(training(tmp_path / "m2r2", "m2r2", start=tmp_path / "s")) == 0
+    view = tiny.backbone("llama", **MODEL)
+    assert trained.load(view, tmp_path / "m2r2")[1]["steps"] == 4
+    other = stream_arguments(tmp_path / "t", exit=2, rank=None, near=False, carry=True, tune=False)
+    assert train_stream.run(other) == 0
+    with pytest.raises(UserError, match="cannot begin with that stream"):
+        train_exits.run(training(tmp_path / "x", "m2r2", start=tmp_path / "t", model=model))
+    with pytest.raises(UserError, match="Only m2r2 begins with a stream"):
+        train_exits.run(training(tmp_path / "x", "lens", start=tmp_path / "s"))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_draws_a_curve_and_decodes(name, everything, monkeypatch):
+    view = tiny.backbone("llama", **MODEL)
+    monkeypatch.setattr(methods, "THRESHOLDS", {gate: t[:2] for gate, t in methods.THRESHOLDS.items()})
+    method = methods.method(name, view, everything)
+    method.thresholds = method.thresholds[:2]
+    texts = methods_texts(view)
+    curve = bench_exits.measure(method, texts)
+    assert curve.right.shape == (len(method.thresholds), 3) and (curve.right <= curve.tokens).all()
+    assert (curve.blocks > 0).all() and (curve.macs > 0).all()
+    if name not in bench_exits.UNTIMED:
+        answer = texts.tokens[0, texts.first[0] + 1 : texts.end[0] + 1].tolist()
+        arm = bench_exits.Timed(name, method.thresholds[0], bench_exits.decoder(method))
+        assert arm.decode(tiny.prompt(4), answer) > 0
+        assert arm.tokens == len(answer)
+        assert arm.right == curve.right[0, 0]  # it makes the choices that the curve was drawn from
+
+
+def methods_texts(view):
+    from m2r2kit.exits.forced import texts_of
+
+    return texts_of(view, [tiny.prompt(n) for n in (4, 6, 9)], 10)
+
+
+def test_bench_measures_times_and_records(everything, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(records, "append", lambda subject, **f: kept.append((subject, f)))
+    some = [
+        prompts.Prompt(f"{kind}-{i}", f"{kind} {i}", kind) for kind in ("code", "arithmetic") for i in (3, 4)
+    ]
+    monkeypatch.setattr(prompts, "read", lambda file: some)
+    line = ["bench", "exits", "--model", str(tiny.folder("llama", **MODEL)), "--trained", str(everything)]
+    line += ["--methods", "m2r2,m2r2-oracle,m2r2-wait,calm,shallow", "--max-tokens", "8", "--timed", "1"]
+    assert main([*line, "--repeats", "1", "--record"]) == 0
+    ((subject, record),) = kept
+    found = record["figures"]["methods"]
+    assert subject == "exits" and set(found) == {"m2r2", "m2r2-oracle", "m2r2-wait", "calm", "shallow"}
+    assert found["m2r2"]["timed"] and found["m2r2-oracle"].get("timed") is None
+    assert set(found["m2r2"]["merit"]) == {"0.01", "0.05"}
+    assert set(record["figures"]["exits"]) == {"m2r2", "lens"}
+    assert "saved at 5 %" in capsys.readouterr().out
+    for over in ("blocks", "macs", "time"):
+        ax = new_figure()[1]
+        assert "calm" in figures_exits.draw_curves(ax, record, over)
+    assert "m2r2" in figures_exits.draw_merits(new_figure()[1], record)
+    monkeypatch.setattr(records, "read", lambda subject: [record])
+    assert figures_exits.newest() is record
+
+
+def test_bench_without_m2r2_says_so(everything):
+    model = str(tiny.folder("llama", **MODEL))
+    asked = SimpleNamespace(model=model, trained=everything, methods=["calm"])
+    with pytest.raises(UserError, match="name it among the methods"):
+        bench_command.run(asked)
+
+
+def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path, little):
+    model = str(tiny.folder("llama", **MODEL))
+    line = ["generate", "--model", model, "--method", "exits", "--prompt", "ab", "--max-tokens", "8"]
+    here = ["--trained", str(everything)]
+    assert main([*line, *here, "--threshold", "2", "--json"]) == 0
+    never = json.loads(capsys.readouterr().out)
+    plain = ["plain" if word == "exits" else word for word in line]
+    assert main([*plain, "--json"]) == 0
+    assert never["tokens"] == json.loads(capsys.readouterr().out)["tokens"] and set(never["depth"]) == {4}
+    assert main([*line, *here, "--threshold", "0", "--exits", "2", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["depth"]) == {2}
+    for asked, said in (
+        (["--exits", "1,7"], "not trained for exits at 7; choose among 1, 2, 3"),
+        ([], "never calibrated"),
+    ):
+        assert main([*line, *here, *asked]) == 2
+        assert said in capsys.readouterr().err
+    assert train_exits.run(training(tmp_path / "m2r2", "m2r2")) == 0
+    for asked, said in (
+        (["--risk", "1"], "must lie between 0 and 1"),
+        (["--risk", "0.01"], "120 texts are too few"),
+    ):
+        assert main([*line, "--trained", str(tmp_path), *asked]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*line, "--trained", str(tmp_path), "--risk", "0.2"]) == 0
+    assert "left after block" in capsys.readouterr().err
+
+
+# --- merit ----------------------------------------------------------------------------------
+
+
+def curve(saved, agreement, texts=40, tokens=10.0, depth=10):
+    """A method whose texts are all alike but for one wrong token now and then."""
+    n = np.full(texts, tokens)
+    right = np.array([np.full(texts, a * tokens) for a in agreement])
+    blocks = np.array([np.full(texts, (1 - s) * depth * tokens) for s in saved])
+    return Curve(list(range(len(saved))), right, right * 0, blocks, blocks, n, depth)
+
+
+def test_a_saving_is_read_off_between_two_points():
+    assert crossing(np.array([0.0, 0.2, 0.4]), np.array([1.0, 0.98, 0.92]), 0.95) == pytest.approx(0.3)
+    assert crossing(np.array([0.0, 0.2]), np.array([1.0, 0.98]), 0.95) == pytest.approx(0.2)
+    assert crossing(np.array([0.0, -0.1]), np.array([1.0, 1.0]), 0.95) == 0
+    assert curve([0.2, 0.4], [0.98, 0.92]).saved_at(0.05, np.arange(40)) == pytest.approx(0.3)
+
+
+def test_methods_are_compared_on_the_same_draws():
+    rng = np.random.default_rng(0)
+    easy = rng.integers(0, 2, 40)  # half of the texts are easy for both
+    good, bad = curve([0.35], [1.0]), curve([0.3], [1.0])
+    for each in (good, bad):
+        each.blocks = each.blocks - 50 * (easy - 0.5)
+    found = merits({"m2r2": good, "peer": bad}, draws=200)
+    five = found["peer"]["0.05"]
+    assert found["m2r2"]["0.05"]["lead"] == 0
+    assert five["lead_from"] == pytest.approx(0.05) == five["lead_to"]  # paired: what they share is gone
+    assert found["m2r2"]["0.05"]["from"] < five["to"]  # unpaired, they overlap
