@@ -81,6 +81,7 @@ class Timed:
     name: str
     threshold: float
     decoder: object
+    levels: object  # the thresholds of the exits
     seconds: list[float] = field(default_factory=list)  # a round, all prompts
     right: int = 0
     tokens: int = 0
@@ -88,7 +89,7 @@ class Timed:
 
     def decode(self, prompt: list[int], answer: list[int]) -> float:
         """Seconds of decoding an answer; only its own choices count as right."""
-        out = self.decoder.generate(prompt, self.threshold, max_tokens=len(answer), given=answer)
+        out = self.decoder.generate(prompt, self.levels, max_tokens=len(answer), given=answer)
         self.right += sum(a == b for a, b in zip(out.tokens, answer, strict=True))
         self.tokens += len(answer)
         self.depth += sum(out.depth)
@@ -106,11 +107,21 @@ class Timed:
         }
 
 
-def decoder(method: Method):
+def timed(method: Method, threshold: float) -> Timed:
+    """A point to be timed."""
+    return Timed(method.name, threshold, decoder(method, threshold), levels(method, threshold))
+
+
+def levels(method: Method, threshold: float):
+    """What its decoder takes for a threshold."""
+    return threshold if method.reader is None else method.levels(threshold)
+
+
+def decoder(method: Method, threshold: float):
     """What decodes with a method."""
     if method.reader is None:
         return DepthDecoder(method.backbone, method.module)
-    return ExitDecoder(method.backbone, *method.parts)
+    return ExitDecoder(method.backbone, *method.parts, method.used(threshold))
 
 
 def points_to_time(curve: Curve) -> list[float]:
@@ -163,7 +174,7 @@ def last_number(text: str) -> str | None:
 
 
 def answers_kept(
-    backbone: Backbone, decoder, threshold: float, prompts: list, answers: list, max_tokens: int
+    backbone: Backbone, decoder, threshold, prompts: list, answers: list, max_tokens: int
 ) -> dict:
     """How many of the whole model's answers are also the method's when it decodes freely.
 

@@ -97,7 +97,7 @@ def test_every_method_draws_a_curve_and_decodes(name, everything, monkeypatch):
     assert (curve.blocks > 0).all() and (curve.macs > 0).all()
     if name not in bench_exits.UNTIMED:
         answer = texts.tokens[0, texts.first[0] + 1 : texts.end[0] + 1].tolist()
-        arm = bench_exits.Timed(name, method.thresholds[0], bench_exits.decoder(method))
+        arm = bench_exits.timed(method, method.thresholds[0])
         assert arm.decode(tiny.prompt(4), answer) > 0
         assert arm.tokens == len(answer)
         assert arm.right == curve.right[0, 0]  # it makes the choices that the curve was drawn from

@@ -85,8 +85,7 @@ def time(backbone: Backbone, methods: dict, curves: dict, prompts, answers, figu
     for name, each in methods.items():
         if name in bench.UNTIMED:
             continue
-        decoder = bench.decoder(each)
-        arms += [bench.Timed(name, t, decoder) for t in bench.points_to_time(curves[name])]
+        arms += [bench.timed(each, t) for t in bench.points_to_time(curves[name])]
 
     def plain(prompt, tokens):
         return generate(backbone, prompt, max_tokens=tokens).seconds
@@ -105,15 +104,16 @@ def keep_answers(backbone, methods, figures, arithmetic, rows, asked, answers, a
     prompts, whole = ([asked.ids[rows[k]] for k in arithmetic], [answers[k] for k in arithmetic])
     for name, each in methods.items():
         if best := figures[name].get("fastest"):
-            decoder = bench.decoder(each)
-            kept = bench.answers_kept(backbone, decoder, best["threshold"], prompts, whole, args.max_tokens)
+            decoder = bench.decoder(each, best["threshold"])
+            levels = bench.levels(each, best["threshold"])
+            kept = bench.answers_kept(backbone, decoder, levels, prompts, whole, args.max_tokens)
             figures[name]["answers"] = kept
 
 
-def shares(method: Method, exits) -> dict:
+def shares(method: Method, threshold: float, exits) -> dict:
     """MACs of an average token by what they are for, in those of a plain token."""
     whole = work.whole(method.backbone).total
-    mean = work.mean(method.works(), exits)
+    mean = work.mean(method.works(threshold), exits)
     return {part: getattr(mean, part) / whole for part in ("blocks", "readers", "gates", "heads", "fill")}
 
 

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..exits import trained
 from ..exits.calibrate import calibrate
 from ..exits.decode import ExitDecoder, ExitGeneration
+from ..exits.methods import with_gate
 from ..prompts import Prompt
 
 SHADES = (22, 28, 34, 40)  # of green in a terminal of 256 colours: the earlier a token left, the lighter
@@ -25,10 +26,14 @@ def run(args, backbone: Backbone, prompts: list[Prompt], ids: list[list[int]]) -
             f"choose among {', '.join(map(str, module.config.exits))}, or train for others."
         )
     threshold, promise = chosen(args, facts)
-    decoder = ExitDecoder(backbone, module.reader, module.gate, module.fill, args.skipped == "wait")
+    method = with_gate("m2r2", backbone, module, "arla", args.skipped)
+    if args.exits:
+        method.use = tuple(j for j, exit in enumerate(module.config.exits) if exit in args.exits)
+    decoder = ExitDecoder(backbone, *method.parts, method.used(threshold))
+    levels = method.levels(threshold)
     for prompt, tokens in zip(prompts, ids, strict=True):
         show = None if args.json else Shaded(backbone, args.exits or module.config.exits)
-        out = decoder.generate(tokens, threshold, args.max_tokens, show, allowed=args.exits)
+        out = decoder.generate(tokens, levels, args.max_tokens, show)
         if args.json:
             print(json.dumps(as_json(backbone, prompt.id, threshold, out)))
         else:

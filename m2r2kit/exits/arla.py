@@ -29,12 +29,14 @@ class ArlaConfig:
     """
 
     exits: int = 4
-    latent: int = 32
+    latent: int = 64
     sees: tuple[str, ...] = SEES
 
 
 class Arla(Gate):
     """The router: (exit's number j, what is seen) -> probability of being right, (B, T, 1)."""
+
+    weighs = True
 
     def __init__(self, width: int, config: ArlaConfig):
         super().__init__()
@@ -45,8 +47,8 @@ class Arla(Gate):
         self.place = mx.random.normal((config.exits, kinds, L)) * 0.1
         self.query = mx.random.normal((L, L)) * L**-0.5
         self.key = mx.random.normal((L, L)) * L**-0.5
-        self.hidden = nn.Linear(2 * L, L)
-        self.out = mx.zeros((config.exits, L))
+        self.hidden = nn.Linear(2 * L, 2 * L)
+        self.out = mx.zeros((config.exits, 2 * L))
         self.bias = mx.zeros((config.exits,))
 
     def latents(self, j: int, seen: Seen) -> list[mx.array]:
@@ -58,9 +60,14 @@ class Arla(Gate):
 
     def logit(self, j: int, seen: Seen) -> mx.array:
         """Log odds of being right, (B, T, 1)."""
-        known = [x for i in range(j + 1) for x in self.latents(i, seen)]
+        known, there = [], []
+        for i, used in [*seen.before(j), (j, True)]:
+            latents = self.latents(i, seen)
+            known += latents
+            there += [used] * len(latents)
         newest, all_of_them = known[-1], mx.stack(known, axis=-2)  # (B, T, n, L)
         scores = ((newest @ self.query)[..., None, :] * (all_of_them @ self.key)).sum(-1)
+        scores = mx.where(mx.stack([mx.array(each) for each in there]), scores, -mx.inf)
         weights = mx.softmax(scores * self.config.latent**-0.5, axis=-1)
         attended = (weights[..., None] * all_of_them).sum(-2)
         x = nn.silu(self.hidden(mx.concatenate([newest, attended], axis=-1)))
@@ -70,5 +77,5 @@ class Arla(Gate):
         return mx.sigmoid(self.logit(j, seen))
 
     def macs(self, j):
-        L, n = self.config.latent, len(self.config.sees) * (j + 1)
-        return len(self.config.sees) * self._width * L + L * L * (1 + n) + 2 * L * L + 3 * n * L
+        L, n = self.config.latent, len(self.config.sees) * (j + 1)  # as if all exits before were in use
+        return len(self.config.sees) * self._width * L + L * L * (1 + n) + 4 * L * L + 3 * n * L

@@ -48,17 +48,20 @@ class ExitDecoder:
         gate: of `gates.py`, or ARLA.
         fill: of `fill.py`.
         waits: whether skipped tokens run with the next one that goes deep.
+        use: numbers of the exits to be tried, rising; by default all. Others cost nothing.
     """
 
-    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits: bool = False):
+    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits=False, use=None):
         self.backbone, self.reader, self.gate, self.fill, self.waits = backbone, reader, gate, fill, waits
         reader.prepare()
         mx.eval(gate.parameters(), fill.parameters())
-        N, starts = backbone.depth, reader.starts
+        N = backbone.depth
+        self.use = tuple(range(len(reader.exits))) if use is None else tuple(use)
+        self.starts = [reader.starts[j] for j in self.use]
         self.probes, self.fills = [], []
-        for j, (begin, end) in enumerate(zip((0, *starts[:-1]), starts, strict=True)):
+        for j, begin, end in zip(self.use, (0, *self.starts[:-1]), self.starts, strict=True):
             # where tokens wait, they are run with the newest one, before the probe (`_catch_up`)
-            runs = range(begin, end) if j == 0 or not waits else range(0)
+            runs = range(begin, end) if not self.probes or not waits else range(0)
             self.probes.append(Traced(self._probe(j, runs), N, runs, reader.reads))
             filled = [l for l in reader.reads if l >= end] if waits else range(end, N)
             self.fills.append(Traced(self._filling(j, filled), N, filled))
@@ -68,12 +71,15 @@ class ExitDecoder:
         """The compiled body of one probe, with the slow blocks that it `runs`; its first input is a token
         at the first exit, a state later."""
         backbone, reader = self.backbone, self.reader
+        numbers = [i for i in self.use if i <= j]  # of the trajectory so far
 
         def body(entries, x, position, before, progress, *trajectory):
-            h = backbone.run(backbone.embed(x) if j == 0 else x, entries, runs.start, runs.stop)
-            starts, states = list(trajectory[:j]), list(trajectory[j:])
+            x = backbone.embed(x) if j == self.use[0] else x
+            h = backbone.run(x, entries, runs.start, runs.stop)
             p = reader.at(j, h, entries, position, before)
-            seen = Seen(backbone.head, progress, starts=[*starts, h], states=[*states, p])
+            starts, states = [*trajectory[: len(numbers) - 1], h], [*trajectory[len(numbers) - 1 :], p]
+            starts, states = (dict(zip(numbers, each, strict=True)) for each in (starts, states))
+            seen = Seen(backbone.head, progress, starts=starts, states=states)
             # a gate that needs the head has it; for others it is read out only where a token leaves
             return h, p, self.gate(j, seen), *([self._choice(p)] if self.gate.probes else [])
 
@@ -96,40 +102,41 @@ class ExitDecoder:
 
         return body
 
-    def token(self, token: int, state: "State", threshold: float, progress: float) -> tuple[int, int]:
-        """One token through the exits: (the next token, number of the exit, J for all blocks)."""
-        cache, J = state.cache, len(self.reader.exits)
+    def token(self, token: int, state: "State", levels: Sequence[float], progress: float) -> tuple[int, int]:
+        """One token through the exits: (the next token, number of the exit, J for all blocks); `levels` are
+        the scores from which it leaves at each."""
+        cache = state.cache
         x, starts, states = mx.array([[token]]), [], []
         progress = mx.full((1, 1, 1), progress)
         must = sum(h.shape[1] for rows in state.waiting for h in rows) >= FEW - 1
-        for j in range(J):
-            if j and self.waits:
-                x = self._catch_up(j - 1, x, state)
-            h, p, score, *choice = self.probes[j](
+        for n, j in enumerate(self.use):
+            if n and self.waits:
+                x = self._catch_up(n - 1, x, state)
+            h, p, score, *choice = self.probes[n](
                 cache, x, mx.array(state.position), state.before, progress, *starts, *states
             )
             starts, states = [*starts, h], [*states, p]
-            if not must and state.allowed[j] and score.item() >= threshold:
+            if not must and score.item() >= levels[j]:
                 choice = choice[0] if choice else self.choose(p)
                 mx.async_eval(choice)  # before the fill, which nobody waits for
-                if self.fills[j].writes:
-                    self.fills[j](cache, h, p, state.before)
+                if self.fills[n].writes:
+                    self.fills[n](cache, h, p, state.before)
                 if self.waits:
-                    state.waiting[j].append(h)
+                    state.waiting[n].append(h)
                 state.before = p
                 state.position += 1
                 return choice.item(), j
             x = h
-        x = self._with_waiting(J - 1, x, state)
-        h, logits = self.backbone.close(x, cache, self.reader.starts[-1])
+        x = self._with_waiting(len(self.use) - 1, x, state)
+        h, logits = self.backbone.close(x, cache, self.starts[-1])
         state.before = h[:, -1:]
         state.position += 1
-        return mx.argmax(logits[:, -1], axis=-1).item(), J
+        return mx.argmax(logits[:, -1], axis=-1).item(), len(self.reader.exits)
 
     def _catch_up(self, k: int, h: mx.array, state: "State") -> mx.array:
         """The newest token, and with it those that wait at exit k, to the next exit, where they wait on."""
         rows = self._with_waiting(k, h, state)
-        rows = self.backbone.run(rows, state.cache, self.reader.starts[k], self.reader.starts[k + 1])
+        rows = self.backbone.run(rows, state.cache, self.starts[k], self.starts[k + 1])
         if rows.shape[1] > 1:
             state.waiting[k + 1].append(rows[:, :-1])
         return rows[:, -1:]
@@ -138,9 +145,9 @@ class ExitDecoder:
         """Those that wait at exit k and the newest, to be run on; what was filled for them is forgotten."""
         rows = mx.concatenate([*state.waiting[k], h], axis=1)
         state.waiting[k] = []
-        stop = self.reader.starts[k + 1] if k + 1 < len(self.reader.exits) else self.backbone.depth
+        stop = self.starts[k + 1] if k + 1 < len(self.starts) else self.backbone.depth
         for l in self.reader.reads if self.waits else ():
-            if self.reader.starts[k] <= l < stop:
+            if self.starts[k] <= l < stop:
                 state.cache[l].trim(rows.shape[1] - 1)
         return rows
 
@@ -152,27 +159,24 @@ class ExitDecoder:
             h = self.backbone.run(self.backbone.embed(mx.array([prompt[:-1]])), cache)
             before = mx.contiguous(h[:, -1:])
             mx.eval(before, [(c.keys, c.values) for c in cache])
-        exits = self.reader.exits
-        return State(cache, before, len(prompt) - 1, [[] for _ in exits], [True] * len(exits))
+        return State(cache, before, len(prompt) - 1, [[] for _ in self.use])
 
     def generate(
         self,
         prompt: list[int],
-        threshold: float,
+        threshold: float | Sequence[float],
         max_tokens: int = 128,
         on_tokens: Callable | None = None,
         given: list[int] | None = None,
         longest: int = 128,
-        allowed: tuple[int, ...] | None = None,
     ) -> ExitGeneration:
         """Continue a prompt.
 
         Args:
-            threshold: score from which a token leaves.
+            threshold: score from which a token leaves, one for all exits or one for each.
             on_tokens: called with ([token], [depth]) after each.
             given: tokens that follow in the place of those that are emitted, to compare with them.
             longest: length of an answer at which a schedule has come to its end.
-            allowed: the exits at which a token may leave; by default all.
 
         Raises:
             UserError: an empty or over-long prompt.
@@ -182,10 +186,10 @@ class ExitDecoder:
         out, begun = ExitGeneration(), time.perf_counter()
         state = self.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
         out.prefill_seconds = time.perf_counter() - begun
-        state.allowed = [allowed is None or exit in allowed for exit in self.reader.exits]
+        levels = [threshold] * len(self.reader.exits) if isinstance(threshold, float | int) else threshold
         token, depths = prompt[-1], (*self.reader.exits, backbone.depth)
         while len(out.tokens) < limit:
-            new, number = self.token(token, state, threshold, min(1.0, len(out.tokens) / longest))
+            new, number = self.token(token, state, levels, min(1.0, len(out.tokens) / longest))
             token = new if given is None else given[len(out.tokens)]
             out.tokens.append(new)
             out.depth.append(depths[number])
@@ -200,11 +204,9 @@ class ExitDecoder:
 
 @dataclass
 class State:
-    """Where a text stands: its cache, what was read of the last token, its length, who waits where, and at
-    which exits one may leave."""
+    """Where a text stands: its cache, what was read of the last token, its length, and who waits where."""
 
     cache: list
     before: mx.array
     position: int
     waiting: list[list[mx.array]]
-    allowed: list[bool]

@@ -43,7 +43,8 @@ class Fill(nn.Module):
 
 
 class LinearFill(Fill):
-    """norm([h, p, before]) U_j V_jl: what the three say of h_l, squeezed through `rank` numbers.
+    """c_jl norm(h) + norm([h, p, before]) U_j V_jl: some of the state where a token left, and what all three
+    say of the rest of h_l, squeezed through `rank` numbers.
 
     Only the direction matters, as every block begins with a norm.
     """
@@ -53,10 +54,11 @@ class LinearFill(Fill):
         self._starts = tuple(starts)
         self.down = [mx.zeros((3 * width, rank)) for _ in starts]
         self.up = [mx.zeros((depth - start, rank, width)) for start in starts]
+        self.keep = [mx.zeros((depth - start,)) for start in starts]
 
     def __call__(self, j, h, p, before):
-        squeezed = features(h, p, before) @ self.down[j]  # once for all blocks
-        return lambda l: squeezed @ self.up[j][l - self._starts[j]]
+        squeezed, kept, start = features(h, p, before) @ self.down[j], unit(h), self._starts[j]
+        return lambda l: self.keep[j][l - start] * kept + squeezed @ self.up[j][l - start]
 
     def macs(self, l, j):
         shared = self.down[j].size if l == self._starts[j] else 0
@@ -81,7 +83,7 @@ def fit_linear(reader, lessons, depth: int, width: int, rank: int) -> LinearFill
         rank: at most 3 D.
     """
     J = len(reader.exits)
-    left = np.zeros((J, 3 * width, 3 * width))
+    left, kept = np.zeros((J, 3 * width, 3 * width)), np.zeros((J, depth))
     right = [np.zeros((depth - start, 3 * width, width)) for start in reader.starts]
     for lesson in lessons:
         targets = [np.array(unit(lesson.states[l]), np.float64).reshape(-1, width) for l in range(depth)]
@@ -92,14 +94,18 @@ def fit_linear(reader, lessons, depth: int, width: int, rank: int) -> LinearFill
             left[j] += x.T @ x
             for l in range(start, depth):
                 right[j][l - start] += x.T @ targets[l]
+                kept[j, l] += (x[:, :width] * targets[l]).sum()
     fill = LinearFill(reader.starts, depth, width, rank)
     for j in range(J):
         a = left[j] + 1e-4 * np.trace(left[j]) / len(left[j]) * np.eye(3 * width)
+        keep = kept[j, reader.starts[j] :] / np.trace(left[j][:width, :width])  # least squares of h alone
+        right[j] -= keep[:, None, None] * left[j][:, :width]
         values, vectors = np.linalg.eigh(a)
         back = vectors * values**-0.5 @ vectors.T
         seen = back @ np.concatenate(list(right[j]), axis=1)  # of the whitened features, all blocks
         _, basis = np.linalg.eigh(seen @ seen.T)
         basis = basis[:, -rank:]
+        fill.keep[j] = mx.array(keep.astype(np.float32))
         fill.down[j] = mx.array((back @ basis).astype(np.float32))
         up = (basis.T @ seen).reshape(rank, -1, width).swapaxes(0, 1)
         fill.up[j] = mx.array(np.ascontiguousarray(up, dtype=np.float32))

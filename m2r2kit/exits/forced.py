@@ -9,7 +9,7 @@ Where tokens wait for the next deep pass, all blocks have their true states; onl
 at keys of blocks that a token has not yet been through finds the fill's there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -93,7 +93,7 @@ class ForcedPass:
         position = entries[0].offset
         known = self._known(entries, caught) if self.waits else entries
         mask = entries[0].make_mask(1)
-        seen = Seen(backbone.head, progress, chance, answer)
+        seen = Seen(backbone.head, progress, chance, answer, used=threshold < mx.inf)
         h = backbone.embed(token)
         J = len(reader.exits)
         left, number = mx.zeros(gated.shape, mx.bool_), mx.full(gated.shape, J)
@@ -101,13 +101,12 @@ class ForcedPass:
         taken = h
         for l in range(backbone.depth):
             for j in [j for j, start in enumerate(reader.starts) if start == l]:
-                seen.starts.append(h)
-                seen.states.append(reader.at(j, h, known, position, before))
-                go = gated & ~left & (self.gate(j, seen) >= threshold)
-                taken = mx.where(go, seen.states[-1], taken)
+                seen.starts[j], seen.states[j] = h, reader.at(j, h, known, position, before)
+                go = gated & ~left & (self.gate(j, seen) >= threshold[j])
+                taken = mx.where(go, seen.states[j], taken)
                 number = mx.where(go, j, number)
                 left = left | go
-                fillings.append((go, self.fill(j, h, seen.states[-1], before)))
+                fillings.append((go, self.fill(j, h, seen.states[j], before)))
             x = h
             for go, filled in fillings:
                 x = mx.where(go, filled(l), x)
@@ -137,12 +136,20 @@ class ForcedPass:
     def __call__(
         self,
         texts: Texts,
-        threshold: float,
+        threshold: float | Sequence[float],
         seed: int = 0,
         longest: int = 128,
         report: Callable | None = None,
     ) -> Outcome:
-        """Run along texts; at an answer of `longest` tokens a schedule has come to its end."""
+        """Run along texts.
+
+        Args:
+            threshold: score from which a token leaves, one for all exits or one for each; infinite at
+                those that are not in use.
+            seed: of what a gate tosses.
+            longest: length of an answer at which a schedule has come to its end.
+        """
+        levels = mx.array(np.broadcast_to(np.float32(threshold), len(self.reader.exits)))
         B, T = texts.tokens.shape
         rng, gated, first = np.random.default_rng(seed), texts.gated, int(texts.first.min())
         tokens, N = mx.array(texts.tokens), self.backbone.depth
@@ -166,7 +173,7 @@ class ForcedPass:
                 mx.array(progress),
                 mx.array(rng.random((B, 1, 1), dtype=np.float32)),
                 tokens[:, t + 1 : t + 2],
-                mx.array(threshold, mx.float32),
+                levels,
                 caught,
             )
             mx.eval(number, before, right, nats, caught, [(c.keys, c.values) for c in cache])

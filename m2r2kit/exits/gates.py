@@ -2,7 +2,7 @@
 
 | gate | score at exit E_j | source |
 |---|---|---|
-| `Static` | the exit's number | - |
+| `Static` | 1 | - |
 | `Confidence` | difference of the two largest probabilities | CALM, Schuster et al. 2022 |
 | `Saturation` | cosine of what is read here and at the exit before | CALM |
 | `Schedule` | how late in the text the token stands | SkipDecode, Del Corro et al. 2023 |
@@ -27,8 +27,9 @@ class Seen:
     """What is known of one token of each of B sequences when it stands at an exit.
 
     Attributes:
-        starts: the slow states from which it was read at each exit so far, (B, 1, D) each.
-        states: what was read there, (B, 1, D) each; the last is that of the exit in question.
+        starts: the slow states from which it was read, by exit's number, (B, 1, D) each.
+        states: what was read there, by exit's number, (B, 1, D) each.
+        used: which of the exits anyone may leave at, bool (J,); None: those that have a state.
         head: state -> logits (B, 1, V).
         progress: share of the longest text that lies before the token, (B, 1, 1).
         chance: a random number of 0..1, (B, 1, 1).
@@ -39,14 +40,26 @@ class Seen:
     progress: Any
     chance: Any = None
     answer: Any = None
-    starts: list = field(default_factory=list)
-    states: list = field(default_factory=list)
+    starts: dict[int, Any] = field(default_factory=dict)
+    states: dict[int, Any] = field(default_factory=dict)
+    used: Any = None
+
+    def before(self, j: int) -> list[tuple[int, Any]]:
+        """The exits before j: (number, whether it is used), the latter True or an array without axes."""
+        return [(i, True if self.used is None else self.used[i]) for i in sorted(self.states) if i < j]
+
+
+def rising(threshold: float, starts: tuple[int, ...]) -> list[float]:
+    """A threshold for each exit: the earlier a token leaves, the surer it has to be, as it leaves more blocks
+    without true keys for later tokens. What is missing to 1 grows with the blocks that have been run."""
+    return [1 - (1 - threshold) * (start + 1) / (starts[-1] + 1) for start in starts]
 
 
 class Gate(nn.Module):
     """(exit's number, what is seen) -> score (B, 1, 1); a token leaves where it reaches the threshold."""
 
     probes = False  # whether it needs the head's logits at each exit that it looks at
+    weighs = False  # whether its score says how sure it is, so that more can be asked of an earlier exit
 
     def __call__(self, j: int, seen: Seen) -> mx.array:
         raise NotImplementedError
@@ -57,19 +70,19 @@ class Gate(nn.Module):
 
 
 class Static(Gate):
-    """The same exit for all: the score is the exit's number, and the threshold the one to leave at."""
+    """Always; so the only exit in use is the one that all tokens take."""
 
     def __call__(self, j, seen):
-        return mx.full(seen.progress.shape, float(j))
+        return mx.ones_like(seen.progress)
 
 
 class Confidence(Gate):
     """Difference of the two largest probabilities (CALM's softmax response)."""
 
-    probes = True
+    probes = weighs = True
 
     def __call__(self, j, seen):
-        logits = seen.head(seen.states[-1])
+        logits = seen.head(seen.states[j])
         first = logits.max(-1, keepdims=True)
         second = mx.where(logits == first, -mx.inf, logits).max(-1, keepdims=True)
         total = mx.exp(logits - first).sum(-1, keepdims=True)
@@ -77,12 +90,15 @@ class Confidence(Gate):
 
 
 class Saturation(Gate):
-    """How little the state still changes; at the first exit there is nothing to compare with."""
+    """How little the state still changes; at the first exit in use there is nothing to compare with."""
+
+    weighs = True
 
     def __call__(self, j, seen):
-        if j == 0:
-            return mx.zeros_like(seen.progress) - 1
-        return cosine(seen.states[-1], seen.states[-2])[..., None]
+        last, any_used = seen.states[j], mx.array(False)
+        for i, used in seen.before(j):
+            last, any_used = mx.where(used, seen.states[i], last), mx.logical_or(any_used, used)
+        return mx.where(any_used, cosine(seen.states[j], last), -1.0)[..., None]
 
 
 class Schedule(Gate):
@@ -110,5 +126,5 @@ class Oracle(Gate):
     probes = True
 
     def __call__(self, j, seen):
-        right = mx.argmax(seen.head(seen.states[-1]), axis=-1) == seen.answer
+        right = mx.argmax(seen.head(seen.states[j]), axis=-1) == seen.answer
         return right.astype(mx.float32)[..., None]

@@ -126,19 +126,21 @@ def seen_in(reader, lesson: Lesson, cache, before, head) -> Seen:
     """What a gate sees at all exits of whole rows."""
     seen = Seen(head, progress=None)
     for j, start in enumerate(reader.starts):
-        seen.starts.append(mx.stop_gradient(lesson.states[start]))
-        seen.states.append(mx.stop_gradient(reader.over(j, lesson, cache, before)))
+        seen.starts[j] = mx.stop_gradient(lesson.states[start])
+        seen.states[j] = mx.stop_gradient(reader.over(j, lesson, cache, before))
     return seen
 
 
 def gate_loss(gate: Arla, reader, lesson: Lesson, fill, rng) -> mx.array:
-    """Binary cross-entropy of `Arla` against "the head is right here", over all exits; one number."""
+    """Binary cross-entropy of `Arla` against "the head is right here", over all exits; one number. Which of
+    the exits are in use is drawn anew each time, so that any may be left out in decoding."""
     backbone = reader_backbone(reader)
     cut = holes(reader, lesson, fill, rng)
     seen = seen_in(reader, lesson, cut.cache, cut.before, backbone.head)
     answer = mx.argmax(backbone.head(lesson.states[backbone.depth]), axis=-1)
+    seen.used = mx.array(rng.random(len(seen.states)) < 0.5)
     total = 0.0
-    for j, state in enumerate(seen.states):
+    for j, state in seen.states.items():
         right = mx.stop_gradient((mx.argmax(backbone.head(state), axis=-1) == answer).astype(mx.float32))
         total = total + nn.losses.binary_cross_entropy(gate.logit(j, seen)[..., 0], right).mean()
     return total

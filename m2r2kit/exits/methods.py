@@ -20,6 +20,7 @@
 that were skipped (`fill.py`); without one it is the linear fill.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,10 @@ from . import trained, work
 from .depths import DepthsConfig, along
 from .fill import Fill
 from .forced import ForcedPass, Outcome, Texts
-from .gates import Chance, Confidence, Oracle, Saturation, Schedule, Static
+from .gates import Chance, Confidence, Oracle, Saturation, Schedule, Static, rising
 
 PROBABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.995)
-THRESHOLDS = {  # of each gate: the points of its curve; of a static one, the exits' numbers
+THRESHOLDS = {  # of each gate: the points of its curve
     "arla": PROBABLE,
     "confidence": PROBABLE,
     "saturation": (0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99),
@@ -86,7 +87,8 @@ class Method:
 
     Attributes:
         module: what was trained for it.
-        thresholds: those of its curve, one point each.
+        thresholds: those of its curve, one point each; of a static exit, the exits' numbers.
+        use: numbers of the exits that are tried, None for all.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Method:
     fill: Fill | None = None
     waits: bool = False
     thresholds: tuple = ()
+    use: tuple[int, ...] | None = None
 
     @property
     def parts(self):
@@ -107,9 +110,26 @@ class Method:
     def monotone(self) -> bool:
         return isinstance(self.gate, Schedule)
 
-    def works(self) -> list[work.Work]:
+    def levels(self, threshold: float) -> list[float]:
+        """The score from which a token leaves, at each exit; infinite where it is not in use. Where nothing
+        is missing in the blocks that it skips, as it waits, all exits ask the same."""
+        J = len(self.reader.exits)
+        asked = (
+            rising(threshold, self.reader.starts) if self.gate.weighs and not self.waits else [threshold] * J
+        )
+        if isinstance(self.gate, Static):
+            asked = [0.5] * J
+        return [a if j in self.used(threshold) else math.inf for j, a in enumerate(asked)]
+
+    def used(self, threshold: float) -> tuple[int, ...]:
+        """Numbers of the exits that are tried: of a static exit that one, which the threshold names."""
+        if isinstance(self.gate, Static):
+            return (int(threshold),)
+        return tuple(range(len(self.reader.exits))) if self.use is None else self.use
+
+    def works(self, threshold: float) -> list[work.Work]:
         """What a token costs that takes each of the exits, or none."""
-        return work.by_exit(self.backbone, self.reader, self.gate, self.fill, self.waits, self.monotone)
+        return work.by_exit(self.backbone, *self.parts, self.monotone, self.used(threshold))
 
     def curve(self, texts: Texts, report=None) -> Iterator[Point]:
         """Its points along texts, one by one.
@@ -123,8 +143,8 @@ class Method:
                 out = along(self.backbone, self.module, texts, threshold)
                 macs, blocks = self.module.macs(out.blocks), out.blocks
             else:
-                out = forced(texts, threshold)
-                works = self.works()
+                out = forced(texts, self.levels(threshold))
+                works = self.works(threshold)
                 macs = np.array([w.total for w in works])[out.exit]
                 blocks = np.array([w.blocks + w.readers for w in works])[out.exit] / block
             if report:

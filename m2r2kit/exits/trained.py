@@ -36,7 +36,7 @@ from .readers import BareReader, LensConfig, LensReader, StreamReader
 KINDS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")
 FIT_ROWS = 256  # of text from which a linear fill is computed
 STEPS = 800  # if nothing else is asked for
-SHARES = (0.5, 0.25, 0.25)  # of the steps: readers alone, readers and fill past holes, the router
+SHARES = (0.4, 0.2, 0.4)  # of the steps: readers alone, readers and fill past holes, the router
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class ExitsConfig:
     """
 
     reader: str = "m2r2"
-    exits: tuple[int, ...] = (1, 6, 12, 18)
+    exits: tuple[int, ...] = (1, 9, 14, 18)
     fill_rank: int = 64
-    latent: int = 32
+    latent: int = 64
     sees: tuple[str, ...] = SEES
 
 

@@ -55,7 +55,7 @@ def whole(backbone: Backbone) -> Work:
 
 
 def by_exit(
-    backbone: Backbone, reader, gate, fill, waits: bool = False, monotone: bool = False
+    backbone: Backbone, reader, gate, fill, waits: bool = False, monotone: bool = False, use=None
 ) -> list[Work]:
     """Of a token that leaves at each of the J exits, and of one that never does: J + 1 of them.
 
@@ -63,11 +63,12 @@ def by_exit(
         waits: skipped tokens run along with a later pass: they cost all blocks, and filling what the
             reader looks at.
         monotone: no token goes deeper than one before it, so that nothing has to be filled.
+        use: numbers of the exits that are tried; by default all.
     """
     block, head, N, J = block_macs(backbone), head_macs(backbone), backbone.depth, len(reader.exits)
     out = []
     for j in range(J + 1):
-        looked = range(min(j + 1, J))
+        looked = [i for i in (range(J) if use is None else use) if i <= j]
         heads = (len(looked) + (j == J) if gate.probes else 1) * head
         filled = 0
         if j < J and not monotone:
