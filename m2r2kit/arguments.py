@@ -11,8 +11,8 @@ METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup"
 EXIT_KINDS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")  # trained for exits
 EXIT_METHODS = (
     *("m2r2", "m2r2-confidence", "m2r2-random", "m2r2-oracle", "m2r2-static", "lens-arla", "static", "calm"),
-    *("saturation", "skipdecode", "layerskip", "m2r2-copy", "m2r2-p", "m2r2-wait", "calm-wait"),
-    *("mixture-of-depths", "shallow"),
+    *("saturation", "skipdecode", "layerskip", "m2r2-linear", "m2r2-copy", "m2r2-p", "calm-linear"),
+    *("calm-copy", "mixture-of-depths", "shallow"),
 )
 FORMS = ("block", "attention", "adapter")
 
@@ -212,7 +212,7 @@ def bench_exits(parser):
     parser.add_argument(
         "--methods",
         type=some_of(EXIT_METHODS),
-        default=["m2r2", "m2r2-oracle", "m2r2-wait", "calm"],
+        default=["m2r2", "m2r2-oracle", "calm"],
         metavar="A,B,..",
         help=f"what to compare, of {', '.join(EXIT_METHODS)}, or all",
     )
@@ -419,4 +419,29 @@ def train_exits(parser):
         metavar="DIR",
         help="for m2r2: begin the first exit with this trained stream (`m2r2kit train stream`)",
     )
+    parser.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="then choose exits and measure risks; --no-calibrate leaves it to `m2r2kit calibrate`",
+    )
     lessons(parser)
+
+
+def calibrate(parser):
+    model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(EXIT_KINDS[:3]),
+        default=["m2r2"],
+        metavar="A,B,..",
+        help=f"what to calibrate, of {', '.join(EXIT_KINDS[:3])}, or all (default: m2r2)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where it was trained (default: 'exits/KIND' inside the model's folder)",
+    )
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")

@@ -9,7 +9,7 @@ rounds of the ratio of total times.
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ from .exits import work
 from .exits.decode import ExitDecoder
 from .exits.depth_decode import DepthDecoder
 from .exits.forced import Texts
-from .exits.merit import Curve, merits
+from .exits.merit import LOSSES, Curve, merits
 from .exits.methods import Method
 from .training import teach
 
@@ -44,6 +44,24 @@ def measure(method: Method, texts: Texts, report: Callable | None = None) -> Cur
         gated.sum(1).astype(float),
         method.backbone.depth,
     )
+
+
+def best_exits(method: Method, texts: Texts) -> list[int] | None:
+    """Of some sets of exits the one that saves most blocks at the largest of `LOSSES`; None where a method
+    says by itself which it uses."""
+    if method.gate.monotone:
+        return None
+    J = len(method.reader.exits)
+    sets = dict.fromkeys(((J - 1,), (max(0, J - 2), J - 1), (0, J - 1), (0,), tuple(range(J))))
+    some = replace(
+        method, thresholds=method.thresholds[1::4] if len(method.thresholds) > 4 else method.thresholds
+    )
+    saved = {}
+    for use in (tuple(sorted(set(each))) for each in sets):
+        some.use = use
+        curve = measure(some, texts)
+        saved[use] = curve.saved_at(LOSSES[-1], np.arange(len(curve.tokens)))
+    return list(max(saved, key=saved.get))
 
 
 def at_exits(reader, backbone: Backbone, texts: Texts) -> list[dict]:

@@ -12,7 +12,7 @@ from test_train_stream import written  # noqa: F401  (a fixture: little text and
 from m2r2kit import arguments, bench_exits, figures_exits, prompts, records
 from m2r2kit.__main__ import main
 from m2r2kit.commands import bench_exits as bench_command
-from m2r2kit.commands import train_exits, train_stream
+from m2r2kit.commands import calibrate, train_exits, train_stream
 from m2r2kit.errors import UserError
 from m2r2kit.exits import methods, trained
 from m2r2kit.exits.merit import Curve, crossing, merits
@@ -26,16 +26,16 @@ def training(out, kind, **changes):
     exits = (2,) if kind == "shallow" else (1, 2)
     values = {
         "model": str(tiny.folder("llama", **MODEL)), "kind": [kind], "out": out, "exits": exits, "rows": 16,
-        "batch": 8, "steps": 4, "minutes": None, "corpus": out, "seed": 0, "start": None,
+        "batch": 8, "steps": 5, "minutes": None, "corpus": out, "seed": 0, "start": None, "calibrate": False,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 
 
 @pytest.fixture
 def little(written, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(train_exits, "documents", train_stream.documents)
-    monkeypatch.setattr(train_exits, "CALIBRATION_TEXTS", 120)
-    monkeypatch.setattr(train_exits, "CALIBRATION_TOKENS", 4)
+    monkeypatch.setattr(calibrate, "documents", train_stream.documents)
+    monkeypatch.setattr(calibrate, "TEXTS", 120)
+    monkeypatch.setattr(calibrate, "TOKENS", 4)
     return written
 
 
@@ -60,14 +60,22 @@ def test_a_kind_is_trained_saved_recorded_and_calibrated(kind, tmp_path, little)
     assert train_exits.run(training(tmp_path / kind, kind)) == 0
     ((subject, record),) = little
     assert subject == "exits-training" and record["settings"]["kind"] == kind
-    assert record["figures"]["steps"] == 4 and record["figures"]["parameters"]["all"] > 0
-    _, facts = trained.load(tiny.backbone("llama", **MODEL), tmp_path / kind, kind)
-    assert ("calibration" in facts) == (kind == "m2r2")
-    if kind == "m2r2":
-        for way in ("wait", "linear"):
-            known = facts["calibration"][way]
-            assert np.shape(known["losses"]) == (len(known["thresholds"]), 120)
-            assert 0 <= record["figures"][f"promise_{way}"]["kept"] <= 1
+    assert record["figures"]["steps"] == 5 and record["figures"]["parameters"]["all"] > 0
+    trained.load(tiny.backbone("llama", **MODEL), tmp_path / kind, kind)
+
+
+def test_exits_are_chosen_and_risks_measured_after_training(tmp_path, little, monkeypatch):
+    monkeypatch.setattr(calibrate, "METHODS", ("m2r2", "m2r2-linear", "m2r2-static", "calm"))
+    assert train_exits.run(training(tmp_path / "m2r2", "m2r2", calibrate=True)) == 0
+    (_, _), (subject, record) = little
+    assert subject == "exits-calibration" and set(record["figures"]["losses"]) == {"wait", "linear"}
+    _, facts = trained.load(tiny.backbone("llama", **MODEL), tmp_path / "m2r2")
+    assert set(facts["use"]) == {"m2r2", "m2r2-linear", "m2r2-static"} and facts["use"]["m2r2-static"] is None
+    for way in ("wait", "linear"):
+        known = facts["calibration"][way]
+        assert len(known["thresholds"]) == len(known["means"]) and known["texts"] == 120
+        assert 0 <= record["figures"]["promise"][way]["kept"] <= 1
+        assert np.allclose(np.mean(record["figures"]["losses"][way], axis=1), known["means"], atol=1e-4)
 
 
 def test_exits_begin_with_a_stream_of_the_same_first_interval(tmp_path, little):
@@ -76,7 +84,7 @@ def test_exits_begin_with_a_stream_of_the_same_first_interval(tmp_path, little):
     assert train_stream.run(ready) == 0
     assert train_exits.run(training(tmp_path / "m2r2", "m2r2", start=tmp_path / "s")) == 0
     view = tiny.backbone("llama", **MODEL)
-    assert trained.load(view, tmp_path / "m2r2")[1]["steps"] == 4
+    assert trained.load(view, tmp_path / "m2r2")[1]["steps"] == 5
     other = stream_arguments(tmp_path / "t", exit=2, rank=None, near=False, carry=True, tune=False)
     assert train_stream.run(other) == 0
     with pytest.raises(UserError, match="cannot begin with that stream"):
@@ -117,11 +125,11 @@ def test_bench_measures_times_and_records(everything, capsys, monkeypatch):
     ]
     monkeypatch.setattr(prompts, "read", lambda file: some)
     line = ["bench", "exits", "--model", str(tiny.folder("llama", **MODEL)), "--trained", str(everything)]
-    line += ["--methods", "m2r2,m2r2-oracle,m2r2-wait,calm,shallow", "--max-tokens", "8", "--timed", "1"]
+    line += ["--methods", "m2r2,m2r2-oracle,m2r2-linear,calm,shallow", "--max-tokens", "8", "--timed", "1"]
     assert main([*line, "--repeats", "1", "--record"]) == 0
     ((subject, record),) = kept
     found = record["figures"]["methods"]
-    assert subject == "exits" and set(found) == {"m2r2", "m2r2-oracle", "m2r2-wait", "calm", "shallow"}
+    assert subject == "exits" and set(found) == {"m2r2", "m2r2-oracle", "m2r2-linear", "calm", "shallow"}
     assert found["m2r2"]["timed"] and found["m2r2-oracle"].get("timed") is None
     assert set(found["m2r2"]["merit"]) == {"0.01", "0.05"}
     assert set(record["figures"]["exits"]) == {"m2r2", "lens"}
@@ -141,7 +149,7 @@ def test_bench_without_m2r2_says_so(everything):
         bench_command.run(asked)
 
 
-def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path, little):
+def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path, little, monkeypatch):
     model = str(tiny.folder("llama", **MODEL))
     line = ["generate", "--model", model, "--method", "exits", "--prompt", "ab", "--max-tokens", "8"]
     here = ["--trained", str(everything)]
@@ -158,7 +166,8 @@ def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path,
     ):
         assert main([*line, *here, *asked]) == 2
         assert said in capsys.readouterr().err
-    assert train_exits.run(training(tmp_path / "m2r2", "m2r2")) == 0
+    monkeypatch.setattr(calibrate, "METHODS", ("m2r2",))
+    assert train_exits.run(training(tmp_path / "m2r2", "m2r2", calibrate=True)) == 0
     for asked, said in (
         (["--risk", "1"], "must lie between 0 and 1"),
         (["--risk", "0.01"], "120 texts are too few"),

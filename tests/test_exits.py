@@ -251,20 +251,21 @@ def test_work_is_counted_whole():
     waiting = work.by_exit(view, module.reader, module.gate, module.fill, waits=True)
     assert all(p.blocks == whole.blocks for p in waiting)
     assert 0 < waiting[0].fill < parts[0].fill  # only what the reader looks at
-    assert all(
-        p.fill == 0 for p in work.by_exit(view, module.reader, module.gate, module.fill, monotone=True)
-    )
+    monotone = work.by_exit(view, BareReader(view, (1, 2, 3)), Schedule(view.depth, (1, 2, 3)), module.fill)
+    assert all(p.fill == 0 for p in monotone)
+    one = work.by_exit(view, module.reader, module.gate, module.fill, use=(2,))
+    assert one[3].readers == module.reader.macs(2) < parts[3].readers
     assert work.mean(parts, np.array([0, 0, 3, 3])).blocks == (parts[0].blocks + parts[3].blocks) / 2
 
 
 def test_p_values_are_those_of_a_binomial_and_a_promise_is_kept_on_fresh_texts():
     assert abs(binomial_below(3, 10, 0.5) - 176 / 1024) < 1e-12
-    assert p_value(np.full(50, 0.2), 0.1) == 1
-    assert p_value(np.zeros(50), 0.1) < p_value(np.full(50, 0.02), 0.1) < p_value(np.full(50, 0.06), 0.1)
+    assert p_value(0.2, 50, 0.1) == 1
+    assert p_value(0.0, 50, 0.1) < p_value(0.02, 50, 0.1) < p_value(0.06, 50, 0.1)
     rng = np.random.default_rng(0)
     thresholds = [0.9, 0.8, 0.7, 0.6, 0.5]
     losses = np.stack([rng.beta(40 * m, 40 * (1 - m), 400) for m in (0.01, 0.02, 0.035, 0.06, 0.1)])
-    assert calibrate(thresholds, losses, 0.05, 0.95) in (0.8, 0.7)
+    assert calibrate(thresholds, losses.mean(1), 400, 0.05, 0.95) in (0.8, 0.7)
     share, loss = holds(thresholds, losses, 0.05, 0.95)
     assert share >= 0.95 and 0.01 < loss < 0.05
 
@@ -277,7 +278,7 @@ def test_p_values_are_those_of_a_binomial_and_a_promise_is_kept_on_fresh_texts()
 ])  # fmt: skip
 def test_a_promise_that_cannot_be_given_is_refused(risk, confidence, texts, said):
     with pytest.raises(UserError, match=said):
-        calibrate([0.9], np.zeros((1, texts)), risk, confidence)
+        calibrate([0.9], [0.0], texts, risk, confidence)
     assert texts_needed(0.05, 0.95) == 59
 
 

@@ -3,8 +3,6 @@
 import json
 import sys
 
-import numpy as np
-
 from ..backbone import Backbone
 from ..errors import UserError
 from ..exits import trained
@@ -26,7 +24,8 @@ def run(args, backbone: Backbone, prompts: list[Prompt], ids: list[list[int]]) -
             f"choose among {', '.join(map(str, module.config.exits))}, or train for others."
         )
     threshold, promise = chosen(args, facts)
-    method = with_gate("m2r2", backbone, module, "arla", args.skipped)
+    name = "m2r2" if args.skipped == "wait" else f"m2r2-{args.skipped}"
+    method = with_gate(name, backbone, module, "arla", args.skipped, facts.get("use", {}).get(name))
     if args.exits:
         method.use = tuple(j for j, exit in enumerate(module.config.exits) if exit in args.exits)
     decoder = ExitDecoder(backbone, *method.parts, method.used(threshold))
@@ -48,8 +47,8 @@ def chosen(args, facts: dict) -> tuple[float, str]:
         return args.threshold, f"threshold {args.threshold}, nothing promised"
     known = facts.get("calibration", {}).get(args.skipped)
     if known is None:
-        raise UserError("These exits were never calibrated; train them again, or give a --threshold.")
-    found = calibrate(known["thresholds"], np.array(known["losses"]), args.risk, args.confidence)
+        raise UserError("These exits were never calibrated; run `m2r2kit calibrate`, or give a --threshold.")
+    found = calibrate(known["thresholds"], known["means"], known["texts"], args.risk, args.confidence)
     if found is None:
         return NEVER, f"no threshold keeps a risk of {args.risk}: all blocks for every token"
     return found, f"at most {args.risk:.0%} differ, with a confidence of {args.confidence:.0%}"

@@ -15,13 +15,9 @@ from ..errors import UserError
 RISK, CONFIDENCE = 0.05, 0.95  # if nothing else is asked for
 
 
-def p_value(losses: np.ndarray, risk: float) -> float:
-    """How likely losses so low would be if their true mean lay above `risk` (Hoeffding-Bentkus).
-
-    Args:
-        losses: one a text, each between 0 and 1, (n,).
-    """
-    n, mean = len(losses), float(np.mean(losses))
+def p_value(mean: float, n: int, risk: float) -> float:
+    """How likely so low a mean loss of n texts would be if the true one lay above `risk` (Hoeffding-Bentkus);
+    each loss lies between 0 and 1."""
     if mean >= risk:
         return 1.0
     distance = mean * math.log(mean / risk) if mean > 0 else 0.0
@@ -59,20 +55,21 @@ def check(risk: float, confidence: float, texts: int) -> None:
         )
 
 
-def calibrate(thresholds, losses: np.ndarray, risk: float, confidence: float) -> float | None:
+def calibrate(thresholds, means, texts: int, risk: float, confidence: float) -> float | None:
     """The lowest threshold that keeps the promise; None if not even the highest does.
 
     Args:
         thresholds: (m,); the highest is the safest.
-        losses: of each threshold on each text, (m, n).
+        means: of the loss over the texts at each threshold, (m,).
+        texts: how many there are.
 
     Raises:
         UserError: a risk or a confidence outside (0, 1), or too few texts for them.
     """
-    check(risk, confidence, losses.shape[1])
+    check(risk, confidence, texts)
     found = None
-    for threshold, row in sorted(zip(thresholds, losses, strict=True), key=lambda pair: -pair[0]):
-        if p_value(row, risk) > 1 - confidence:
+    for threshold, mean in sorted(zip(thresholds, means, strict=True), reverse=True):
+        if p_value(float(mean), texts, risk) > 1 - confidence:
             break
         found = float(threshold)
     return found
@@ -82,6 +79,9 @@ def holds(thresholds, losses: np.ndarray, risk: float, confidence: float, times:
     """How often the promise holds on fresh texts: calibrated on one half of the texts drawn at random, and
     looked at on the other, `times` times.
 
+    Args:
+        losses: of each threshold on each text, (m, n).
+
     Returns:
         (share of the times that the mean loss of the fresh half was at most `risk`; where no threshold was
         found all tokens pass all blocks, and it holds, mean loss of the fresh halves).
@@ -90,7 +90,7 @@ def holds(thresholds, losses: np.ndarray, risk: float, confidence: float, times:
     for _ in range(times):
         order = rng.permutation(losses.shape[1])
         half, fresh = np.array_split(order, 2)
-        chosen = calibrate(thresholds, losses[:, half], risk, confidence)
+        chosen = calibrate(thresholds, losses[:, half].mean(1), len(half), risk, confidence)
         loss = 0.0 if chosen is None else float(losses[list(thresholds).index(chosen), fresh].mean())
         kept += loss <= risk
         seen.append(loss)

@@ -63,7 +63,8 @@ class ExitDecoder:
             # where tokens wait, they are run with the newest one, before the probe (`_catch_up`)
             runs = range(begin, end) if not self.probes or not waits else range(0)
             self.probes.append(Traced(self._probe(j, runs), N, runs, reader.reads))
-            filled = [l for l in reader.reads if l >= end] if waits else range(end, N)
+            seen = waits or gate.monotone  # only what the reader looks at
+            filled = [l for l in reader.reads if l >= end] if seen else range(end, N)
             self.fills.append(Traced(self._filling(j, filled), N, filled))
         self.choose = mx.compile(self._choice)
 

@@ -59,6 +59,7 @@ class Gate(nn.Module):
     """(exit's number, what is seen) -> score (B, 1, 1); a token leaves where it reaches the threshold."""
 
     probes = False  # whether it needs the head's logits at each exit that it looks at
+    monotone = False  # whether no token goes deeper than one before it: nobody looks into the blocks it skips
     weighs = False  # whether its score says how sure it is, so that more can be asked of an earlier exit
 
     def __call__(self, j: int, seen: Seen) -> mx.array:
@@ -71,6 +72,8 @@ class Gate(nn.Module):
 
 class Static(Gate):
     """Always; so the only exit in use is the one that all tokens take."""
+
+    monotone = True
 
     def __call__(self, j, seen):
         return mx.ones_like(seen.progress)
@@ -104,6 +107,8 @@ class Saturation(Gate):
 class Schedule(Gate):
     """The later in the text, the earlier the exit: E_j from the share (N - E_j) / (N - E_1) of the text on,
     times the threshold. Depth never rises, so no block's keys are ever missing."""
+
+    monotone = True
 
     def __init__(self, depth: int, exits: tuple[int, ...]):
         super().__init__()

@@ -16,8 +16,10 @@
 | `mixture-of-depths` | - | a router before every second block | Raposo et al. 2024 |
 | `shallow` | - | the first blocks alone, trained | control |
 
-`-copy`, `-p` and `-wait` behind a name take another way of giving later tokens the keys and values of blocks
-that were skipped (`fill.py`); without one it is the linear fill.
+Keys and values of blocks that a token skipped: it waits, and the next token that goes deep takes it along; by
+the measurement that is the best way (notebook 03). `-linear`, `-copy` and `-p` behind a name fill them
+(`fill.py`).
+Where no token goes deeper than one before it (`static`, `skipdecode`), nobody looks.
 """
 
 import math
@@ -35,11 +37,11 @@ from .fill import Fill
 from .forced import ForcedPass, Outcome, Texts
 from .gates import Chance, Confidence, Oracle, Saturation, Schedule, Static, rising
 
-PROBABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.995)
+PROBABLE = (0.3, 0.5, 0.7, 0.8, 0.88, 0.93, 0.96, 0.98, 0.99)
 THRESHOLDS = {  # of each gate: the points of its curve
     "arla": PROBABLE,
     "confidence": PROBABLE,
-    "saturation": (0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99),
+    "saturation": (0.3, 0.5, 0.6, 0.7, 0.8, 0.87, 0.93, 0.97, 0.99),
     "schedule": (0.3, 0.5, 0.7, 0.9, 1.2, 1.6, 2.4, 4.0),
     "chance": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
     "oracle": (0.5,),
@@ -59,16 +61,16 @@ GATES = {
     "layerskip": ("bare", "confidence"),
 }
 DEPTHS = ("mixture-of-depths", "shallow")
-FILLS = ("copy", "p", "wait")
-METHODS = (*GATES, *(f"m2r2-{fill}" for fill in FILLS), "calm-wait", *DEPTHS)
+FILLS = ("linear", "copy", "p")
+METHODS = (*GATES, *(f"m2r2-{fill}" for fill in FILLS), "calm-linear", "calm-copy", *DEPTHS)
 
 
 def split(name: str) -> tuple[str, str]:
-    """The method and its fill: `calm-wait` -> (`calm`, `wait`), `calm` -> (`calm`, `linear`)."""
+    """The method and its fill: `calm-copy` -> (`calm`, `copy`), `calm` -> (`calm`, `wait`)."""
     for fill in FILLS:
         if name.endswith(f"-{fill}"):
             return name.removesuffix(f"-{fill}"), fill
-    return name, "linear"
+    return name, "wait"
 
 
 @dataclass
@@ -106,10 +108,6 @@ class Method:
         """Reader, gate, fill and whether tokens wait, as `ForcedPass` and `ExitDecoder` take them."""
         return self.reader, self.gate, self.fill, self.waits
 
-    @property
-    def monotone(self) -> bool:
-        return isinstance(self.gate, Schedule)
-
     def levels(self, threshold: float) -> list[float]:
         """The score from which a token leaves, at each exit; infinite where it is not in use. Where nothing
         is missing in the blocks that it skips, as it waits, all exits ask the same."""
@@ -129,12 +127,14 @@ class Method:
 
     def works(self, threshold: float) -> list[work.Work]:
         """What a token costs that takes each of the exits, or none."""
-        return work.by_exit(self.backbone, *self.parts, self.monotone, self.used(threshold))
+        return work.by_exit(self.backbone, *self.parts, self.used(threshold))
 
     def curve(self, texts: Texts, report=None) -> Iterator[Point]:
         """Its points along texts, one by one.
 
-        Blocks are counted by their products, those of the reader among them: an accelerated block is one.
+        Blocks are those that are run one after another for an average token: several rows that pass one
+        together, as tokens that waited do, pass it once. Those of the reader are counted by their products,
+        so that an accelerated block is one.
         """
         block = work.block_macs(self.backbone)
         forced = None if self.reader is None else ForcedPass(self.backbone, *self.parts)
@@ -146,7 +146,8 @@ class Method:
                 out = forced(texts, self.levels(threshold))
                 works = self.works(threshold)
                 macs = np.array([w.total for w in works])[out.exit]
-                blocks = np.array([w.blocks + w.readers for w in works])[out.exit] / block
+                readers = np.array([w.readers for w in works])[out.exit] / block
+                blocks = np.array([*self.reader.starts, self.backbone.depth])[out.exit] + readers
             if report:
                 report()
             yield Point(threshold, out, blocks, macs)
@@ -169,11 +170,17 @@ def method(name: str, backbone: Backbone, folder: Path) -> Method:
     if base not in GATES:
         raise UserError(f"There is no method {name}; choose of {', '.join(METHODS)}.")
     kind, gate = GATES[base]
-    return with_gate(name, backbone, trained.load(backbone, folder / kind, kind)[0], gate, fill)
+    module, facts = trained.load(backbone, folder / kind, kind)
+    return with_gate(name, backbone, module, gate, fill, facts.get("use", {}).get(name))
 
 
 def with_gate(
-    name: str, backbone: Backbone, module: trained.Exits, gate: str, fill: str = "linear"
+    name: str,
+    backbone: Backbone,
+    module: trained.Exits,
+    gate: str,
+    fill: str = "wait",
+    use: tuple[int, ...] | None = None,
 ) -> Method:
     """A trained reader with a gate of the table above and a way of filling."""
     reader = module.reader
@@ -188,4 +195,7 @@ def with_gate(
     }
     thresholds = tuple(range(len(reader.exits))) if gate == "static" else THRESHOLDS[gate]
     state = Fill(fill) if fill in ("copy", "p") else module.fill
-    return Method(name, backbone, module, reader, gates[gate](), state, fill == "wait", thresholds)
+    gate = gates[gate]()
+    return Method(
+        name, backbone, module, reader, gate, state, fill == "wait" and not gate.monotone, thresholds, use
+    )

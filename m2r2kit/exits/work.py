@@ -54,15 +54,12 @@ def whole(backbone: Backbone) -> Work:
     return Work(backbone.depth * block_macs(backbone), 0, 0, head_macs(backbone), 0)
 
 
-def by_exit(
-    backbone: Backbone, reader, gate, fill, waits: bool = False, monotone: bool = False, use=None
-) -> list[Work]:
+def by_exit(backbone: Backbone, reader, gate, fill, waits: bool = False, use=None) -> list[Work]:
     """Of a token that leaves at each of the J exits, and of one that never does: J + 1 of them.
 
     Args:
         waits: skipped tokens run along with a later pass: they cost all blocks, and filling what the
             reader looks at.
-        monotone: no token goes deeper than one before it, so that nothing has to be filled.
         use: numbers of the exits that are tried; by default all.
     """
     block, head, N, J = block_macs(backbone), head_macs(backbone), backbone.depth, len(reader.exits)
@@ -71,8 +68,9 @@ def by_exit(
         looked = [i for i in (range(J) if use is None else use) if i <= j]
         heads = (len(looked) + (j == J) if gate.probes else 1) * head
         filled = 0
-        if j < J and not monotone:
-            blocks = [l for l in range(reader.starts[j], N) if not waits or l in reader.reads]
+        if j < J:
+            seen = reader.reads if waits or gate.monotone else range(N)
+            blocks = [l for l in range(reader.starts[j], N) if l in seen]
             filled = sum(fill.macs(l, j) + key_value_macs(backbone) for l in blocks)
         slow = reader.starts[j] if j < J and not waits else N
         readers, gates = (sum(map(part.macs, looked)) for part in (reader, gate))
