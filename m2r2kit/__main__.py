@@ -1,4 +1,4 @@
-"""The command line: `m2r2kit doctor | notebooks | generate | bench | train | tune | report`.
+"""The command line: `m2r2kit doctor | notebooks | generate | bench | train | tune | pack | report`.
 
 Exit codes: 0 done, 1 a check failed, 2 bad arguments or input, 130 interrupted. This file
 names the commands (`arguments.py` has what each takes); what one needs is imported when it runs, so that
@@ -78,6 +78,9 @@ def parser() -> Parser:
     arguments.model(tune)
     arguments.stream(tune)
     arguments.drafters(tune)
+
+    about = "write the experts of a model as records that can be read one at a time, or check them"
+    arguments.pack(add(commands, "pack", _runs("pack"), about))
 
     report = add(commands, "report", _run_report, "print the paper's figures beside ours, from records")
     form = report.add_mutually_exclusive_group()

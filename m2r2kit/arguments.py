@@ -311,3 +311,11 @@ def train_drafter(parser):
         "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
     )
     lessons(parser)
+
+
+def pack(parser):
+    parser.add_argument("model", metavar="MODEL", help="a mixture of experts that mlx_lm loads")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the store")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all of a store that is there, and compare checksums"
+    )
