@@ -162,11 +162,11 @@ class Residency:
         """
         if self.running:
             self.release(*self.running)
-        ahead = []
         for m, experts in named:
-            if m == block:  # too late to help: a control
-                ahead += self.speculate(m, experts)
-        loads = self.demand(block, wanted)
+            if m == block:  # too late to read anything ahead; whether it was right is counted all the same
+                base = m * self.experts
+                self.predicted.setdefault(m, set()).update(base + expert for expert in experts)
+        loads, ahead = self.demand(block, wanted), []
         for m, experts in named:
             if m != block:
                 ahead += self.speculate(m, experts)
