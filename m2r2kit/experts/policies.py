@@ -6,7 +6,7 @@ what is used (`hit`, in the order of use), and asks for a victim among those tha
 """
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -30,6 +30,11 @@ class Policy:
 
     def hit(self, key: int) -> None:
         """A key that is in is being used."""
+
+    def used(self, keys: Sequence[int]) -> None:
+        """`hit` for each of these."""
+        for key in keys:
+            self.hit(key)
 
     def drop(self, key: int) -> None:
         """A key has gone."""
@@ -127,26 +132,26 @@ class CLOCK(Policy):
     def __init__(self, slots):
         super().__init__(slots)
         self.ring: deque[int] = deque()  # the hand points at the left end
-        self.used: dict[int, bool] = {}
+        self.marked: dict[int, bool] = {}
 
     def add(self, key):
         self.ring.append(key)
-        self.used[key] = False
+        self.marked[key] = False
 
     def hit(self, key):
-        self.used[key] = True
+        self.marked[key] = True
 
     def drop(self, key):
         self.ring.remove(key)
-        del self.used[key]
+        del self.marked[key]
 
     def victim(self, pinned):
         for _ in range(2 * len(self.ring)):
             key = self.ring[0]
             if key not in pinned:
-                if not self.used[key]:
+                if not self.marked[key]:
                     return key
-                self.used[key] = False
+                self.marked[key] = False
             self.ring.rotate(-1)
         return None
 

@@ -201,35 +201,32 @@ class Residency:
         this takes. All of them stay until `release`."""
         pool, counts = self.pool_of[block], self.counts
         held, policy, pinned, unused = pool.held, pool.policy, pool.pinned, pool.unused
-        base, missing, ahead = block * self.experts, [], 0
+        base = block * self.experts
         policy.block = block
         keys = [base + expert for expert in experts]
-        if self.predicted:
-            named = self.predicted.get(block)
-            if named is not None:
-                counts.predicted += len(keys)
-                counts.right += len(named.intersection(keys))
-                pinned.difference_update(named)  # this was what they were kept for
-        for key in keys:
-            if key in held:
-                policy.hit(key)
-                if key in unused:
-                    unused.remove(key)
-                    ahead += 1
-            else:
-                missing.append(key)
-        counts.ahead += ahead
-        counts.resident += len(keys) - len(missing) - ahead
+        if self.predicted and (named := self.predicted.get(block)) is not None:
+            counts.predicted += len(keys)
+            counts.right += len(named.intersection(keys))
+            pinned.difference_update(named)  # this was what they were kept for
         pinned.update(keys)
+        missing = [key for key in keys if key not in held]
+        present = [key for key in keys if key in held] if missing else keys
+        policy.used(present)
+        ahead = unused.intersection(present) if unused else ()
+        counts.ahead += len(ahead)
+        counts.resident += len(present) - len(ahead)
+        if ahead:
+            unused -= ahead
         if not missing:
             return missing
         counts.missed += len(missing)
         loads = []
         for key in missing:
             load = pool.bring(key)
-            policy.hit(key)
-            self._gone(pool, load)
+            if unused:
+                self._gone(pool, load)
             loads.append(load)
+        policy.used(missing)
         return loads
 
     def release(self, block: int, experts: Sequence[int]) -> None:
