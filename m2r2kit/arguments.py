@@ -8,6 +8,12 @@ from .records import ROOT
 MODEL = ROOT / "data" / "pocket-dense"
 PEERS = ("draft-model", "eagle", "medusa", "kangaroo", "deed")  # those that are trained
 METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup", "lookahead", *PEERS)
+POLICIES = (
+    "none", "lru", "lfu", "lfru", "clock", "s3-fifo", "least-stale", "trace-guided", "belady",
+)  # fmt: skip
+PREDICTORS = (
+    "nothing", "previous", "static", "next-router", "direct", "m2r2", "random", "shuffled", "oracle", "self",
+)  # fmt: skip
 FORMS = ("block", "attention", "adapter")
 
 
@@ -46,6 +52,27 @@ def some_of(known):
         return list(dict.fromkeys(asked))
 
     return names
+
+
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def budget(text):
+    """A type for argparse: bytes (int, `64MB`), or a share of the whole (float up to 1, `25%`)."""
+    written = text.strip().upper()
+    digits = written.rstrip("BGIKM%")
+    unit = written[len(digits) :]
+    try:
+        value = float(digits)
+        if unit == "%":
+            value /= 100
+        elif unit or value > 1:
+            value = int(value * SIZES[unit])
+    except (ValueError, KeyError):
+        value = 0
+    if not value > 0 or (isinstance(value, float) and value > 1):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 64MB and no share such as 25%")
+    return value
 
 
 count, natural = number(int, 1), number(int, 0)
@@ -134,6 +161,63 @@ def generate(parser):
     )
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    experts(parser)
+
+
+def streaming(parser):
+    """Where experts come from when they are not all in memory."""
+    parser.add_argument(
+        "--reads",
+        choices=("direct", "buffered"),
+        default="direct",
+        help="past the page cache (default), or through it",
+    )
+    parser.add_argument(
+        "--threads", type=number(int, 1, 64), default=2, metavar="N", help="that read at once (default: 2)"
+    )
+    parser.add_argument(
+        "--link",
+        type=budget,
+        metavar="BYTES",
+        help="simulate a disk of so many bytes a second, such as 200MB",
+    )
+    parser.add_argument(
+        "--distance", type=count, default=2, metavar="G", help="blocks to look ahead (default: 2)"
+    )
+    parser.add_argument(
+        "--width", type=count, metavar="K", help="experts to name (default: as many as the model runs)"
+    )
+
+
+def experts(parser):
+    group = parser.add_argument_group("a mixture of experts whose experts stay on disk")
+    group.add_argument(
+        "--experts",
+        type=Path,
+        metavar="STORE",
+        help="decode plainly, with experts from this store (see pack)",
+    )
+    group.add_argument(
+        "--budget",
+        type=budget,
+        default=0.5,
+        metavar="SIZE",
+        help="memory for experts: 64MB, 25%% (default: 50%%)",
+    )
+    group.add_argument(
+        "--policy", choices=POLICIES, default="lru", help="who goes when a slot is needed (default: lru)"
+    )
+    group.add_argument(
+        "--predictor",
+        choices=PREDICTORS,
+        default="next-router",
+        help="who names experts ahead of time (default: next-router)",
+    )
+    group.add_argument(
+        "--known", type=Path, metavar="TRACE", help="routing of earlier texts, for those that learn from it"
+    )
+    group.add_argument("--trace", type=Path, metavar="FILE", help="write this run's routing here (.npz)")
+    streaming(group)
 
 
 def bench_speculation(parser):

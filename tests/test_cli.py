@@ -19,6 +19,7 @@ COMMANDS = (
     ("train", "backbone"),
     ("train", "stream"),
     ("train", "drafter"),
+    ("pack",),
     ("report",),
 )
 

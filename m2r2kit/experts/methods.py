@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ..arguments import POLICIES, PREDICTORS
 from ..errors import UserError
 from ..residuals import AcceleratedStream
 from . import policies
@@ -17,11 +18,6 @@ from .predictors import (
     StreamPredictor,
 )
 from .trace import Trace
-
-POLICIES = policies.NAMES
-PREDICTORS = (
-    "nothing", "previous", "static", "next-router", "direct", "m2r2", "random", "shuffled", "oracle", "self",
-)  # fmt: skip
 
 
 def policy(name: str, experts: int, trace: Trace | None = None) -> Callable[[int], policies.Policy]:

@@ -299,4 +299,3 @@ class Belady(Policy):
 
 
 SIMPLE = {"none": Forget, "lru": LRU, "lfu": LFU, "lfru": LFRU, "clock": CLOCK, "s3-fifo": S3FIFO}
-NAMES = (*SIMPLE, "least-stale", "trace-guided", "belady")

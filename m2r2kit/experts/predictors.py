@@ -9,6 +9,7 @@ low-rank map of equal size, and the accelerated stream. What any of them says on
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -203,26 +204,40 @@ class NextRouter(StatePredictor):
         first = i + 1 if l == self._with_experts[0] and self.distance else i + self.distance
         return list(self._with_experts[first : i + self.distance + 1])
 
+    def pairs(self) -> list[tuple[int, int]]:
+        """(l, m) where block m's experts are named at block l."""
+        return [(l, m) for l in self._with_experts for m in self.targets(l)]
+
     def ahead(self, l, h, u, p, entries, mask, before):
         return p, [u] * len(self.targets(l))
 
 
+@dataclass(frozen=True)
+class DirectConfig:
+    """Settings of a `DirectMap`: blocks that it looks ahead, rank of each of its maps."""
+
+    distance: int = 2
+    rank: int = 8
+
+
 class DirectMap(NextRouter):
     """The same with a low-rank change of the state for each pair of blocks: g_m(u_l + u_l A B), at the
-    start the next router itself. The control of equal size for the stream: a map, nothing that runs.
+    start the next router itself. The control of equal size for the stream: a map, nothing that runs."""
 
-    Args:
-        parameters: how many numbers it may have; the rank follows.
-    """
-
-    def __init__(self, backbone: Backbone, distance: int, parameters: int, width: int | None = None):
-        super().__init__(backbone, distance, width)
-        pairs = [(l, m) for l in self._with_experts for m in self.targets(l)]
-        D = backbone.width
-        rank = max(1, round(parameters / (2 * D * len(pairs))))
-        self.a = [mx.random.normal((D, rank)) * D**-0.5 for _ in pairs]
-        self.b = [mx.zeros((rank, D)) for _ in pairs]
+    def __init__(self, backbone: Backbone, config: DirectConfig, width: int | None = None):
+        super().__init__(backbone, config.distance, width)
+        self._config = config
+        pairs, D = self.pairs(), backbone.width
+        self.a = [mx.random.normal((D, config.rank)) * D**-0.5 for _ in pairs]
+        self.b = [mx.zeros((config.rank, D)) for _ in pairs]
         object.__setattr__(self, "_places", {pair: i for i, pair in enumerate(pairs)})
+
+    @classmethod
+    def of_size(cls, backbone: Backbone, distance: int, parameters: int) -> "DirectMap":
+        """One with about so many numbers to train."""
+        pairs = len(NextRouter(backbone, distance).pairs())
+        rank = max(1, round(parameters / (2 * backbone.width * pairs)))
+        return cls(backbone, DirectConfig(distance, rank))
 
     def changed(self, l: int, m: int, u: mx.array) -> mx.array:
         """What stands for u_m: (.., D) -> (.., D)."""
