@@ -62,6 +62,9 @@ def parser() -> Parser:
     about = "predict the speed-up of each exit with each number of drafts, from what is measured there"
     arguments.bench_map(add(bench, "map", _runs("bench_map"), about))
 
+    about = "compare ways of reading experts from disk, interleaved, output checked first; or plan on paper"
+    arguments.bench_experts(add(bench, "experts", _runs("bench_experts"), about))
+
     train = commands.add_parser("train", help="train a pocket model, or what drafts for a model")
     train = train.add_subparsers(dest="subject", metavar="WHAT", required=True)
     about = "train a pocket language model from nothing; saves, and goes on where it stopped"

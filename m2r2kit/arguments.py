@@ -75,6 +75,14 @@ def budget(text):
     return value
 
 
+def shares(text):
+    """A type for argparse: shares of the whole, separated by commas."""
+    found = [budget(each) for each in text.split(",")]
+    if not all(isinstance(share, float) for share in found):
+        raise argparse.ArgumentTypeError(f"'{text}' are no shares such as 12.5%,25%")
+    return found
+
+
 count, natural = number(int, 1), number(int, 0)
 
 
@@ -243,6 +251,44 @@ def bench_speculation(parser):
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
     parser.add_argument("--record", action="store_true", help="add the result to data/results")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
+
+
+def bench_experts(parser):
+    model(parser)
+    parser.add_argument("--experts", type=Path, metavar="STORE", help="the packed experts of the model")
+    parser.add_argument(
+        "--budgets",
+        type=shares,
+        default=[0.125, 0.25, 0.5],
+        metavar="A,B,..",
+        help="shares of all experts that fit the memory (default: 12.5%%,25%%,50%%)",
+    )
+    streaming(parser)
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+    )
+    parser.add_argument(
+        "--limit", type=count, default=2, metavar="N", help="only the first N of each kind (default: 2)"
+    )
+    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    parser.add_argument(
+        "--repeats", type=count, default=5, metavar="N", help="timed rounds of all arms (default: 5)"
+    )
+    parser.add_argument(
+        "--resident",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with the model wholly in memory; --no-resident where it does not fit",
+    )
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="all",
+        metavar="MODEL",
+        help="compute what streaming would give a known model (default: all of them), without running it",
+    )
 
 
 def bench_map(parser):

@@ -11,7 +11,7 @@ The router decides, always; a prediction only starts a read. Tokens are those of
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -136,7 +136,7 @@ class ExpertDecoder:
             raise UserError("This decoder was stopped by an error; open the model again.")
         self.broken = True
         out = self._out = ExpertGeneration()
-        begun, before = time.perf_counter(), self.residency.counts - Counts()
+        begun, before = time.perf_counter(), replace(self.residency.counts)
         self.residency.new_text()
         self.predictor.new_text()
         cache = moe.new_cache(self.backbone, len(prompt) + min(limit, FIRST_ROOM))
@@ -160,6 +160,10 @@ class ExpertDecoder:
         out.seconds = time.perf_counter() - begun
         self.broken = False
         return out
+
+    def settle(self) -> None:
+        """Wait for what was asked for ahead and not needed, so that it does not meet what is timed next."""
+        self.reader.wait(self.pending.values())
 
     # --- passes ---
 

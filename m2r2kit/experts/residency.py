@@ -67,6 +67,10 @@ class Counts:
         """Share of the experts needed that had been predicted, where anything was."""
         return self.right / self.predicted if self.predicted else None
 
+    def __add__(self, other: "Counts") -> "Counts":
+        more = asdict(other)
+        return Counts(**{name: value + more[name] for name, value in asdict(self).items()})
+
     def __sub__(self, before: "Counts") -> "Counts":
         old = asdict(before)
         return Counts(**{name: value - old[name] for name, value in asdict(self).items()})
