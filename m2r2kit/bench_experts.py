@@ -19,9 +19,10 @@ from .bench import ratios
 from .errors import UserError
 from .experts import methods, trained
 from .experts.loader import ExpertDecoder, ExpertGeneration, StreamedModel
-from .experts.predictors import Oracle, StreamPredictor
+from .experts.predictors import Oracle
 from .experts.reader import Reader, system_read_bytes
 from .experts.residency import Counts
+from .experts.state_predictors import StreamPredictor
 from .experts.trace import Trace
 from .residuals import load_stream
 

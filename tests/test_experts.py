@@ -20,10 +20,11 @@ from m2r2kit.errors import UserError
 from m2r2kit.experts import methods, moe
 from m2r2kit.experts import reader as reading
 from m2r2kit.experts.loader import ExpertDecoder, StreamedModel
-from m2r2kit.experts.predictors import DirectMap, NextRouter, Predictor, Recorded, StreamPredictor, router
+from m2r2kit.experts.predictors import Predictor, Recorded
 from m2r2kit.experts.reader import Reader
 from m2r2kit.experts.replay import replay
 from m2r2kit.experts.slots import Bank, budget_of_share, slots_of_budget
+from m2r2kit.experts.state_predictors import DirectMap, NextRouter, StreamPredictor, router
 from m2r2kit.experts.trace import Trace
 from m2r2kit.residuals import AcceleratedStream, StreamConfig
 from m2r2kit.speculation.loop import generate
@@ -106,7 +107,7 @@ def test_whatever_the_predictor_and_the_replay_counts_the_same(name, shared):
     model, slots = streamed(), 12 if shared else 4
     known = trace_of(model)
     run(model, trace=known)
-    others = {"trace": known, "stream": stream(model), "direct": DirectMap.of_size(model.backbone, 2, 4000)}
+    others = {"trace": known, "stream": stream(model), "direct": DirectMap.like(stream(model))}
     predictor, trace = methods.predictor(name, model, 2, **others), trace_of(model)
     tokens, live, outs = run(model, "lru", predictor, slots, shared, trace)
     assert tokens == right()
@@ -320,13 +321,17 @@ def test_the_direct_map_begins_as_the_next_router_and_has_the_size_it_is_given()
     from mlx.utils import tree_flatten
 
     model = streamed()
-    direct = DirectMap.of_size(model.backbone, 1, 4000)
+    against = stream(model, exits=(1, 2, 3), rate=1.0)
+    direct = DirectMap.like(against)
     size = sum(w.size for _, w in tree_flatten(direct.trainable_parameters()))
-    assert abs(size - 4000) <= 3 * 2 * tiny.WIDTH
+    assert abs(size - against.parameter_count()) <= 3 * tiny.WIDTH
     one, other = trace_of(model), trace_of(model)
     run(model, predictor=direct, trace=one)
     run(model, predictor=NextRouter(model.backbone, 1), trace=other)
     assert [p.named for p in one.passes] == [p.named for p in other.passes]
+    for like in (against, stream(model)):
+        mine, its = DirectMap.like(like), StreamPredictor(like)
+        assert [mine.targets(l) for l in range(tiny.BLOCKS)] == [its.targets(l) for l in range(tiny.BLOCKS)]
 
 
 def test_a_shuffled_predictor_names_others():

@@ -23,10 +23,11 @@ from ..errors import UserError
 from ..fixed_cache import FIRST_ROOM
 from . import moe
 from .packing import load_without_experts
-from .predictors import Predictor, StatePredictor
+from .predictors import Predictor
 from .reader import Reader, Request
 from .residency import Counts, Load, Residency
 from .slots import Bank
+from .state_predictors import StatePredictor
 from .store import Store
 from .trace import Pass, Trace
 

@@ -7,16 +7,8 @@ from ..errors import UserError
 from ..residuals import AcceleratedStream
 from . import policies
 from .loader import StreamedModel
-from .predictors import (
-    DirectMap,
-    NextRouter,
-    Oracle,
-    Predictor,
-    PreviousToken,
-    Random,
-    Static,
-    StreamPredictor,
-)
+from .predictors import Oracle, Predictor, PreviousToken, Random, Static
+from .state_predictors import DirectMap, NextRouter, StreamPredictor
 from .trace import Trace
 
 

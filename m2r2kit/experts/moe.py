@@ -19,7 +19,7 @@ import mlx.nn as nn
 from ..backbone import Backbone
 from ..fixed_cache import Traced
 from ..lean_pass import replaced
-from .predictors import StatePredictor
+from .state_predictors import StatePredictor
 
 EXPERTS = "switch_mlp"  # where every family of mlx-lm keeps them
 

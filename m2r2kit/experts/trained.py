@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .. import checkpoints
 from ..backbone import Backbone
-from .predictors import DirectConfig, DirectMap
+from .state_predictors import DirectConfig, DirectMap
 
 FOLDER = "predictors"  # inside the model's
 STREAMS = {"m2r2": "stream", "m2r2-r1": "stream-r1"}  # rate 2, and the control without velocity
