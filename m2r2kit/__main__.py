@@ -74,6 +74,9 @@ def parser() -> Parser:
     about = "train a peer of the stream, another way of drafting for the same model"
     arguments.train_drafter(add(train, "drafter", _runs("train_drafter"), about))
 
+    about = "train what names a mixture's experts ahead of time: streams, and a direct map of equal size"
+    arguments.train_predictor(add(train, "predictor", _runs("train_predictor"), about))
+
     about = (
         "choose how long drafts are on this machine, of a stream and its peers, and write it into their JSON"
     )

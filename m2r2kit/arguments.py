@@ -14,6 +14,7 @@ POLICIES = (
 PREDICTORS = (
     "nothing", "previous", "static", "next-router", "direct", "m2r2", "random", "shuffled", "oracle", "self",
 )  # fmt: skip
+TRAINED = ("m2r2", "m2r2-r1", "direct")  # predictors of experts
 FORMS = ("block", "attention", "adapter")
 
 
@@ -342,7 +343,7 @@ def processes(parser):
     )
 
 
-def lessons(parser):
+def lessons(parser, tunes: bool = True):
     """What the stream and its peers learn from, and for how long."""
     parser.add_argument(
         "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"
@@ -354,6 +355,8 @@ def lessons(parser):
     )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+    if not tunes:
+        return
     parser.add_argument(
         "--tune",
         action=argparse.BooleanOptionalAction,
@@ -449,3 +452,33 @@ def pack(parser):
     parser.add_argument(
         "--verify", action="store_true", help="read all of a store that is there, and compare checksums"
     )
+
+
+def train_predictor(parser):
+    model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(TRAINED),
+        default=list(TRAINED),
+        metavar="A,B,..",
+        help=f"which, of {', '.join(TRAINED)} (default: all); they learn from the same rows",
+    )
+    parser.add_argument(
+        "--exits",
+        type=counts,
+        metavar="E,F,..",
+        help="where the stream's intervals end (default: four)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=number(float, 1),
+        default=2.0,
+        metavar="R",
+        help="how fast the stream m2r2 runs ahead, and the blocks that the direct map names (default: 2)",
+    )
+    parser.add_argument("--rank", type=natural, default=8, metavar="R", help="of its changes (default: 8)")
+    parser.add_argument(
+        "--ffn-width", type=count, default=64, metavar="W", help="of its own FFN in each block (default: 64)"
+    )
+    lessons(parser, tunes=False)
+    parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model

@@ -24,7 +24,6 @@ from .experts.reader import Reader, system_read_bytes
 from .experts.residency import Counts
 from .experts.state_predictors import StreamPredictor
 from .experts.trace import Trace
-from .residuals import load_stream
 
 ARMS = {  # name -> policy, predictor
     "on-demand": ("none", "nothing"),
@@ -95,7 +94,7 @@ def predictor_of(name: str, model: StreamedModel, folder, distance: int, width: 
     """An arm's predictor, or the sentence that says what it lacks."""
     try:
         if name in trained.STREAMS:
-            stream = load_stream(model.backbone, trained.folder_of(folder, name))
+            stream = trained.stream(model.backbone, trained.folder_of(folder, name))
             return StreamPredictor(stream, width)
         given = {}
         if name == "direct":

@@ -387,8 +387,8 @@ def test_the_command_streams_what_plain_decoding_says(tmp_path, capsys):
     [
         (["--budget", "100"], "is too small"),
         (["--policy", "belady"], "needs a routing trace"),
-        (["--predictor", "m2r2"], "no trained stream"),
-        (["--predictor", "direct"], "no trained direct"),
+        (["--predictor", "m2r2"], "m2r2kit train predictor"),
+        (["--predictor", "direct"], "m2r2kit train predictor"),
         (["--method", "medusa"], "decodes plainly"),
         (["--known", "nowhere.npz"], "no trace nowhere.npz"),
         (["--distance", "9"], "looks 1 to 3 blocks ahead"),

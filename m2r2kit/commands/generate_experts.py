@@ -13,7 +13,6 @@ from ..experts.predictors import Predictor
 from ..experts.reader import Reader
 from ..experts.slots import budget_of_share, slots_of_budget
 from ..experts.trace import Trace
-from ..residuals import load_stream
 from ..speculation import Sampler
 from .generate import Stream
 
@@ -53,7 +52,7 @@ def predictor(args, model: StreamedModel, known: Trace | None) -> Predictor:
     """The predictor that the arguments ask for, loaded if it was trained."""
     given = {}
     if args.predictor == "m2r2":
-        given["stream"] = load_stream(
+        given["stream"] = trained.stream(
             model.backbone, args.stream or trained.folder_of(args.model, args.predictor)
         )
     if args.predictor == "direct":
