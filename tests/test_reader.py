@@ -186,6 +186,15 @@ def test_a_disk_that_cannot_be_read_past_the_page_cache_is_one_sentence(monkeypa
         Reader(tiny_experts.store(), "direct")
 
 
+def test_a_record_that_cannot_be_put_in_its_place_does_not_hang():
+    def land(record):
+        raise ValueError("too long")
+
+    with Reader(tiny_experts.store(), "buffered") as r:
+        with pytest.raises(UserError, match="cannot be put in its place"):
+            r.wait([r.submit(0, 0, land, True)])
+
+
 # --- the simulated link ---------------------------------------------------------------------
 
 

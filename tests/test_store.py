@@ -116,8 +116,9 @@ def test_what_another_model_left_is_not_gone_on_with(tmp_path):
     facts = json.loads((partial / "manifest.json").read_text())
     sums = {l: s for l, s in zip(facts["blocks"], facts["sha256"])}
     (partial / packing.PROGRESS).write_text(json.dumps({"facts": facts, "sha256": sums}))
+    (partial / "block-99.bin").write_bytes(b"of a deeper model")
     packing.pack(tiny_experts.model("olmoe"), out)
-    assert not Store(out).damaged()
+    assert not Store(out).damaged() and len(list(out.iterdir())) == 1 + tiny.BLOCKS
 
 
 # --- what is not whole ----------------------------------------------------------------------

@@ -181,8 +181,10 @@ class ExpertDecoder:
         decision = next(steps)
         while decision.l is not None:
             mx.eval(decision.arrays())
-            l, wanted = decision.l, decision.ids[0].tolist()
-            named = [*predictor.at(number, l, wanted), *self._ranked(decision)]
+            l, (wanted,) = decision.l, decision.ids.tolist()
+            named = predictor.at(number, l, wanted)
+            for blocks, experts in decision.named:
+                named = [*named, *zip(blocks, experts.tolist(), strict=True)]
             now, ahead = residency.arrive(l, wanted, named)
             self._start(now, urgent=True)
             self._start(ahead, urgent=False)
@@ -194,13 +196,6 @@ class ExpertDecoder:
         if self.trace:
             self.trace.passes.append(noted)
         return decision.logits[0, -1], decision.u
-
-    def _ranked(self, decision: moe.Decision) -> list[tuple[int, list[int]]]:
-        """What a predictor that looks at states has named."""
-        found = []
-        for l, experts in decision.named.items():
-            found += zip(self.predictor.targets(l), experts.tolist(), strict=True)
-        return found
 
     def _read(self, tokens: list[int], cache: list) -> mx.array:
         """A chunk of a prompt through all blocks, each expert that it needs read once; the last h_N."""

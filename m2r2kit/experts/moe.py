@@ -11,7 +11,7 @@ experts, so nothing of it is written here a second time.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,7 +103,8 @@ class Decision:
         u: the state after block l's attention, (1, 1, D); at the end h_N.
         x, ids, weights: as `route` gives them, T = 1.
         p: what the predictor hands on.
-        named: for each block l whose predictor was asked, experts (targets, width).
+        named: for each block of the segment that the predictor was asked at, its targets and their
+            experts (targets, width).
         logits: at the end, (1, 1, V).
     """
 
@@ -113,13 +114,13 @@ class Decision:
     ids: mx.array | None = None
     weights: mx.array | None = None
     p: mx.array | None = None
-    named: dict[int, mx.array] | None = None
+    named: list[tuple[list[int], mx.array]] = field(default_factory=list)
     logits: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
         """All that has to be computed before the experts can be brought."""
         given = (self.u, self.x, self.ids, self.weights, self.p, self.logits)
-        return [a for a in given if a is not None] + list((self.named or {}).values())
+        return [a for a in given if a is not None] + [experts for _, experts in self.named]
 
 
 class TokenPass:
@@ -138,7 +139,10 @@ class TokenPass:
             mx.eval(predictor.parameters())  # or the compiled passes would make them anew each time
         self.stops = [*sorted(switches), None]
         self.segments: list[Traced] = []
+        self.targets: list[list[list[int]]] = []  # of each segment, at each block where something is named
         for last, stop in zip([None, *self.stops], self.stops):
+            named = [predictor.targets(l) for l in self._range(last, stop)] if predictor is not None else []
+            self.targets.append([blocks for blocks in named if blocks])
             writes = self._range(last, stop)
             reads = predictor.reads if predictor is not None else ()
             self.segments.append(Traced(self._body(last, stop), backbone.depth, writes, reads))
@@ -147,12 +151,6 @@ class TokenPass:
         """Blocks whose attention a segment runs."""
         first = 0 if last is None else last + 1
         return range(first, self.backbone.depth if stop is None else stop + 1)
-
-    def _named_at(self, last, stop) -> list[int]:
-        """Blocks of a segment at which something is named."""
-        if self.predictor is None:
-            return []
-        return [l for l in self._range(last, stop) if self.predictor.targets(l)]
 
     def _body(self, last: int | None, stop: int | None):
         backbone, predictor = self.backbone, self.predictor
@@ -183,14 +181,14 @@ class TokenPass:
     def run(self, token: int, cache: list, before: mx.array) -> Iterator[Decision]:
         """The decisions of a token's pass, the last one with the logits. Send in the slots of the chosen
         experts, (k,), for each decision but the last."""
-        x, more, last = mx.array([[token]]), (), None
-        for stop, segment in zip(self.stops, self.segments):
+        x, more = mx.array([[token]]), ()
+        for stop, segment, targets in zip(self.stops, self.segments, self.targets):
             out = segment(cache, x, before, *more)
             if stop is None:
                 h, logits = out
                 yield Decision(None, h, logits=logits)
                 return
             u, rows, ids, weights, p, *named = out
-            named = dict(zip(self._named_at(last, stop), named, strict=True))
+            named = list(zip(targets, named, strict=True))
             slots = yield Decision(stop, u, rows, ids, weights, p, named)
-            x, more, last = u, (rows, weights, mx.array([slots]), p), stop
+            x, more = u, (rows, weights, mx.array([slots]), p)

@@ -121,6 +121,9 @@ def _write(experts: dict, facts: dict, partial: Path, out: Path, report) -> Mani
     E, record = facts["experts"], facts["record_bytes"]
     partial.mkdir(parents=True, exist_ok=True)
     done = _finished(partial, facts)
+    for file in partial.glob("block-*.bin"):  # what another packing has left
+        if file.name not in map(file_name, done):
+            file.unlink()
     missing = (len(experts) - len(done)) * E * record
     free = shutil.disk_usage(partial).free
     if free < missing + SPARE:

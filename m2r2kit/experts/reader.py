@@ -177,16 +177,21 @@ class Reader:
                 if request.state != QUEUED:
                     continue
                 request.state = READING
-            request.error = self._bring(request, buffer)
+            error = self._bring(request, buffer)
             with self._changed:
-                wanted = request.state == READING
-                request.state = LANDING if wanted else CANCELLED
-            if wanted and not request.error:
-                request.land(buffer)
+                if request.state == CANCELLED:
+                    continue
+                request.state = LANDING
+            try:
+                if error is None:
+                    request.land(buffer)
+            except Exception as fault:  # or whoever waits would wait for ever
+                error = (
+                    f"Expert {request.expert} of block {request.block} cannot be put in its place ({fault})."
+                )
             with self._changed:
-                if wanted:
-                    request.finished = time.perf_counter()
-                    request.state = DONE
+                request.error, request.finished = error, time.perf_counter()
+                request.state = DONE
                 self._changed.notify_all()
 
     def _bring(self, request: Request, buffer: np.ndarray) -> str | None:
