@@ -243,6 +243,23 @@ def test_a_prompt_that_does_not_fit_is_refused():
         assert decoder.generate(PROMPTS[0], TOKENS).tokens == right()[0]
 
 
+def test_the_timeline_shows_every_read_that_was_used_and_where_it_was_waited_for():
+    model, events = streamed(), []
+    with Reader(model.store, "buffered", link=20e6) as r:
+        residency = model.residency(4, methods.policy("none", E))
+        decoder = ExpertDecoder(model, residency, r, NextRouter(model.backbone, 1), timeline=events)
+        out = decoder.generate(PROMPTS[0], 5)
+    kinds = [e.kind for e in events]
+    assert kinds.count("compute") == 5 * tiny.BLOCKS
+    assert kinds.count("demand") == out.counts.missed and kinds.count("ahead") == out.counts.ahead
+    assert all(e.start <= e.end for e in events)
+    waits = {(e.block, e.end): e for e in events if e.kind == "wait"}
+    for e in events:
+        if e.kind in ("demand", "ahead"):  # through before the wait for its block was
+            assert any(block == e.block and end >= e.end for block, end in waits)
+    assert sum(e.end - e.start for e in waits.values()) == pytest.approx(out.stall_seconds)
+
+
 # --- memory ---------------------------------------------------------------------------------
 
 

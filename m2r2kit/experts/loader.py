@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -77,6 +78,17 @@ class ExpertGeneration:
     stall_seconds: float = 0.0
 
 
+class Event(NamedTuple):
+    """Something in a token's pass: `compute` up to block l's router, `wait` for block l's experts, a
+    `demand` read or one asked for `ahead`, from when its thread began. Times are perf_counter's."""
+
+    kind: str
+    block: int
+    start: float
+    end: float
+    expert: int | None = None
+
+
 class ExpertDecoder:
     """Decodes a streamed model with one memory, one reader and one predictor.
 
@@ -85,6 +97,7 @@ class ExpertDecoder:
         reader: of the same store; it stays the caller's to close.
         predictor: None names nothing.
         trace: a trace to add all passes to.
+        timeline: a list to add the `Event`s of the tokens' passes to; reads appear when they are used.
     """
 
     def __init__(
@@ -94,7 +107,9 @@ class ExpertDecoder:
         reader: Reader,
         predictor: Predictor | None = None,
         trace: Trace | None = None,
+        timeline: list[Event] | None = None,
     ):
+        self.timeline = timeline
         self.backbone: Backbone = model.backbone
         self.residency, self.reader, self.trace = residency, reader, trace
         self.predictor = predictor or Predictor()
@@ -180,7 +195,9 @@ class ExpertDecoder:
         steps = self.token_pass.run(token, cache, last)
         decision = next(steps)
         while decision.l is not None:
+            begun = time.perf_counter()
             mx.eval(decision.arrays())
+            self._note("compute", decision.l, begun, time.perf_counter())
             l, (wanted,) = decision.l, decision.ids.tolist()
             named = predictor.at(number, l, wanted)
             for blocks, experts in decision.named:
@@ -262,8 +279,16 @@ class ExpertDecoder:
                     out.late += not request.done
             begun = time.perf_counter()
             self.reader.wait(waiting)
-            out.stall_seconds += time.perf_counter() - begun
+            ended = time.perf_counter()
+            out.stall_seconds += ended - begun
+            self._note("wait", l, begun, ended)
+            for r in waiting:
+                self._note("demand" if r.urgent else "ahead", l, r.begun, r.finished, r.expert)
         return [held[key] for key in keys]
+
+    def _note(self, *event) -> None:
+        if self.timeline is not None:
+            self.timeline.append(Event(*event))
 
 
 def _into(bank: Bank, slot: int) -> Callable[[np.ndarray], None]:

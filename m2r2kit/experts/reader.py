@@ -50,16 +50,16 @@ class Request:
     Attributes:
         land: called with the record (uint8, read-only in spirit) when it is there, in a reader's thread.
         urgent: needed now.
-        issued, finished: perf_counter; `finished` is 0 until then.
+        issued, begun, finished: perf_counter; 0 until then.
         error: why it failed, one sentence.
     """
 
-    __slots__ = ("block", "error", "expert", "finished", "issued", "land", "state", "urgent")
+    __slots__ = ("begun", "block", "error", "expert", "finished", "issued", "land", "state", "urgent")
 
     def __init__(self, block: int, expert: int, land: Callable[[np.ndarray], None], urgent: bool):
         self.block, self.expert, self.land, self.urgent = block, expert, land, urgent
         self.state, self.error = QUEUED, None
-        self.issued, self.finished = time.perf_counter(), 0.0
+        self.issued, self.begun, self.finished = time.perf_counter(), 0.0, 0.0
 
     @property
     def done(self) -> bool:
@@ -176,7 +176,7 @@ class Reader:
                 request = self._queues[0 if self._queues[0] else 1].popleft()
                 if request.state != QUEUED:
                     continue
-                request.state = READING
+                request.state, request.begun = READING, time.perf_counter()
             error = self._bring(request, buffer)
             with self._changed:
                 if request.state == CANCELLED:

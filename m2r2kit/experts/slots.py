@@ -6,6 +6,7 @@ each row is multiplied by the same matrix, so its result is the same to the bit.
 
 A record is copied through a NumPy view of the arrays. That changes memory which MLX takes for
 constant: it is right because a slot is written only between its last use and its next (`residency.py`).
+Checked on CPUs; on a GPU of Apple's, whose memory is shared, we have not been able to try it.
 """
 
 import copy
