@@ -15,6 +15,7 @@ import tiny_experts
 from mlx.utils import tree_flatten
 
 from m2r2kit.__main__ import main
+from m2r2kit.backbone import Backbone
 from m2r2kit.errors import UserError
 from m2r2kit.experts import packing
 from m2r2kit.experts.store import PAGE, Store
@@ -47,6 +48,20 @@ def test_records_hold_what_the_model_computes_with(family, bits):
                 right = np.array(weights[piece.name][e].reshape(-1).view(mx.uint8))
                 assert content[start : start + piece.nbytes] == right.tobytes()
     assert not store.damaged()
+
+
+def test_a_model_stored_in_half_precision_is_packed_as_it_is_run(tmp_path):
+    folder = Path(shutil.copytree(tiny_experts.model("olmoe"), tmp_path / "half"))
+    weights = {name: w.astype(mx.float16) for name, w in mx.load(str(folder / "model.safetensors")).items()}
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    packing.pack(folder, tmp_path / "store")
+    view, store = Backbone.load(folder), Store(tmp_path / "store")
+    weight = view.blocks[1].mlp.switch_mlp.gate_proj.weight
+    piece = store.manifest.pieces[0]
+    record = store.path(1).read_bytes()[3 * store.manifest.record_bytes :]
+    assert store.manifest.dtype == piece.dtype == str(weight.dtype).split(".")[-1]
+    assert record[: piece.nbytes] == np.array(weight[3].reshape(-1).view(mx.uint8)).tobytes()
 
 
 def test_a_model_without_experts_is_refused(tmp_path):

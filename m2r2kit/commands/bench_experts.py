@@ -24,6 +24,8 @@ def run(args) -> int:
         return plan.run(args)
     if not args.experts:
         raise UserError("Say where the experts are with --experts STORE, or ask for --plan.")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"There is no folder {args.json.parent} to write {args.json.name} in.")
     quiet = not sys.stderr.isatty()
     prompts = prompt_files.read(args.prompts or prompt_files.ALL)
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)

@@ -97,7 +97,7 @@ class ExpertDecoder:
         reader: of the same store; it stays the caller's to close.
         predictor: None names nothing.
         trace: a trace to add all passes to.
-        timeline: a list to add the `Event`s of the tokens' passes to; reads appear when they are used.
+        timeline: a list to add `Event`s to; reads appear when they are used, computing for tokens only.
     """
 
     def __init__(
