@@ -212,7 +212,7 @@ def test_a_read_error_ends_the_text_and_the_decoder(monkeypatch):
     real, calls = os.preadv, itertools.count()
 
     def preadv(file, buffers, offset):
-        if next(calls) >= 20:
+        if next(calls) >= 60:
             raise OSError(errno.EIO, "Input/output error")
         return real(file, buffers, offset)
 
@@ -222,7 +222,7 @@ def test_a_read_error_ends_the_text_and_the_decoder(monkeypatch):
         emitted = []
         with pytest.raises(UserError, match=r"Expert \d of block \d cannot be read"):
             decoder.generate(PROMPTS[1], TOKENS, on_tokens=lambda t, _: emitted.extend(t))
-        assert emitted == right()[1][: len(emitted)]  # no wrong token
+        assert 0 < len(emitted) < TOKENS and emitted == right()[1][: len(emitted)]  # no wrong token
         monkeypatch.setattr(reading.os, "preadv", real)
         with pytest.raises(UserError, match="stopped by an error"):
             decoder.generate(PROMPTS[1], TOKENS)

@@ -74,7 +74,7 @@ class Reader:
         threads: that read at once; each has one buffer of a record.
         link: bytes/s of a simulated link in front of the disk; None is the disk as it is.
 
-    A record's checksum is compared when it is read for the first time. A read that fails, comes
+    A record's checksum is compared when it is first read through this `Store`. A read that fails, comes
     short or has a wrong checksum is tried once more; then `wait` raises, and the record has not landed.
 
     Raises:
@@ -86,7 +86,6 @@ class Reader:
         self.link = Link(link) if link else None
         self.size = store.manifest.record_bytes
         self.bytes_read = self.reads = self.retries = 0
-        self._known: set[tuple[int, int]] = set()  # records whose checksum was right
         self._changed = threading.Condition()
         self._queues: tuple[deque[Request], deque[Request]] = deque(), deque()  # urgent, ahead
         self._closed = False
@@ -224,10 +223,10 @@ class Reader:
             self.reads += 1
             self.bytes_read += got
         record = request.block, request.expert
-        if record not in self._known:
+        if record not in self.store.verified:
             if hashlib.sha256(buffer).hexdigest() != self.store.checksum(*record):
                 raise OSError("its checksum is wrong")
-            self._known.add(record)
+            self.store.verified.add(record)
         if self.link:
             self.link.finish(issued, self.size)
 

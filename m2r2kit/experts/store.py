@@ -108,12 +108,15 @@ def file_name(block: int) -> str:
 class Store:
     """A store on disk. Opening it reads the manifest and looks at the sizes of the files, not into them.
 
+    Attributes:
+        verified: (block, expert) of the records that were read and had the right checksum.
+
     Raises:
         UserError: there is none, or it is not whole.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder, self.verified = Path(folder), set()
         file = self.folder / MANIFEST
         if not file.exists():
             raise UserError(f"There is no expert store in {folder}; make one with `m2r2kit pack MODEL OUT`.")
