@@ -20,7 +20,7 @@ from m2r2kit.errors import UserError
 from m2r2kit.experts import methods, moe
 from m2r2kit.experts import reader as reading
 from m2r2kit.experts.loader import ExpertDecoder, StreamedModel
-from m2r2kit.experts.predictors import Predictor, Recorded
+from m2r2kit.experts.predictors import Predictor, Random, Recorded
 from m2r2kit.experts.reader import Reader
 from m2r2kit.experts.replay import replay
 from m2r2kit.experts.slots import Bank, budget_of_share, slots_of_budget
@@ -158,6 +158,15 @@ def test_whatever_the_disk(tmp_path):
         pass  # the tests' disk knows no direct reads
     for r in readers:
         assert run(model, "none", NextRouter(model.backbone, 2), reader=r)[0] == right()
+
+
+def test_reads_that_nobody_wants_any_more_do_not_land_over_others():
+    """Wrong guesses wait in a long queue, what is needed overtakes them and takes their slots."""
+    model = streamed()
+    guess = Random(model.store.manifest.blocks, 3, E, K)
+    slow = Reader(model.store, "buffered", threads=1, link=20e6)
+    tokens, residency, _ = run(model, predictor=guess, slots=K, reader=slow)
+    assert tokens == right() and residency.counts.unused > 100
 
 
 def test_a_long_prompt_is_read_in_chunks(monkeypatch):

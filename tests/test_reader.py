@@ -77,7 +77,9 @@ def test_one_asked_for_ahead_and_needed_now_goes_first():
         later = [r.submit(0, e, lambda record, e=e: order.append(e), False) for e in (1, 2, 3)]
         waiter = threading.Thread(target=r.wait, args=([later[2]],))
         waiter.start()
-        while not r._queues[0]:  # until it has been moved to the front
+        for _ in range(2000):  # until it has been moved to the front
+            if r._queues[0]:
+                break
             time.sleep(0.001)
         gate.set()
         waiter.join()
