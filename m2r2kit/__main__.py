@@ -1,4 +1,4 @@
-"""The command line: `m2r2kit doctor | notebooks | generate | bench | train | tune | calibrate | report`.
+"""The command line: `m2r2kit COMMAND ..`, such as doctor, notebooks, generate, bench, train or report.
 
 Exit codes: 0 done, 1 a check failed, 2 bad arguments or input, 130 interrupted. This file
 names the commands (`arguments.py` has what each takes); what one needs is imported when it runs, so that
@@ -63,6 +63,8 @@ def parser() -> Parser:
     arguments.bench_map(add(bench, "map", _runs("bench_map"), about))
     about = "draw quality against depth for ways of leaving early, and time some of them"
     arguments.bench_exits(add(bench, "exits", _runs("bench_exits"), about))
+    about = "compare ways of reading experts from disk, interleaved, output checked first; or plan on paper"
+    arguments.bench_experts(add(bench, "experts", _runs("bench_experts"), about))
 
     train = commands.add_parser("train", help="train a pocket model, or what drafts for a model")
     train = train.add_subparsers(dest="subject", metavar="WHAT", required=True)
@@ -75,6 +77,8 @@ def parser() -> Parser:
 
     about = "train what lets tokens leave early: the stream at several exits, or a peer of it"
     arguments.train_exits(add(train, "exits", _runs("train_exits"), about))
+    about = "train what names a mixture's experts ahead of time: streams, and a direct map of equal size"
+    arguments.train_predictor(add(train, "predictor", _runs("train_predictor"), about))
 
     about = (
         "choose how long drafts are on this machine, of a stream and its peers, and write it into their JSON"
@@ -86,6 +90,8 @@ def parser() -> Parser:
 
     about = "choose the exits of what was trained for them, and measure what each threshold risks"
     arguments.calibrate(add(commands, "calibrate", _runs("calibrate"), about))
+    about = "write the experts of a model as records that can be read one at a time, or check them"
+    arguments.pack(add(commands, "pack", _runs("pack"), about))
 
     report = add(commands, "report", _run_report, "print the paper's figures beside ours, from records")
     form = report.add_mutually_exclusive_group()

@@ -14,6 +14,13 @@ EXIT_METHODS = (
     *("saturation", "skipdecode", "layerskip", "m2r2-linear", "m2r2-copy", "m2r2-p", "calm-linear"),
     *("calm-copy", "mixture-of-depths", "shallow"),
 )
+POLICIES = (
+    "none", "lru", "lfu", "lfru", "clock", "s3-fifo", "least-stale", "trace-guided", "belady",
+)  # fmt: skip
+PREDICTORS = (
+    "nothing", "previous", "static", "next-router", "direct", "m2r2", "random", "shuffled", "oracle", "self",
+)  # fmt: skip
+TRAINED = ("m2r2", "m2r2-r1", "direct")  # predictors of experts
 FORMS = ("block", "attention", "adapter")
 
 
@@ -52,6 +59,35 @@ def some_of(known):
         return list(dict.fromkeys(asked))
 
     return names
+
+
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def budget(text):
+    """A type for argparse: bytes (int, `64MB`), or a share of the whole (float up to 1, `25%`)."""
+    written = text.strip().upper()
+    digits = written.rstrip("BGIKM%")
+    unit = written[len(digits) :]
+    try:
+        value = float(digits)
+        if unit == "%":
+            value /= 100
+        elif unit or value > 1:
+            value = int(value * SIZES[unit])
+    except (ValueError, KeyError):
+        value = 0
+    if not value > 0 or (isinstance(value, float) and value > 1):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 64MB and no share such as 25%")
+    return value
+
+
+def shares(text):
+    """A type for argparse: shares of the whole, separated by commas."""
+    found = [budget(each) for each in text.split(",")]
+    if not all(isinstance(share, float) for share in found):
+        raise argparse.ArgumentTypeError(f"'{text}' are no shares such as 12.5%,25%")
+    return found
 
 
 count, natural = number(int, 1), number(int, 0)
@@ -143,6 +179,63 @@ def generate(parser):
     )
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    experts(parser)
+
+
+def streaming(parser):
+    """Where experts come from when they are not all in memory."""
+    parser.add_argument(
+        "--reads",
+        choices=("direct", "buffered"),
+        default="direct",
+        help="past the page cache (default), or through it",
+    )
+    parser.add_argument(
+        "--threads", type=number(int, 1, 64), default=2, metavar="N", help="that read at once (default: 2)"
+    )
+    parser.add_argument(
+        "--link",
+        type=budget,
+        metavar="BYTES",
+        help="simulate a disk of so many bytes a second, such as 200MB",
+    )
+    parser.add_argument(
+        "--distance", type=count, default=2, metavar="G", help="blocks to look ahead (default: 2)"
+    )
+    parser.add_argument(
+        "--width", type=count, metavar="K", help="experts to name (default: as many as the model runs)"
+    )
+
+
+def experts(parser):
+    group = parser.add_argument_group("a mixture of experts whose experts stay on disk")
+    group.add_argument(
+        "--experts",
+        type=Path,
+        metavar="STORE",
+        help="decode plainly, with experts from this store (see pack)",
+    )
+    group.add_argument(
+        "--budget",
+        type=budget,
+        default=0.5,
+        metavar="SIZE",
+        help="memory for experts: 64MB, 25%% (default: 50%%)",
+    )
+    group.add_argument(
+        "--policy", choices=POLICIES, default="lru", help="who goes when a slot is needed (default: lru)"
+    )
+    group.add_argument(
+        "--predictor",
+        choices=PREDICTORS,
+        default="next-router",
+        help="who names experts ahead of time (default: next-router)",
+    )
+    group.add_argument(
+        "--known", type=Path, metavar="TRACE", help="routing of earlier texts, for those that learn from it"
+    )
+    group.add_argument("--trace", type=Path, metavar="FILE", help="write this run's routing here (.npz)")
+    streaming(group)
 
 
 def leaving(parser):
@@ -234,6 +327,44 @@ def bench_exits(parser):
     parser.add_argument("--record", action="store_true", help="add the result to data/results")
 
 
+def bench_experts(parser):
+    model(parser)
+    parser.add_argument("--experts", type=Path, metavar="STORE", help="the packed experts of the model")
+    parser.add_argument(
+        "--budgets",
+        type=shares,
+        default=[0.125, 0.25, 0.5],
+        metavar="A,B,..",
+        help="shares of all experts that fit the memory (default: 12.5%%,25%%,50%%)",
+    )
+    streaming(parser)
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+    )
+    parser.add_argument(
+        "--limit", type=count, default=2, metavar="N", help="only the first N of each kind (default: 2)"
+    )
+    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    parser.add_argument(
+        "--repeats", type=count, default=5, metavar="N", help="timed rounds of all arms (default: 5)"
+    )
+    parser.add_argument(
+        "--resident",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with the model wholly in memory; --no-resident where it does not fit",
+    )
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="all",
+        metavar="MODEL",
+        help="compute what streaming would give a known model (default: all of them), without running it",
+    )
+
+
 def bench_map(parser):
     model(parser)
     stream(parser)
@@ -287,16 +418,6 @@ def processes(parser):
 
 def lessons(parser):
     """What a trained part learns from, and for how long."""
-    parser.add_argument(
-        "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"
-    )
-    parser.add_argument("--batch", type=count, default=8, metavar="B", help="rows of a step (default: 8)")
-    parser.add_argument("--steps", type=count, metavar="N", help="training steps")
-    parser.add_argument(
-        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
-    )
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
 
 
 def tuning(parser):
@@ -445,3 +566,41 @@ def calibrate(parser):
     )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+
+
+def pack(parser):
+    parser.add_argument("model", metavar="MODEL", help="a mixture of experts that mlx_lm loads")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the store")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all of a store that is there, and compare checksums"
+    )
+
+
+def train_predictor(parser):
+    model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(TRAINED),
+        default=list(TRAINED),
+        metavar="A,B,..",
+        help=f"which, of {', '.join(TRAINED)} (default: all); they learn from the same rows",
+    )
+    parser.add_argument(
+        "--exits",
+        type=counts,
+        metavar="E,F,..",
+        help="where the stream's intervals end (default: four)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=number(float, 1),
+        default=2.0,
+        metavar="R",
+        help="how fast the stream m2r2 runs ahead, and the blocks that the direct map names (default: 2)",
+    )
+    parser.add_argument("--rank", type=natural, default=8, metavar="R", help="of its changes (default: 8)")
+    parser.add_argument(
+        "--ffn-width", type=count, default=64, metavar="W", help="of its own FFN in each block (default: 64)"
+    )
+    lessons(parser)
+    parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model

@@ -6,7 +6,7 @@ works on a pocket model works on any model of the families below.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,31 +61,37 @@ class Backbone:
         self._entry_shapes: list | None = None
 
     @classmethod
-    def load(cls, path_or_repo: str | Path, dtype: mx.Dtype | None = None) -> "Backbone":
+    def load(
+        cls, path_or_repo: str | Path, dtype: mx.Dtype | None = None, take_out: Callable | None = None
+    ) -> "Backbone":
         """Load a Hugging Face folder or repository with mlx-lm.
 
         Args:
             dtype: arithmetic of the weights; by default float32 on a CPU, as stored elsewhere.
+            take_out: called with the model before its weights are read; what it takes out of the
+                model is never read.
 
         Raises:
             UserError: the folder is missing, incomplete, or of a family that is not served.
         """
-        folder = _model_folder(path_or_repo)
+        folder = model_folder(path_or_repo)
         from mlx_lm import utils  # imports transformers: seconds that `--help` should not cost
 
         try:
-            model, config = utils.load_model(folder)
+            model, config = utils.load_model(folder, lazy=True)
             tokenizer = utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+            if take_out:
+                take_out(model)
+            if dtype is None and mx.default_device() == mx.Device(mx.cpu):
+                dtype = mx.float32
+            if dtype is not None:
+                model.set_dtype(dtype)
+            mx.eval(model.parameters())
         except Exception as error:  # mlx-lm raises whatever its parts raise; the user needs one sentence
             reason = str(error).splitlines()[0].rstrip(":. ") if str(error) else type(error).__name__
             raise UserError(
                 f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole."
             ) from error
-        if dtype is None and mx.default_device() == mx.Device(mx.cpu):
-            dtype = mx.float32
-        if dtype is not None:
-            model.set_dtype(dtype)
-        mx.eval(model.parameters())
         return cls(model, tokenizer, config, weights_sha256(folder))
 
     # --- sizes ---
@@ -303,7 +309,7 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_folder(path_or_repo: str | Path) -> Path:
+def model_folder(path_or_repo: str | Path) -> Path:
     """The folder of a model, complete as far as can be seen without loading it."""
     folder = Path(path_or_repo)
     if not folder.exists():

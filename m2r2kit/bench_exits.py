@@ -23,25 +23,32 @@ from .exits.merit import LOSSES, Curve, merits
 from .exits.methods import Method
 from .training import teach
 
+TOGETHER = 48  # texts that pass at once
 UNTIMED = ("m2r2-oracle", "m2r2-random")  # a bound and a control, of which nobody decodes
 TIMED_LOSSES = (0.01, 0.03, 0.05, 0.1)  # of agreement: the points of each curve that are timed
 
 
 def measure(method: Method, texts: Texts, report: Callable | None = None) -> Curve:
-    """A method's curve along texts."""
-    gated = texts.gated
-    points = list(method.curve(texts, report))
+    """A method's curve along texts; those of about one length pass together."""
+    order = np.argsort(texts.first, kind="stable")
+    parts = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
+    measured = [list(method.curve(texts.part(rows), report)) for rows in parts]
+    back = np.argsort(order)
 
-    def sums(arrays):
-        return np.stack([np.where(gated, a, 0).sum(1) for a in arrays]).astype(float)
+    def sums(each: Callable) -> np.ndarray:
+        """Of an array of each point, text by text in their own order, (m, n)."""
+        columns = [
+            np.stack([np.where(p.outcome.gated, each(p), 0).sum(1) for p in points]) for points in measured
+        ]
+        return np.concatenate(columns, axis=1)[:, back].astype(float)
 
     return Curve(
-        [p.threshold for p in points],
-        sums([p.outcome.right for p in points]),
-        sums([p.outcome.nats for p in points]),
-        sums([p.blocks for p in points]),
-        sums([p.macs for p in points]),
-        gated.sum(1).astype(float),
+        [p.threshold for p in measured[0]],
+        sums(lambda p: p.outcome.right),
+        sums(lambda p: p.outcome.nats),
+        sums(lambda p: p.blocks),
+        sums(lambda p: p.macs),
+        texts.gated.sum(1).astype(float),
         method.backbone.depth,
     )
 

@@ -15,10 +15,13 @@ COMMANDS = (
     ("bench",),
     ("bench", "speculation"),
     ("bench", "map"),
+    ("bench", "experts"),
     ("train",),
     ("train", "backbone"),
     ("train", "stream"),
     ("train", "drafter"),
+    ("train", "predictor"),
+    ("pack",),
     ("report",),
 )
 

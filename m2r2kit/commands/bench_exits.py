@@ -29,11 +29,15 @@ def run(args) -> int:
     asked = questions(backbone, prompts, args.max_tokens)
     texts = texts_of(backbone, asked.ids, args.max_tokens)
     curves = {}
-    with tqdm(total=sum(len(m.thresholds) for m in methods.values()), unit="point", disable=quiet()) as bar:
+    passes = sum(len(m.thresholds) for m in methods.values()) * -(-len(asked.ids) // bench.TOGETHER)
+    with tqdm(total=passes, unit="pass", disable=quiet()) as bar:
         for name, each in methods.items():
             bar.set_description(name)
             curves[name] = bench.measure(each, texts, bar.update)
     figures = {"methods": bench.figures(curves, methods, bench.nats_of(backbone, texts))}
+    five = {name: m["merit"][str(LOSSES[-1])]["saved"] for name, m in figures["methods"].items()}
+    if five.get("m2r2-oracle"):
+        figures["oracle_share"] = five["m2r2"] / five["m2r2-oracle"]
     figures["exits"] = {
         kind: bench.at_exits(reader, backbone, texts) for kind, reader in readers(methods).items()
     }

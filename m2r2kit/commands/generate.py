@@ -14,6 +14,10 @@ from . import generate_exits
 def run(args) -> int:
     """Answer `--prompt` or each prompt of `--prompts`; `--json` prints one object a prompt."""
     prompts = read(args.prompts) if args.prompts else [Prompt("prompt", args.prompt)]
+    if args.experts:
+        from . import generate_experts
+
+        return generate_experts.run(args, prompts)
     backbone = Backbone.load(args.model)
     ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first
     if args.method == "exits":
@@ -82,10 +86,14 @@ class Stream:
                 flush=True,
             )
 
-    def end(self, out: Generation) -> None:
-        """The rest of the text, and one line of what it took."""
+    def close(self) -> None:
+        """The rest of the text."""
         self.detokenizer.finalize()
         print(self.detokenizer.last_segment)
+
+    def end(self, out: Generation) -> None:
+        """The rest of the text, and one line of what it took."""
+        self.close()
         drafted = sum(out.from_draft)
         line = f"{len(out.tokens)} tokens in {out.steps} steps, {len(out.tokens) / out.seconds:.0f} tokens/s"
         if sum(out.drafted):

@@ -1,0 +1,295 @@
+"""Decoding with experts that come from disk: block by block, the reads beside the computing.
+
+    compute up to block l's router           meanwhile: reads asked for at earlier blocks
+    ask for the experts it chose             now
+    ask for those named for later blocks     later
+    wait for the chosen ones                 the only wait: the stall
+    go on
+
+The router decides, always; a prediction only starts a read. Tokens are those of the model in memory.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.base import create_attention_mask
+
+from ..backbone import Backbone
+from ..errors import UserError
+from ..fixed_cache import FIRST_ROOM
+from . import moe
+from .packing import load_without_experts
+from .predictors import Predictor
+from .reader import Reader, Request
+from .residency import Counts, Load, Residency
+from .slots import Bank
+from .state_predictors import StatePredictor
+from .store import Store
+from .trace import Pass, Trace
+
+CHUNK = 512  # tokens of a prompt that are read at once: each expert is read once a chunk
+
+
+class StreamedModel:
+    """A model without its experts, and the store that has them.
+
+    Raises:
+        UserError: the model or the store cannot be used, or they do not belong together.
+    """
+
+    def __init__(self, model: str | Path, store: str | Path | Store):
+        self.store = store if isinstance(store, Store) else Store(store)
+        manifest = self.store.manifest
+        self.backbone, self.experts = load_without_experts(model, getattr(mx, manifest.dtype))
+        self.store.belongs_to(self.backbone.sha256)
+
+    def residency(self, slots: int, policy: Callable, shared: bool = False) -> Residency:
+        """An empty memory with so many slots in each block (in all, if `shared`)."""
+        m = self.store.manifest
+        return Residency(m.blocks, m.experts, m.top_k, slots, policy, shared)
+
+
+@dataclass
+class ExpertGeneration:
+    """What came out of one prompt.
+
+    Attributes:
+        tokens: emitted ids, the end-of-text mark included if it was reached.
+        seconds: from the first pass over the prompt to the last token; `prefill_seconds`, of that pass.
+        stopped: `eos` or `length`.
+        counts: of the tokens' passes, without the prompt's; `prefill` has those of the prompt.
+        in_time, late: of `counts.ahead`, those whose read was through when they were needed, or not.
+        stall_seconds: spent waiting for reads, in the tokens' passes.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    stopped: str = "length"
+    counts: Counts = field(default_factory=Counts)
+    prefill: Counts = field(default_factory=Counts)
+    in_time: int = 0
+    late: int = 0
+    stall_seconds: float = 0.0
+
+
+class Event(NamedTuple):
+    """Something in a token's pass: `compute` up to block l's router, `wait` for block l's experts, a
+    `demand` read or one asked for `ahead`, from when its thread began. Times are perf_counter's."""
+
+    kind: str
+    block: int
+    start: float
+    end: float
+    expert: int | None = None
+
+
+class ExpertDecoder:
+    """Decodes a streamed model with one memory, one reader and one predictor.
+
+    Args:
+        residency: which experts are in memory; from `StreamedModel.residency`.
+        reader: of the same store; it stays the caller's to close.
+        predictor: None names nothing.
+        trace: a trace to add all passes to.
+        timeline: a list to add `Event`s to; reads appear when they are used, computing for tokens only.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        residency: Residency,
+        reader: Reader,
+        predictor: Predictor | None = None,
+        trace: Trace | None = None,
+        timeline: list[Event] | None = None,
+    ):
+        self.timeline = timeline
+        self.backbone: Backbone = model.backbone
+        self.residency, self.reader, self.trace = residency, reader, trace
+        self.predictor = predictor or Predictor()
+        manifest = model.store.manifest
+        banks = [Bank(manifest, pool.slots) for pool in residency.pools]
+        self.bank_of = {l: banks[residency.pools.index(pool)] for l, pool in residency.pool_of.items()}
+        self.switches = {l: self.bank_of[l].switch(model.experts[l]) for l in manifest.blocks}
+        looks = isinstance(self.predictor, StatePredictor)
+        self.token_pass = moe.TokenPass(self.backbone, self.switches, self.predictor if looks else None)
+        self.pending: dict[int, Request] = {}  # reads of experts that have not been used since
+        self.texts, self.broken = 0, False
+        self._out = ExpertGeneration()
+
+    @property
+    def bank_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(bank.nbytes for bank in {id(bank): bank for bank in self.bank_of.values()}.values())
+
+    # --- text ---
+
+    def generate(
+        self,
+        prompt: list[int],
+        max_tokens: int = 128,
+        choose: Callable[[mx.array], int] | None = None,
+        on_tokens: Callable | None = None,
+    ) -> ExpertGeneration:
+        """Continue a prompt.
+
+        Args:
+            prompt: token ids, at least one.
+            choose: logits (V,) -> the next token; by default the likeliest.
+            on_tokens: called with ([token], [False]) after each.
+
+        Raises:
+            UserError: an empty or over-long prompt, or a record that cannot be read.
+        """
+        limit = min(max_tokens, self.backbone.room_after(prompt))
+        if self.broken:  # a slot may not hold what it should
+            raise UserError("This decoder was stopped by an error; open the model again.")
+        self.broken = True
+        out = self._out = ExpertGeneration()
+        begun, before = time.perf_counter(), replace(self.residency.counts)
+        self.residency.new_text()
+        self.predictor.new_text()
+        cache = moe.new_cache(self.backbone, len(prompt) + min(limit, FIRST_ROOM))
+        last = mx.zeros((1, 1, self.backbone.width))
+        for i in range(0, len(prompt) - 1, CHUNK):
+            last = self._read(prompt[i : min(i + CHUNK, len(prompt) - 1)], cache)
+        out.prefill = self.residency.counts - before
+        out.in_time, out.late, out.stall_seconds = 0, 0, 0.0  # of the prompt's passes
+        out.prefill_seconds = time.perf_counter() - begun
+        token = prompt[-1]
+        while len(out.tokens) < limit and out.stopped != "eos":
+            logits, last = self._token(token, cache, last)
+            token = mx.argmax(logits).item() if choose is None else choose(logits)
+            out.tokens.append(token)
+            if token in self.backbone.eos:
+                out.stopped = "eos"
+            if on_tokens:
+                on_tokens([token], [False])
+        self.texts += 1
+        out.counts = self.residency.counts - before - out.prefill
+        out.seconds = time.perf_counter() - begun
+        self.broken = False
+        return out
+
+    def settle(self) -> None:
+        """Wait for what was asked for ahead and not needed, so that it does not meet what is timed next."""
+        self.reader.wait(self.pending.values())
+
+    # --- passes ---
+
+    def _token(self, token: int, cache: list, last: mx.array) -> tuple[mx.array, mx.array]:
+        """One token through all blocks: (logits (V,), h_N (1, 1, D))."""
+        residency, predictor = self.residency, self.predictor
+        number = residency.passes
+        residency.begin()
+        named = predictor.before(number)
+        for m, experts in named:
+            self._start(residency.speculate(m, experts), urgent=False)
+        noted = Pass(self.texts, False, named=[named])
+        steps = self.token_pass.run(token, cache, last)
+        decision = next(steps)
+        while decision.l is not None:
+            begun = time.perf_counter()
+            mx.eval(decision.arrays())
+            self._note("compute", decision.l, begun, time.perf_counter())
+            l, (wanted,) = decision.l, decision.ids.tolist()
+            named = predictor.at(number, l, wanted)
+            for blocks, experts in decision.named:
+                named = [*named, *zip(blocks, experts.tolist(), strict=True)]
+            now, ahead = residency.arrive(l, wanted, named)
+            self._start(now, urgent=True)
+            self._start(ahead, urgent=False)
+            noted.wanted.append(wanted)
+            noted.named.append(named)
+            decision = steps.send(self._ready(l, wanted))
+        mx.eval(decision.arrays())
+        residency.end()
+        if self.trace:
+            self.trace.passes.append(noted)
+        return decision.logits[0, -1], decision.u
+
+    def _read(self, tokens: list[int], cache: list) -> mx.array:
+        """A chunk of a prompt through all blocks, each expert that it needs read once; the last h_N."""
+        backbone, residency = self.backbone, self.residency
+        residency.begin()
+        noted = Pass(self.texts, True, named=[[] for _ in range(len(residency.blocks) + 1)])
+        h = backbone.embed(mx.array([tokens]))
+        for l in range(backbone.depth):
+            mask = create_attention_mask(h, cache[l])
+            u = moe.attend(backbone, l, h, mask, cache[l])
+            if l not in self.switches:
+                h = moe.dense(backbone, l, u)
+                continue
+            rows, ids, weights = moe.route(backbone, l, u)
+            mx.eval(u, rows, ids, weights)
+            chosen = np.array(ids)  # (T, k)
+            h = moe.combine(u, self._grouped(l, rows, chosen), weights)
+            noted.wanted.append(np.unique(chosen).tolist())
+        mx.eval(h, [(c.keys, c.values) for c in cache])
+        residency.end()
+        if self.trace:
+            self.trace.passes.append(noted)
+        return mx.contiguous(h[:, -1:])
+
+    def _grouped(self, l: int, rows: mx.array, chosen: np.ndarray) -> mx.array:
+        """What the chosen experts (T, k) give for rows (T, D), one group of experts that fits the slots
+        after the other: (T, k, D)."""
+        T, k = chosen.shape
+        parts, places = [], []
+        for group in self.residency.groups(l, chosen.ravel().tolist()):
+            self._start(self.residency.demand(l, group), urgent=True)
+            slots = dict(zip(group, self._ready(l, group), strict=True))
+            where = np.flatnonzero(np.isin(chosen, group))  # of the T k pairs of row and expert
+            here = mx.array([[slots[e]] for e in chosen.ravel()[where].tolist()])  # (n, 1)
+            y = self.switches[l](rows[mx.array(where // k)], here)  # (n, 1, D)
+            mx.eval(y)  # before the slots are given to the next group
+            self.residency.release(l, group)
+            parts.append(y)
+            places.append(where)
+        order = np.argsort(np.concatenate(places))
+        return mx.concatenate(parts)[mx.array(order)].reshape(T, k, -1)
+
+    # --- reads ---
+
+    def _start(self, loads: Sequence[Load], urgent: bool) -> None:
+        """Ask for records; what they evict will not land any more."""
+        E = self.residency.experts
+        for key, slot, evicted in loads:
+            if evicted in self.pending:
+                self.reader.cancel(self.pending.pop(evicted))
+            l, expert = divmod(key, E)
+            bank = self.bank_of[l]
+            self.pending[key] = self.reader.submit(l, expert, _into(bank, slot), urgent)
+
+    def _ready(self, l: int, experts: Sequence[int]) -> list[int]:
+        """The slots of these experts, when all of them are there."""
+        base, held, out = l * self.residency.experts, self.residency.pool_of[l].held, self._out
+        keys = [base + expert for expert in experts]
+        waiting = [self.pending.pop(key) for key in keys if key in self.pending]
+        if waiting:
+            for request in waiting:
+                if not request.urgent:
+                    out.in_time += request.done
+                    out.late += not request.done
+            begun = time.perf_counter()
+            self.reader.wait(waiting)
+            ended = time.perf_counter()
+            out.stall_seconds += ended - begun
+            self._note("wait", l, begun, ended)
+            for r in waiting:
+                self._note("demand" if r.urgent else "ahead", l, r.begun, r.finished, r.expert)
+        return [held[key] for key in keys]
+
+    def _note(self, *event) -> None:
+        if self.timeline is not None:
+            self.timeline.append(Event(*event))
+
+
+def _into(bank: Bank, slot: int) -> Callable[[np.ndarray], None]:
+    return lambda record: bank.write(slot, record)

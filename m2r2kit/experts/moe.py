@@ -1,0 +1,194 @@
+"""A mixture-of-experts model cut where its routers have spoken and its experts have not.
+
+    segment    [experts of the block before] .. attention, router      -> which experts, what weights
+    .. the experts are brought into slots ..
+    segment    [these experts] .. the next attention, router           -> ..
+
+Each segment is one compiled pass (`fixed_cache.Traced`) from one router's decision to the next. The
+families differ in how they route; their own code is asked, with something else in the place of the
+experts, so nothing of it is written here a second time.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..backbone import Backbone
+from ..fixed_cache import Traced
+from ..lean_pass import replaced
+from .state_predictors import StatePredictor
+
+EXPERTS = "switch_mlp"  # where every family of mlx-lm keeps them
+
+
+def has_experts(backbone: Backbone, l: int) -> bool:
+    """Whether a block chooses among experts."""
+    return "gate" in backbone.blocks[l][backbone.parts.ffn]
+
+
+def attend(backbone: Backbone, l: int, h: mx.array, mask, entry) -> mx.array:
+    """u_l: block l up to its FFN, (B, T, D) -> (B, T, D)."""
+    block, parts = backbone.blocks[l], backbone.parts
+    return h + block[parts.attention](block[parts.attention_norm](h), mask, cache=entry)
+
+
+def route(backbone: Backbone, l: int, u: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """What block l's router decides: (x (T, D) for the experts, their ids (T, k), weights (T, k)).
+
+    The block's own FFN is run with unit vectors for what its experts would give. As it adds them up by
+    weight, the weights come out.
+    """
+    block, parts = backbone.blocks[l], backbone.parts
+    ffn, x = block[parts.ffn], block[parts.ffn_norm](u)
+    D, noted = x.shape[-1], []
+
+    def units(x, ids):
+        noted.append(ids)
+        k = ids.shape[-1]
+        return mx.broadcast_to(unit_vectors(k, D, x.dtype), (*ids.shape, D))
+
+    with replaced(ffn, EXPERTS, units):
+        weights = ffn(x)
+    ids = noted[0]
+    k = ids.shape[-1]
+    return x.reshape(-1, D), ids.reshape(-1, k), weights.reshape(-1, D)[:, :k]
+
+
+_UNITS: dict[tuple, mx.array] = {}
+
+
+def unit_vectors(k: int, width: int, dtype: mx.Dtype) -> mx.array:
+    """e_1 .. e_k, (k, width); made once, so that it is a constant in a compiled pass."""
+    if (k, width, dtype) not in _UNITS:
+        _UNITS[k, width, dtype] = mx.eye(k, width, dtype=dtype)
+        mx.eval(_UNITS[k, width, dtype])
+    return _UNITS[k, width, dtype]
+
+
+def combine(u: mx.array, y: mx.array, weights: mx.array) -> mx.array:
+    """h_{l+1}: u_l and what the experts gave, y (T, k, D), by weight; (1, T, D)."""
+    return u + (y * weights[..., None]).sum(axis=-2).reshape(u.shape)
+
+
+def dense(backbone: Backbone, l: int, u: mx.array) -> mx.array:
+    """The same of a block without experts."""
+    block, parts = backbone.blocks[l], backbone.parts
+    return u + block[parts.ffn](block[parts.ffn_norm](u))
+
+
+def new_cache(backbone: Backbone, room: int) -> list:
+    """`Backbone.new_cache` for a model whose experts are taken out: it asks the model for shapes only."""
+
+    def no_experts(x, ids):
+        return mx.zeros((*ids.shape, x.shape[-1]), x.dtype)
+
+    with ExitStack() as stack:
+        for l, block in enumerate(backbone.blocks):
+            if has_experts(backbone, l):
+                stack.enter_context(replaced(block[backbone.parts.ffn], EXPERTS, no_experts))
+        return backbone.new_cache(room)
+
+
+# --- one token ------------------------------------------------------------------------------
+
+
+@dataclass
+class Decision:
+    """Where a token stands when block l's router has spoken (`l` None: it is through all blocks).
+
+    Attributes:
+        u: the state after block l's attention, (1, 1, D); at the end h_N.
+        x, ids, weights: as `route` gives them, T = 1.
+        p: what the predictor hands on.
+        named: for each block of the segment that the predictor was asked at, its targets and their
+            experts (targets, width).
+        logits: at the end, (1, 1, V).
+    """
+
+    l: int | None
+    u: mx.array
+    x: mx.array | None = None
+    ids: mx.array | None = None
+    weights: mx.array | None = None
+    p: mx.array | None = None
+    named: list[tuple[list[int], mx.array]] = field(default_factory=list)
+    logits: mx.array | None = None
+
+    def arrays(self) -> list[mx.array]:
+        """All that has to be computed before the experts can be brought."""
+        given = (self.u, self.x, self.ids, self.weights, self.p, self.logits)
+        return [a for a in given if a is not None] + [experts for _, experts in self.named]
+
+
+class TokenPass:
+    """The segments of a token's pass.
+
+    Args:
+        switches: for each block with experts, what computes from slots (`slots.Bank.switch`).
+        predictor: that looks at states; None where nothing does.
+    """
+
+    def __init__(
+        self, backbone: Backbone, switches: dict[int, nn.Module], predictor: StatePredictor | None = None
+    ):
+        self.backbone, self.switches, self.predictor = backbone, switches, predictor
+        if predictor is not None:
+            mx.eval(predictor.parameters())  # or the compiled passes would make them anew each time
+        self.stops = [*sorted(switches), None]
+        self.segments: list[Traced] = []
+        self.targets: list[list[list[int]]] = []  # of each segment, at each block where something is named
+        for last, stop in zip([None, *self.stops], self.stops):
+            named = [predictor.targets(l) for l in self._range(last, stop)] if predictor is not None else []
+            self.targets.append([blocks for blocks in named if blocks])
+            writes = self._range(last, stop)
+            reads = predictor.reads if predictor is not None else ()
+            self.segments.append(Traced(self._body(last, stop), backbone.depth, writes, reads))
+
+    def _range(self, last: int | None, stop: int | None) -> range:
+        """Blocks whose attention a segment runs."""
+        first = 0 if last is None else last + 1
+        return range(first, self.backbone.depth if stop is None else stop + 1)
+
+    def _body(self, last: int | None, stop: int | None):
+        backbone, predictor = self.backbone, self.predictor
+
+        def body(entries, x, before, *more):
+            p = None
+            if last is None:
+                h = p = backbone.embed(x)
+            else:
+                rows, weights, slots, p = more
+                h = combine(x, self.switches[last](rows, slots), weights)
+            u, named = h, []
+            for l in self._range(last, stop):
+                mask = entries[l].make_mask(1)
+                u = attend(backbone, l, h, mask, entries[l])
+                if predictor is not None:
+                    p, states = predictor.ahead(l, h, u, p, entries, mask, before)
+                    if states:
+                        named.append(predictor.named(l, states))
+                if l != stop:
+                    h = dense(backbone, l, u)
+            if stop is None:
+                return h, backbone.head(h)
+            return (u, *route(backbone, stop, u), p, *named)
+
+        return body
+
+    def run(self, token: int, cache: list, before: mx.array) -> Iterator[Decision]:
+        """The decisions of a token's pass, the last one with the logits. Send in the slots of the chosen
+        experts, (k,), for each decision but the last."""
+        x, more = mx.array([[token]]), ()
+        for stop, segment, targets in zip(self.stops, self.segments, self.targets):
+            out = segment(cache, x, before, *more)
+            if stop is None:
+                h, logits = out
+                yield Decision(None, h, logits=logits)
+                return
+            u, rows, ids, weights, p, *named = out
+            named = list(zip(targets, named, strict=True))
+            slots = yield Decision(stop, u, rows, ids, weights, p, named)
+            x, more = u, (rows, weights, mx.array([slots]), p)

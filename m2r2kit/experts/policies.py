@@ -1,0 +1,301 @@
+"""Which expert goes when a slot is needed: one small class a policy.
+
+A key is `block * E + expert`. A pool (`residency.py`) tells its policy what it holds (`add`, `drop`),
+what is used (`hit`, in the order of use), and asks for a victim among those that are not pinned.
+`LRU`, `LFU`, `CLOCK` are as everywhere; where a name has several readings, the class says which.
+"""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+
+class Policy:
+    """What all policies share.
+
+    Attributes:
+        keeps: whether what is held stays after its use.
+        now: number of the pass that is running, set by the pool's owner.
+        block: where in the pass it is.
+    """
+
+    keeps = True
+
+    def __init__(self, slots: int):
+        self.slots, self.now, self.block = slots, 0, 0
+
+    def add(self, key: int) -> None:
+        """A key has come in: for a use that is reported next, or ahead of one that may never come."""
+
+    def hit(self, key: int) -> None:
+        """A key that is in is being used."""
+
+    def used(self, keys: Sequence[int]) -> None:
+        """`hit` for each of these."""
+        for key in keys:
+            self.hit(key)
+
+    def drop(self, key: int) -> None:
+        """A key has gone."""
+
+    def victim(self, pinned: Collection[int]) -> int | None:
+        """A key to go, or None if all are pinned."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """A new pass begins."""
+
+    def new_text(self) -> None:
+        """A new text begins."""
+
+
+class LRU(Policy):
+    """The one whose last use is longest ago."""
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.order: dict[int, None] = {}  # from the oldest to the newest
+
+    def add(self, key):
+        self.order[key] = None
+
+    def hit(self, key):
+        del self.order[key]
+        self.order[key] = None
+
+    def drop(self, key):
+        del self.order[key]
+
+    def victim(self, pinned):
+        for key in self.order:
+            if key not in pinned:
+                return key
+        return None
+
+
+class Forget(LRU):
+    """No cache: every expert goes after its use. Only what was read ahead waits for it."""
+
+    keeps = False
+
+
+class Scored(LRU):
+    """The one with the lowest score; of several the one whose last use is longest ago."""
+
+    def score(self, key: int) -> float:
+        raise NotImplementedError
+
+    def victim(self, pinned):
+        free = [key for key in self.order if key not in pinned]
+        return min(free, key=self.score, default=None)
+
+
+class LFU(Scored):
+    """The one used least often since the beginning; uses are remembered when a key has gone."""
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.uses: dict[int, int] = {}
+
+    def hit(self, key):
+        super().hit(key)
+        self.uses[key] = self.uses.get(key, 0) + 1
+
+    def score(self, key):
+        return self.uses.get(key, 0)
+
+
+class LFRU(LFU):
+    """Uses divided by the passes since the last one. (The name stands for several mixtures of
+    frequency and recency; this is the plainest.)"""
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.last: dict[int, int] = {}
+
+    def add(self, key):
+        super().add(key)
+        self.last[key] = self.now
+
+    def hit(self, key):
+        super().hit(key)
+        self.last[key] = self.now
+
+    def score(self, key):
+        return self.uses.get(key, 0) / (1 + self.now - self.last[key])
+
+
+class CLOCK(Policy):
+    """The first one under the hand that was not used since the hand went by."""
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.ring: deque[int] = deque()  # the hand points at the left end
+        self.marked: dict[int, bool] = {}
+
+    def add(self, key):
+        self.ring.append(key)
+        self.marked[key] = False
+
+    def hit(self, key):
+        self.marked[key] = True
+
+    def drop(self, key):
+        self.ring.remove(key)
+        del self.marked[key]
+
+    def victim(self, pinned):
+        for _ in range(2 * len(self.ring)):
+            key = self.ring[0]
+            if key not in pinned:
+                if not self.marked[key]:
+                    return key
+                self.marked[key] = False
+            self.ring.rotate(-1)
+        return None
+
+
+class S3FIFO(Policy):
+    """Three queues (Yang et al., SOSP 2023): newcomers pass a small one, a tenth of the slots; what is
+    used there, or comes back soon, stays in the main one; a ghost remembers the keys that went."""
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.small: dict[int, None] = {}
+        self.main: dict[int, None] = {}
+        self.ghost: dict[int, None] = {}
+        self.uses: dict[int, int] = {}
+        self.share = max(1, slots // 10)
+
+    def add(self, key):
+        self.uses[key] = -1  # the use that it comes in for is none beyond that
+        if key in self.ghost:
+            del self.ghost[key]
+            self.main[key] = None
+        else:
+            self.small[key] = None
+
+    def hit(self, key):
+        self.uses[key] = min(3, self.uses[key] + 1)
+
+    def drop(self, key):
+        if key in self.small:
+            del self.small[key]
+            self.ghost[key] = None
+            if len(self.ghost) > self.slots:
+                del self.ghost[next(iter(self.ghost))]
+        else:
+            del self.main[key]
+        del self.uses[key]
+
+    def victim(self, pinned):
+        if len(self.small) >= self.share or not self.main:
+            for key in list(self.small):
+                if key in pinned:
+                    continue
+                if self.uses[key] <= 0:
+                    return key
+                del self.small[key]  # used while it was new: it stays
+                self.main[key], self.uses[key] = None, 0
+        for key in [key for key in self.main if key not in pinned] * 4:
+            if self.uses[key] <= 0:
+                return key
+            self.uses[key] -= 1
+            del self.main[key]
+            self.main[key] = None
+        return next((key for key in self.small if key not in pinned), None)
+
+
+class LeastStale(LRU):
+    """Least-Stale, the class-and-distance reading. (SpecMD's algorithm, arXiv 2602.03921, is not public
+    in code and three readings of it circulate.) Goes first what this pass has not touched (stale), of
+    these what lies in blocks that the pass has left behind, of these the farthest; last of all what this
+    pass has touched. In a pool of one block all distances are equal, and it is LRU."""
+
+    def __init__(self, slots, experts: int):
+        super().__init__(slots)
+        self.experts, self.touched = experts, {}
+
+    def add(self, key):
+        super().add(key)
+        self.touched[key] = self.now
+
+    def hit(self, key):
+        super().hit(key)
+        self.touched[key] = self.now
+
+    def victim(self, pinned):
+        def place(key):
+            distance = key // self.experts - self.block
+            return self.touched[key] == self.now, distance >= 0, -abs(distance)
+
+        return min((key for key in self.order if key not in pinned), key=place, default=None)
+
+
+class TraceGuided(Scored):
+    """The one least used in the earlier text whose routing was most like this one's so far (the idea of
+    MoE-Infinity, arXiv 2401.14361: there the same table also says what to prefetch).
+
+    Args:
+        tables: (texts, blocks * E), how often each expert ran in each earlier text.
+    """
+
+    def __init__(self, slots, tables: np.ndarray):
+        super().__init__(slots)
+        lengths = np.linalg.norm(tables, axis=1, keepdims=True)
+        self.tables = tables / np.maximum(lengths, 1e-9)
+        self.new_text()
+
+    def new_text(self):
+        self.seen = np.zeros(self.tables.shape[1])
+        self.expected = self.tables.mean(axis=0)
+
+    def begin(self):
+        if self.seen.any():
+            self.expected = self.tables[np.argmax(self.tables @ self.seen)]
+
+    def hit(self, key):
+        super().hit(key)
+        self.seen[key] += 1
+
+    def score(self, key):
+        return self.expected[key]
+
+
+class Belady(Policy):
+    """The one whose next use is farthest ahead: needs the future, and no policy misses less often.
+
+    Args:
+        uses: for each key the numbers of the passes that use it, rising.
+    """
+
+    NEVER = 1 << 60
+
+    def __init__(self, slots, uses: dict[int, list[int]]):
+        super().__init__(slots)
+        self.uses = {key: deque(at) for key, at in uses.items()}
+        self.held: set[int] = set()
+
+    def add(self, key):
+        self.held.add(key)
+
+    def hit(self, key):
+        at = self.uses[key]
+        while at and at[0] <= self.now:
+            at.popleft()
+
+    def drop(self, key):
+        self.held.remove(key)
+
+    def next_use(self, key: int) -> int:
+        """The pass of this key's next use."""
+        at = self.uses.get(key)
+        return at[0] if at else self.NEVER
+
+    def victim(self, pinned):
+        free = [key for key in self.held if key not in pinned]
+        return max(free, key=lambda key: (self.next_use(key), key), default=None)  # later block, larger key
+
+
+SIMPLE = {"none": Forget, "lru": LRU, "lfu": LFU, "lfru": LFRU, "clock": CLOCK, "s3-fifo": S3FIFO}

@@ -1,0 +1,120 @@
+"""Which experts will be needed, said from ids alone; these run in a replay as well.
+
+Those that look at states are in `state_predictors.py`. What any of them says only starts reads.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .trace import Named, Trace
+
+
+class Predictor:
+    """Names nothing; what all predictors share. Experts are named best first."""
+
+    def new_text(self) -> None:
+        """A new text begins."""
+
+    def before(self, number: int) -> Named:
+        """Before the first block of a token's pass, the number-th of the run."""
+        return []
+
+    def at(self, number: int, l: int, wanted: Sequence[int]) -> Named:
+        """When block l's router has chosen the experts `wanted`."""
+        return []
+
+
+class Distant(Predictor):
+    """Names a block's experts `distance` blocks before it, and those of the first ones at the beginning.
+
+    Args:
+        blocks: those that have experts.
+    """
+
+    def __init__(self, blocks: Sequence[int], distance: int):
+        self.blocks, self.distance = tuple(blocks), distance
+        self.later = dict(zip(self.blocks, self.blocks[distance:]))
+
+    def guess(self, number: int, m: int) -> list[int]:
+        """The experts of block m in this pass."""
+        raise NotImplementedError
+
+    def before(self, number):
+        return [(m, self.guess(number, m)) for m in self.blocks[: self.distance]]
+
+    def at(self, number, l, wanted):
+        m = self.later.get(l)
+        return [] if m is None else [(m, self.guess(number, m))]
+
+
+class PreviousToken(Distant):
+    """The experts that the token before had."""
+
+    def __init__(self, blocks, distance):
+        super().__init__(blocks, distance)
+        self.new_text()
+
+    def new_text(self):
+        self.last: dict[int, list[int]] = {}
+
+    def guess(self, number, m):
+        return self.last.get(m, [])
+
+    def at(self, number, l, wanted):
+        named = super().at(number, l, wanted)
+        self.last[l] = list(wanted)
+        return named
+
+
+class Static(Distant):
+    """The `width` experts that ran most often in an earlier trace."""
+
+    def __init__(self, trace: Trace, distance: int, width: int):
+        super().__init__(trace.blocks, distance)
+        counts = trace.tables().sum(axis=0).reshape(-1, trace.experts)
+        self.best = {l: np.argsort(-counts[l], kind="stable")[:width].tolist() for l in trace.blocks}
+
+    def guess(self, number, m):
+        return self.best[m]
+
+
+class Random(Distant):
+    """`width` experts at random, the same in each run: the floor."""
+
+    def __init__(self, blocks, distance, experts: int, width: int, seed: int = 0):
+        super().__init__(blocks, distance)
+        self.experts, self.width, self.seed = experts, width, seed
+
+    def guess(self, number, m):
+        rng = np.random.default_rng([self.seed, number, m])
+        return rng.choice(self.experts, self.width, replace=False).tolist()
+
+
+class Oracle(Distant):
+    """What a trace of this very run says: the ceiling."""
+
+    def __init__(self, trace: Trace, distance: int):
+        super().__init__(trace.blocks, distance)
+        self.follow(trace, 0)
+
+    def follow(self, trace: Trace, first: int) -> None:
+        """The run's passes from number `first` on are those of a trace."""
+        self.wanted, self.first = [dict(zip(trace.blocks, p.wanted)) for p in trace.passes], first
+
+    def guess(self, number, m):
+        return self.wanted[number - self.first][m]
+
+
+class Recorded(Predictor):
+    """What was named in the run that a trace is of."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.moment = {l: i + 1 for i, l in enumerate(trace.blocks)}
+
+    def before(self, number):
+        return self.trace.passes[number].named[0]
+
+    def at(self, number, l, wanted):
+        return self.trace.passes[number].named[self.moment[l]]

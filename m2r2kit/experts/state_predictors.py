@@ -1,0 +1,240 @@
+"""Which experts will be needed, said from residual states, inside the model's compiled pass.
+
+    u_l     the state after block l's attention: what block l's own router reads
+    g_m     router of block m, applied to a state as block m would: gate_m(norm_m(.))
+
+The next routers applied early to u, a direct low-rank map of equal size, and the accelerated stream.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..backbone import Backbone
+from ..fast_blocks import SharedKV, seen
+from ..residuals import AcceleratedStream, StreamConfig, intervals, reads_near, tau
+from .predictors import Predictor
+
+
+class StatePredictor(nn.Module, Predictor):
+    """Names experts from residual states, inside the compiled pass.
+
+    Attributes:
+        width: how many experts it names.
+        permute: (E,) expert ids that stand in for those named: `shuffle`, a control; None is none.
+    """
+
+    def __init__(self, backbone: Backbone, width: int | None):
+        super().__init__()
+        self._backbone, self._permute = backbone, None
+        self.width = width or backbone.config["num_experts_per_tok"]
+        gates = {l: block[backbone.parts.ffn] for l, block in enumerate(backbone.blocks)}
+        self._with_experts = tuple(l for l, ffn in gates.items() if "gate" in ffn)
+
+    def targets(self, l: int) -> list[int]:
+        """Blocks whose experts are named at block l."""
+        raise NotImplementedError
+
+    @property
+    def reads(self) -> list[int]:
+        """Blocks whose keys it looks at, apart from the one that runs."""
+        return []
+
+    def ahead(self, l: int, h, u, p, entries, mask, before) -> tuple[mx.array, list[mx.array]]:
+        """At block l: (what is handed on to block l + 1, a state for each target's router).
+
+        Args:
+            h: what enters block l, (1, 1, D); `u`: the state after its attention.
+            p: what block l - 1 handed on; at block 0 it is h.
+            entries: the cache, in which block l holds this token already; `mask` is what its
+                attention looked at.
+            before: h_N of the token before, (1, 1, D).
+        """
+        raise NotImplementedError
+
+    def named(self, l: int, states: list[mx.array]) -> mx.array:
+        """The targets' routers on these states: (targets, width) expert ids, best first."""
+        logits = [router(self._backbone, m, s) for m, s in zip(self.targets(l), states, strict=True)]
+        order = mx.argsort(-mx.concatenate(logits, axis=1)[0], axis=-1)[:, : self.width]
+        return order if self._permute is None else self._permute[order]
+
+    def shuffle(self, seed: int = 0) -> "StatePredictor":
+        """Name other experts, always the same in the place of the same: as busy, and never informed."""
+        experts = self._backbone.config.get("num_experts") or self._backbone.config["num_local_experts"]
+        self._permute = mx.array(np.random.default_rng(seed).permutation(experts))
+        return self
+
+
+def router(backbone: Backbone, m: int, state: mx.array) -> mx.array:
+    """g_m: the logits that block m's router would give a state, (1, T, D) -> (1, T, E)."""
+    block, parts = backbone.blocks[m], backbone.parts
+    return block[parts.ffn].gate(block[parts.ffn_norm](state))
+
+
+class NextRouter(StatePredictor):
+    """The routers of blocks to come on the state of now; no training. Distance 0 is the router on its
+    own input: it must be right always, and comes too late to help."""
+
+    def __init__(self, backbone: Backbone, distance: int = 1, width: int | None = None):
+        super().__init__(backbone, width)
+        self.distance = distance
+
+    def targets(self, l):
+        if l not in self._with_experts:
+            return []
+        i = self._with_experts.index(l)
+        first = i + 1 if l == self._with_experts[0] and self.distance else i + self.distance
+        return list(self._with_experts[first : i + self.distance + 1])
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(l, m) where block m's experts are named at block l."""
+        return [(l, m) for l in self._with_experts for m in self.targets(l)]
+
+    def ahead(self, l, h, u, p, entries, mask, before):
+        return p, [u] * len(self.targets(l))
+
+
+# --- the stream, and the map that stands against it -----------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is named at one block of an interval: by u the blocks that p will not name, and by p_{l+1}."""
+
+    first: bool
+    by_u: tuple[int, ...]
+    by_p: tuple[int, ...]
+
+
+def turns(config: StreamConfig, depth: int, with_experts: Sequence[int]) -> dict[int, Turn]:
+    """What a stream names at each block: p_{l+1}, known when block l's attention is through, stands for
+    h_tau(l+1), and names the experts of the blocks from there to tau(l+2)."""
+    found = {}
+    for a, b in intervals(config):
+        at = {l: tau(l, a, b, depth, config.rate) for l in range(a, b + 1)}
+        at[b + 1] = 2 * at[b] - at[b - 1]  # as far again
+
+        def between(first, end):
+            return tuple(m for m in with_experts if first <= m < end)
+
+        for l in range(a, b):
+            by_p = between(at[l + 1], max(at[l + 2], at[l + 1] + 1))
+            found[l] = Turn(l == a, between(a + 1, at[a + 1]) if l == a else (), by_p)
+    return found
+
+
+class StreamPredictor(StatePredictor):
+    """The accelerated stream.
+
+    Args:
+        stream: of the form `attention` or `adapter`; its rate is the velocity, 1 the control.
+    """
+
+    def __init__(self, stream: AcceleratedStream, width: int | None = None):
+        super().__init__(stream._backbone, width)
+        plan = turns(stream.config, self._backbone.depth, self._with_experts)
+        # plain attributes, as MLX takes a module's dicts and modules for its own
+        object.__setattr__(self, "_stream", stream)
+        object.__setattr__(self, "_turns", plan)
+
+    def targets(self, l):
+        turn = self._turns.get(l)
+        return [*turn.by_u, *turn.by_p] if turn else []
+
+    @property
+    def reads(self):
+        return sorted({f.read for f in self._stream.fast}) if self._stream.config.deep else []
+
+    def ahead(self, l, h, u, p, entries, mask, before):
+        if l not in self._turns:
+            return p, []
+        turn, stream = self._turns[l], self._stream
+        block, near, deep = stream.block(l), None, None
+        if turn.first:
+            p = h
+            if stream.config.carry and l == 0:
+                p = p + stream.carry(before).astype(p.dtype)
+        if stream.config.deep:
+            position = entries[l].offset - 1
+            keys, values, deep_mask = seen(entries[block.read], position)
+            deep = (keys, values, position, deep_mask)
+        if reads_near(stream.config):
+            near = SharedKV(entries[l], 1), mask
+        p = block(p, near, deep)
+        return p, [u] * len(turn.by_u) + [p] * len(turn.by_p)
+
+    def over(self, states: list, after: list, cache: list) -> dict[tuple[int, int], mx.array]:
+        """What `ahead` hands to routers, for whole sequences at once: (l, m) -> (B, T, D), for training.
+
+        Args:
+            states: h_0 .. h_N, each (B, T, D); `after`: u_0 .. u_{N-1}.
+            cache: the slow keys and values of the same tokens.
+        """
+        found = {}
+        for a, b in intervals(self._stream.config):
+            p = self._stream(states, cache, exit=b)
+            for l in range(a, b):
+                turn = self._turns[l]
+                found |= {(l, m): after[l] for m in turn.by_u}
+                found |= {(l, m): p[l - a + 1] for m in turn.by_p}
+        return found
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    """Settings of a `DirectMap`: exits and rate of the stream that it stands against, rank of its maps."""
+
+    exits: tuple[int, ...] = (1,)
+    rate: float | None = None
+    rank: int = 8
+
+
+class DirectMap(StatePredictor):
+    """A low-rank change of u_l for each pair of blocks that a stream would name by p: g_m(u_l + u_l A B),
+    at the start the next router itself. The control: a map of equal size, and nothing that runs."""
+
+    def __init__(self, backbone: Backbone, config: DirectConfig, width: int | None = None):
+        super().__init__(backbone, width)
+        self.config, D = config, backbone.width
+        like = StreamConfig(exits=config.exits, rate=config.rate)
+        plan = turns(like, backbone.depth, self._with_experts)
+        pairs = [(l, m) for l, turn in plan.items() for m in turn.by_p]
+        self.a = [mx.random.normal((D, config.rank)) * D**-0.5 for _ in pairs]
+        self.b = [mx.zeros((config.rank, D)) for _ in pairs]
+        object.__setattr__(self, "_turns", plan)
+        object.__setattr__(self, "_places", {pair: i for i, pair in enumerate(pairs)})
+
+    @classmethod
+    def like(cls, stream: AcceleratedStream) -> "DirectMap":
+        """One that names the same blocks at the same time, with about as many numbers to train."""
+        config = stream.config
+        one = cls(stream._backbone, DirectConfig(config.exits, config.rate, 1))
+        each = 2 * stream._backbone.width * len(one.a)
+        rank = max(1, round(stream.parameter_count() / each))
+        return cls(stream._backbone, DirectConfig(config.exits, config.rate, rank))
+
+    def targets(self, l):
+        turn = self._turns.get(l)
+        return [*turn.by_u, *turn.by_p] if turn else []
+
+    def changed(self, l: int, m: int, u: mx.array) -> mx.array:
+        """What stands for u_m: (.., D) -> (.., D)."""
+        i = self._places[l, m]
+        return u + (u @ self.a[i]) @ self.b[i]
+
+    def ahead(self, l, h, u, p, entries, mask, before):
+        if l not in self._turns:
+            return p, []
+        turn = self._turns[l]
+        return p, [u] * len(turn.by_u) + [self.changed(l, m, u) for m in turn.by_p]
+
+    def over(self, states: list, after: list, cache: list) -> dict[tuple[int, int], mx.array]:
+        """As `StreamPredictor.over`."""
+        found = {}
+        for l, turn in self._turns.items():
+            found |= {(l, m): after[l] for m in turn.by_u}
+            found |= {(l, m): self.changed(l, m, after[l]) for m in turn.by_p}
+        return found

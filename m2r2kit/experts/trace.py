@@ -1,0 +1,140 @@
+"""A routing trace: which experts every block chose in every pass of a run, and what was predicted.
+
+Enough to run the bookkeeping again without the model (`replay.py`), with any policy and budget. The
+first pass over a prompt reads many tokens at once; of it the trace holds the union.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+
+Named = list[tuple[int, list[int]]]  # (block, experts), best first
+
+
+@dataclass
+class Pass:
+    """One pass over the model.
+
+    Attributes:
+        text: number of the text that it belongs to.
+        prompt: whether it is the first one, over all of a prompt but its last token.
+        wanted: for each block that has experts, those it chose.
+        named: what was predicted before the first block, and then at each block.
+    """
+
+    text: int
+    prompt: bool
+    wanted: list[list[int]] = field(default_factory=list)
+    named: list[Named] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """All passes of a run of a model whose `blocks` have `experts` experts each, of which `top_k` run."""
+
+    blocks: tuple[int, ...]
+    experts: int
+    top_k: int
+    passes: list[Pass] = field(default_factory=list)
+
+    @property
+    def accesses(self) -> int:
+        """Experts needed, summed over blocks and passes."""
+        return sum(len(wanted) for p in self.passes for wanted in p.wanted)
+
+    def uses(self) -> dict[int, list[int]]:
+        """For each key (block * E + expert) the numbers, from 1, of the passes that use it: `Belady`."""
+        found: dict[int, list[int]] = {}
+        for number, p in enumerate(self.passes, 1):
+            for l, wanted in zip(self.blocks, p.wanted):
+                for expert in wanted:
+                    found.setdefault(l * self.experts + expert, []).append(number)
+        return found
+
+    def tables(self) -> np.ndarray:
+        """How often each expert ran in each text: (texts, (last block + 1) * E): `TraceGuided`, `Static`."""
+        texts = 1 + max((p.text for p in self.passes), default=-1)
+        table = np.zeros((texts, (self.blocks[-1] + 1) * self.experts))
+        for p in self.passes:
+            for l, wanted in zip(self.blocks, p.wanted):
+                table[p.text, [l * self.experts + expert for expert in wanted]] += 1
+        return table
+
+    # --- files ---
+
+    def save(self, file: str | Path) -> None:
+        """Write a `.npz`, whole or not at all."""
+        lists, names = [], []  # experts; (pass, moment, block, how many) of each prediction
+        lengths = [[len(w) for w in p.wanted] for p in self.passes]
+        for number, p in enumerate(self.passes):
+            for moment, named in enumerate(p.named):
+                for block, experts in named:
+                    names.append((number, moment, block, len(experts)))
+                    lists += experts
+        file = Path(file)
+        temporary = file.with_name(file.name + ".new.npz")
+        try:
+            np.savez_compressed(
+                temporary,
+                shape=np.array([self.experts, self.top_k]),
+                blocks=np.array(self.blocks),
+                passes=np.array([(p.text, p.prompt) for p in self.passes], np.int32).reshape(-1, 2),
+                lengths=np.array(lengths, np.int32).reshape(-1, len(self.blocks)),
+                wanted=np.array([e for p in self.passes for w in p.wanted for e in w], np.int16),
+                names=np.array(names, np.int32).reshape(-1, 4),
+                named=np.array(lists, np.int16),
+            )
+            temporary.replace(file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{file} could not be written ({error.strerror or error}).") from error
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Trace":
+        """Raises UserError where there is no trace or it is damaged."""
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                arrays = {name: kept[name] for name in kept.files}
+            trace = cls(tuple(arrays["blocks"].tolist()), *arrays["shape"].tolist())
+            wanted, named = iter(arrays["wanted"].tolist()), iter(arrays["named"].tolist())
+            for (text, prompt), lengths in zip(arrays["passes"].tolist(), arrays["lengths"].tolist()):
+                chosen = [[next(wanted) for _ in range(n)] for n in lengths]
+                trace.passes.append(Pass(text, bool(prompt), chosen, [[] for _ in range(len(chosen) + 1)]))
+            for number, moment, block, count in arrays["names"].tolist():
+                trace.passes[number].named[moment].append((block, [next(named) for _ in range(count)]))
+        except FileNotFoundError:
+            raise UserError(f"There is no trace {file}; record one with `--trace`.") from None
+        except Exception as error:  # NumPy raises whatever a damaged zip leads it to
+            raise UserError(f"{file} is damaged or no trace; record it again.") from error
+        return trace
+
+
+def sticky(
+    blocks: int, experts: int, top_k: int, passes: int, stay: float = 0.5, skew: float = 1.0, seed: int = 0
+) -> Trace:
+    """A trace made up: in each pass every expert of the last one stays with probability `stay`, and the
+    others are drawn by a popularity of 1 / rank ** skew, the ranks shuffled in each block."""
+    rng = np.random.default_rng(seed)
+    weights = np.arange(1, experts + 1) ** -float(skew)
+    popularity = [rng.permutation(weights / weights.sum()) for _ in range(blocks)]
+    trace, last = Trace(tuple(range(blocks)), experts, top_k), [np.array([], int)] * blocks
+    for _ in range(passes):
+        for l in range(blocks):
+            kept = last[l][rng.random(len(last[l])) < stay]
+            p = popularity[l].copy()
+            p[kept] = 0
+            drawn = rng.choice(experts, top_k - len(kept), replace=False, p=p / p.sum())
+            last[l] = np.concatenate([kept, drawn])
+        empty: list[Named] = [[] for _ in range(blocks + 1)]
+        trace.passes.append(Pass(0, False, [w.tolist() for w in last], empty))
+    return trace
+
+
+def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
+    """Experts in both over experts in either."""
+    a, b = set(one), set(other)
+    return len(a & b) / len(a | b) if a | b else 1.0

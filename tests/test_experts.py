@@ -1,0 +1,448 @@
+"""Streamed experts: tokens of the model in memory whatever is cached, predicted or slow; live = replay."""
+
+import argparse
+import errno
+import itertools
+import json
+import os
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+import tiny_experts
+from mlx.utils import tree_map
+
+from m2r2kit import arguments
+from m2r2kit.__main__ import main
+from m2r2kit.backbone import Backbone
+from m2r2kit.errors import UserError
+from m2r2kit.experts import methods, moe
+from m2r2kit.experts import reader as reading
+from m2r2kit.experts.loader import ExpertDecoder, StreamedModel
+from m2r2kit.experts.predictors import Predictor, Random, Recorded
+from m2r2kit.experts.reader import Reader
+from m2r2kit.experts.replay import replay
+from m2r2kit.experts.slots import Bank, budget_of_share, slots_of_budget
+from m2r2kit.experts.state_predictors import DirectMap, NextRouter, StreamPredictor, router
+from m2r2kit.experts.trace import Trace
+from m2r2kit.residuals import AcceleratedStream, StreamConfig
+from m2r2kit.speculation.loop import generate
+
+PROMPTS = [tiny.prompt(1), tiny.prompt(6), tiny.prompt(20)]
+TOKENS = 14
+E, K = tiny_experts.E, tiny_experts.K
+_MODELS: dict = {}
+_RIGHT: dict = {}
+
+
+def streamed(family="olmoe", bits=0) -> StreamedModel:
+    if (family, bits) not in _MODELS:
+        _MODELS[family, bits] = StreamedModel(
+            tiny_experts.model(family, bits), tiny_experts.store(family, bits)
+        )
+    return _MODELS[family, bits]
+
+
+def right(family="olmoe", bits=0) -> list[list[int]]:
+    """What the model in memory answers to the prompts."""
+    if (family, bits) not in _RIGHT:
+        view = tiny_experts.resident(family, bits)
+        _RIGHT[family, bits] = [generate(view, p, max_tokens=TOKENS).tokens for p in PROMPTS]
+    return _RIGHT[family, bits]
+
+
+def trace_of(model: StreamedModel) -> Trace:
+    m = model.store.manifest
+    return Trace(m.blocks, m.experts, m.top_k)
+
+
+def run(model, policy="lru", predictor=None, slots=4, shared=False, trace=None, reader=None, given=None):
+    """All prompts through one decoder: (token ids of each, its residency, the last answer)."""
+    make = methods.policy(policy, E, given)
+    residency = model.residency(slots, make, shared)
+    with reader or Reader(model.store, "buffered") as r:
+        decoder = ExpertDecoder(model, residency, r, predictor, trace)
+        outs = [decoder.generate(p, TOKENS) for p in PROMPTS]
+    return [out.tokens for out in outs], residency, outs
+
+
+def stream(model: StreamedModel, form="attention", rate=2.0, exits=(2, 3), **settings) -> AcceleratedStream:
+    """With random changes, so that it names other experts than the routers do."""
+    mx.random.seed(3)
+    config = StreamConfig(form=form, exits=exits, rate=rate, rank=4, ffn_width=8, **settings)
+    made = AcceleratedStream(model.backbone, config)
+    made.update(tree_map(lambda w: w + 0.3 * mx.random.normal(w.shape), made.parameters()))
+    return made
+
+
+# --- equality -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("family", tiny_experts.FAMILIES)
+def test_tokens_are_those_of_the_model_in_memory(family, bits):
+    model = streamed(family, bits)
+    for slots, shared in ((K, False), (E, False), (3 * K, True)):
+        tokens, residency, _ = run(model, predictor=NextRouter(model.backbone, 2), slots=slots, shared=shared)
+        assert tokens == right(family, bits)
+    assert residency.counts.recall > 0
+
+
+@pytest.mark.parametrize("policy", methods.POLICIES)
+def test_whatever_the_policy_and_the_replay_counts_the_same(policy):
+    model = streamed()
+    given = trace_of(model)
+    run(model, trace=given)
+    trace = trace_of(model)
+    tokens, live, _ = run(model, policy, NextRouter(model.backbone, 1), trace=trace, given=given)
+    assert tokens == right()
+    again = replay(trace, model.residency(4, methods.policy(policy, E, given)), Recorded(trace))
+    assert again == live.counts and live.counts.missed > 0 and live.counts.ahead > 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", methods.PREDICTORS)
+def test_whatever_the_predictor_and_the_replay_counts_the_same(name, shared):
+    model, slots = streamed(), 12 if shared else 4
+    known = trace_of(model)
+    run(model, trace=known)
+    others = {"trace": known, "stream": stream(model), "direct": DirectMap.like(stream(model))}
+    predictor, trace = methods.predictor(name, model, 2, **others), trace_of(model)
+    tokens, live, outs = run(model, "lru", predictor, slots, shared, trace)
+    assert tokens == right()
+    fresh = model.residency(slots, methods.policy("lru", E), shared)
+    if name in ("previous", "static", "random", "oracle", "nothing"):  # those that need no model
+        assert replay(trace, fresh, methods.predictor(name, model, 2, **others)) == live.counts
+    else:
+        assert replay(trace, fresh, Recorded(trace)) == live.counts
+    for out in outs:
+        assert out.in_time + out.late == out.counts.ahead
+        assert out.counts.accesses == len(out.tokens) * K * tiny.BLOCKS
+    if name in ("self", "oracle"):
+        assert live.counts.recall == 1
+    if name == "oracle" and not shared:
+        assert sum(out.counts.missed for out in outs) == 0
+
+
+@pytest.mark.parametrize("form, settings", [
+    ("attention", {"deep": 0.5, "carry": True}),
+    ("attention", {"deep": 0.0, "carry": False, "rate": 1.0}),
+    ("adapter", {"deep": 0.0, "carry": True, "rate": 1.5}),
+    ("attention", {"exits": (3,), "rate": None, "deep": 0.0, "carry": False}),
+])  # fmt: skip
+def test_whatever_the_stream(form, settings):
+    model = streamed("mixtral")
+    tokens, residency, _ = run(model, predictor=StreamPredictor(stream(model, form, **settings)))
+    assert tokens == right("mixtral") and residency.counts.predicted > 0
+
+
+def test_dense_blocks_between_run_along(tmp_path):
+    from m2r2kit.experts.packing import pack
+
+    folder = tiny.make_folder("qwen3_moe", tmp_path / "model", **tiny_experts.SIZES, mlp_only_layers=[0, 2])
+    pack(folder, tmp_path / "store")
+    view, model = Backbone.load(folder), StreamedModel(folder, tmp_path / "store")
+    assert model.store.manifest.blocks == (1, 3)
+    for predictor in (NextRouter(model.backbone, 1), StreamPredictor(stream(model))):
+        tokens, *_ = run(model, predictor=predictor)
+        assert tokens == [generate(view, p, max_tokens=TOKENS).tokens for p in PROMPTS]
+
+
+def test_whatever_the_disk(tmp_path):
+    model = streamed()
+    readers = [Reader(model.store, "buffered", threads=4), Reader(model.store, "buffered", link=20e6)]
+    try:
+        readers.append(Reader(model.store, "direct", threads=1))
+    except UserError:
+        pass  # the tests' disk knows no direct reads
+    for r in readers:
+        assert run(model, "none", NextRouter(model.backbone, 2), reader=r)[0] == right()
+
+
+def test_reads_that_nobody_wants_any_more_do_not_land_over_others():
+    """Wrong guesses wait in a long queue, what is needed overtakes them and takes their slots."""
+    model = streamed()
+    guess = Random(model.store.manifest.blocks, 3, E, K)
+    slow = Reader(model.store, "buffered", threads=1, link=20e6)
+    tokens, residency, _ = run(model, predictor=guess, slots=K, reader=slow)
+    assert tokens == right() and residency.counts.unused > 100
+
+
+def test_a_long_prompt_is_read_in_chunks(monkeypatch):
+    from m2r2kit.experts import loader
+
+    monkeypatch.setattr(loader, "CHUNK", 7)
+    assert run(streamed())[0] == right()
+
+
+def test_a_token_may_be_drawn_by_the_caller():
+    model = streamed()
+    with Reader(model.store, "buffered") as r:
+        decoder = ExpertDecoder(model, model.residency(4, methods.policy("lru", E)), r)
+        out = decoder.generate(PROMPTS[1], 5, choose=lambda logits: mx.argmin(logits).item())
+        assert len(set(out.tokens) & set(right()[1])) < 5
+        assert decoder.generate(PROMPTS[1], TOKENS).tokens == right()[1]  # and another text after it
+
+
+# --- broken on purpose ----------------------------------------------------------------------
+
+
+def test_a_read_that_returns_the_wrong_expert_is_seen(monkeypatch):
+    """Without checksums: equality itself must notice."""
+    monkeypatch.setattr(Reader, "_read", wrong_expert)
+    assert run(streamed())[0] != right()
+
+
+def wrong_expert(self, request, buffer):
+    start = (request.expert + 1) % E * self.size
+    buffer[:] = np.frombuffer(self.store.path(request.block).read_bytes(), np.uint8)[
+        start : start + self.size
+    ]
+
+
+def test_a_read_that_lands_in_the_wrong_slot_is_seen(monkeypatch):
+    real = Bank.write
+    monkeypatch.setattr(Bank, "write", lambda self, slot, record: real(self, (slot + 1) % 4, record))
+    assert run(streamed())[0] != right()
+
+
+def test_not_waiting_for_reads_is_seen(monkeypatch):
+    monkeypatch.setattr(Reader, "wait", lambda self, requests: None)
+    reader = Reader(streamed().store, "buffered", link=1e6)
+    assert run(streamed(), reader=reader)[0] != right()
+
+
+# --- faults ---------------------------------------------------------------------------------
+
+
+def test_a_read_error_ends_the_text_and_the_decoder(monkeypatch):
+    model = streamed()
+    real, calls = os.preadv, itertools.count()
+
+    def preadv(file, buffers, offset):
+        if next(calls) >= 60:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(file, buffers, offset)
+
+    monkeypatch.setattr(reading.os, "preadv", preadv)
+    with Reader(model.store, "buffered") as r:
+        decoder = ExpertDecoder(model, model.residency(K, methods.policy("none", E)), r)
+        emitted = []
+        with pytest.raises(UserError, match=r"Expert \d of block \d cannot be read"):
+            decoder.generate(PROMPTS[1], TOKENS, on_tokens=lambda t, _: emitted.extend(t))
+        assert 0 < len(emitted) < TOKENS and emitted == right()[1][: len(emitted)]  # no wrong token
+        monkeypatch.setattr(reading.os, "preadv", real)
+        with pytest.raises(UserError, match="stopped by an error"):
+            decoder.generate(PROMPTS[1], TOKENS)
+
+
+def test_a_store_of_another_model_is_refused():
+    with pytest.raises(UserError, match="packed from another model"):
+        StreamedModel(tiny_experts.model("mixtral"), tiny_experts.store("olmoe"))
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    model = streamed()
+    with Reader(model.store, "buffered") as r:
+        decoder = ExpertDecoder(model, model.residency(4, methods.policy("lru", E)), r)
+        for prompt in ([], tiny.prompt(tiny.CONTEXT)):
+            with pytest.raises(UserError):
+                decoder.generate(prompt)
+        assert decoder.generate(PROMPTS[0], TOKENS).tokens == right()[0]
+
+
+def test_the_timeline_shows_every_read_that_was_used_and_where_it_was_waited_for():
+    model, events = streamed(), []
+    with Reader(model.store, "buffered", link=20e6) as r:
+        residency = model.residency(4, methods.policy("none", E))
+        decoder = ExpertDecoder(model, residency, r, NextRouter(model.backbone, 1), timeline=events)
+        out = decoder.generate(PROMPTS[0], 5)
+    kinds = [e.kind for e in events]
+    assert kinds.count("compute") == 5 * tiny.BLOCKS
+    assert kinds.count("demand") == out.counts.missed and kinds.count("ahead") == out.counts.ahead
+    assert all(e.start <= e.end for e in events)
+    waits = {(e.block, e.end): e for e in events if e.kind == "wait"}
+    for e in events:
+        if e.kind in ("demand", "ahead"):  # through before the wait for its block was
+            assert any(block == e.block and end >= e.end for block, end in waits)
+    assert sum(e.end - e.start for e in waits.values()) == pytest.approx(out.stall_seconds)
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def test_experts_are_not_read_when_the_model_is_loaded():
+    """Whoever asks for them without slots gets an error, not numbers."""
+    model = streamed()
+    with pytest.raises((AttributeError, TypeError)):
+        mx.eval(model.backbone.logits(mx.array([[1, 2]])))
+
+
+def test_a_budget_is_kept():
+    model = streamed()
+    manifest = model.store.manifest
+    for share in (0.25, 0.5, 1.0):
+        buffers = 2 * manifest.record_bytes
+        budget = budget_of_share(manifest, share, buffers)
+        slots = slots_of_budget(manifest, budget, buffers)
+        assert slots == share * E
+        with Reader(model.store, "buffered", threads=2) as r:
+            decoder = ExpertDecoder(model, model.residency(slots, methods.policy("lru", E)), r)
+            assert decoder.bank_bytes + r.buffer_bytes <= budget
+    with pytest.raises(UserError, match="too small"):
+        slots_of_budget(manifest, budget_of_share(manifest, 0.1, 0), 0)
+    assert slots_of_budget(manifest, 1 << 40, 0) == E  # more than all is all
+
+
+# --- parts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", tiny_experts.FAMILIES)
+def test_routing_taken_apart_is_the_models_own(family):
+    view = tiny_experts.resident(family)
+    mx.random.seed(0)
+    u = mx.random.normal((1, 5, view.width))
+    block, parts = view.blocks[1], view.parts
+    switch = block[parts.ffn].switch_mlp
+    x, ids, weights = moe.route(view, 1, u)
+    assert block[parts.ffn].switch_mlp is switch  # put back
+    ours = moe.combine(u, switch(x, ids), weights)
+    assert mx.array_equal(ours, u + block[parts.ffn](block[parts.ffn_norm](u)))
+    top = mx.argsort(-router(view, 1, u)[0], axis=-1)[:, :K]
+    assert np.array_equal(np.sort(np.array(ids)), np.sort(np.array(top)))
+
+
+def test_a_predictor_names_each_block_with_experts_in_good_time():
+    model = streamed()
+    for distance in (1, 2, 3):
+        p = NextRouter(model.backbone, distance)
+        named = [(l, m) for l in range(tiny.BLOCKS) for m in p.targets(l)]
+        assert sorted(m for _, m in named) == [1, 2, 3] and all(m - l <= distance for l, m in named)
+    p = StreamPredictor(stream(model, exits=(3,), rate=2.0, deep=0.0, carry=False))
+    assert [p.targets(l) for l in range(4)] == [[1, 2, 3], [], [], []]
+    p = StreamPredictor(stream(model, exits=(3,), rate=1.0, deep=0.0, carry=False))
+    assert [p.targets(l) for l in range(4)] == [[1], [2], [3], []]
+
+
+def test_the_stream_untrained_names_what_the_next_router_names():
+    """It starts as h: at rate 1 with nothing changed, p_{l+1} is h_l, and with `adapter` stays h_0."""
+    model = streamed()
+    config = StreamConfig(form="adapter", exits=(1, 2, 3), rate=1.0, ffn_width=8, deep=0.0, carry=False)
+    plain = trace_of(model)
+    run(model, predictor=StreamPredictor(AcceleratedStream(model.backbone, config)), trace=plain)
+    state = trace_of(model)
+    run(model, predictor=EntryRouter(model.backbone, 1), trace=state)
+    assert [p.named for p in plain.passes] == [p.named for p in state.passes]
+
+
+class EntryRouter(NextRouter):
+    """The next router on what enters a block, in the place of what leaves its attention."""
+
+    def ahead(self, l, h, u, p, entries, mask, before):
+        return p, [h] * len(self.targets(l))
+
+
+def test_the_direct_map_begins_as_the_next_router_and_has_the_size_it_is_given():
+    from mlx.utils import tree_flatten
+
+    model = streamed()
+    against = stream(model, exits=(1, 2, 3), rate=1.0)
+    direct = DirectMap.like(against)
+    size = sum(w.size for _, w in tree_flatten(direct.trainable_parameters()))
+    assert abs(size - against.parameter_count()) <= 3 * tiny.WIDTH
+    one, other = trace_of(model), trace_of(model)
+    run(model, predictor=direct, trace=one)
+    run(model, predictor=NextRouter(model.backbone, 1), trace=other)
+    assert [p.named for p in one.passes] == [p.named for p in other.passes]
+    for like in (against, stream(model)):
+        mine, its = DirectMap.like(like), StreamPredictor(like)
+        assert [mine.targets(l) for l in range(tiny.BLOCKS)] == [its.targets(l) for l in range(tiny.BLOCKS)]
+
+
+def test_a_shuffled_predictor_names_others():
+    model = streamed()
+    _, informed, _ = run(model, predictor=NextRouter(model.backbone, 1))
+    _, shuffled, _ = run(model, predictor=NextRouter(model.backbone, 1).shuffle())
+    assert shuffled.counts.recall < informed.counts.recall
+    assert shuffled.counts.predicted == informed.counts.predicted
+
+
+def test_names_that_nobody_knows_are_one_sentence():
+    model = streamed()
+    for asked in (
+        ("nobody", 1, None),
+        ("random", 9, None),
+        ("random", 1, 99),
+        ("oracle", 1, None),
+        ("m2r2", 1, None),
+    ):
+        with pytest.raises(UserError):
+            methods.predictor(asked[0], model, *asked[1:])
+    for policy in ("nothing", "belady"):
+        with pytest.raises(UserError):
+            methods.policy(policy, E)
+    assert type(methods.predictor("nothing", model)) is Predictor
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+def test_the_command_streams_what_plain_decoding_says(tmp_path, capsys):
+    model, store = str(tiny_experts.model()), str(tiny_experts.store().folder)
+    asked = ["generate", "--model", model, "--prompt", "hello", "--raw", "--json", "--max-tokens", "9"]
+    assert main([*asked, "--method", "plain"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    streamed = [*asked, "--experts", store, "--budget", "50%", "--reads", "buffered"]
+    trace = str(tmp_path / "t.npz")
+    assert main([*streamed, "--trace", trace]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert (out["tokens"], out["text"]) == (plain["tokens"], plain["text"])
+    assert out["resident"] + out["in_time"] + out["late"] + out["missed"] == 9 * K * tiny.BLOCKS
+    for more in (["--policy", "belady"], ["--predictor", "oracle", "--distance", "1"]):
+        assert main([*streamed, "--known", trace, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["tokens"] == plain["tokens"]
+    assert main([*streamed, "--temp", "0.7", "--seed", "3"]) == 0
+    drawn = json.loads(capsys.readouterr().out)["tokens"]
+    assert main([*asked, "--method", "plain", "--temp", "0.7", "--seed", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == drawn
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--budget", "100"], "is too small"),
+        (["--policy", "belady"], "needs a routing trace"),
+        (["--predictor", "m2r2"], "m2r2kit train predictor"),
+        (["--predictor", "direct"], "m2r2kit train predictor"),
+        (["--method", "medusa"], "decodes plainly"),
+        (["--known", "nowhere.npz"], "no trace nowhere.npz"),
+        (["--distance", "9"], "looks 1 to 3 blocks ahead"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(more, sentence, capsys):
+    model, store = str(tiny_experts.model()), str(tiny_experts.store().folder)
+    base = [
+        "generate",
+        "--model",
+        model,
+        "--experts",
+        store,
+        "--prompt",
+        "abc",
+        "--raw",
+        "--reads",
+        "buffered",
+    ]
+    assert main([*base, *more]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
+
+
+def test_budgets_are_sizes_or_shares():
+    sizes = {"64MB": 64 * 10**6, "1.5GiB": 3 << 29, "4096": 4096, "25%": 0.25, "0.5": 0.5, "100%": 1.0}
+    for text, value in sizes.items():
+        assert arguments.budget(text) == value and type(arguments.budget(text)) is type(value)
+    for text in ("", "MB", "-1MB", "200%", "0", "1XB", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            arguments.budget(text)

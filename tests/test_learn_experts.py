@@ -1,0 +1,164 @@
+"""Training what names experts: forced pass and decoding name the same, and recall rises."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+import tiny_experts
+from mlx.utils import tree_flatten, tree_map
+
+from m2r2kit import checkpoints, records
+from m2r2kit.__main__ import main
+from m2r2kit.backbone import Backbone
+from m2r2kit.bench_experts import ARMS, Disk, compare
+from m2r2kit.commands import train_predictor
+from m2r2kit.errors import UserError
+from m2r2kit.experts import learn, methods, trained
+from m2r2kit.experts.loader import ExpertDecoder, StreamedModel
+from m2r2kit.experts.packing import pack
+from m2r2kit.experts.reader import Reader
+from m2r2kit.experts.state_predictors import DirectConfig, DirectMap, NextRouter, StreamPredictor, router
+from m2r2kit.experts.trace import Trace
+from m2r2kit.residuals import AcceleratedStream, StreamConfig, load_stream
+from m2r2kit.training import DistilConfig
+
+ROWS = np.array([tiny.prompt(24, seed) for seed in range(6)])
+
+
+def view() -> Backbone:
+    return tiny_experts.resident("mixtral")
+
+
+def lessons() -> list[learn.RouterLesson]:
+    return [learn.teach(view(), ROWS[i : i + 2]) for i in (0, 2)]
+
+
+def shaken(module, size=0.3):
+    mx.random.seed(7)
+    module.update(tree_map(lambda w: w + size * mx.random.normal(w.shape), module.trainable_parameters()))
+    return module
+
+
+def test_the_teacher_runs_the_model_itself():
+    lesson = learn.teach(view(), ROWS[:2])
+    right = view().states(mx.array(ROWS[:2]))
+    for ours, its in zip(lesson.states, right, strict=True):
+        assert mx.allclose(ours, its, atol=1e-5)
+    assert set(lesson.logits) == set(range(tiny.BLOCKS))
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["stream", "deep", "carried", "adapter", "direct"])
+def test_decoding_names_what_the_forced_pass_names(kind, rate):
+    """The same stream over whole sequences, as it learns, and token by token, as it is used."""
+    family = "mixtral"
+    model = StreamedModel(tiny_experts.model(family), tiny_experts.store(family))
+
+    def made(backbone):
+        mx.random.seed(5)
+        config = {
+            "deep": {"deep": 0.75},
+            "carried": {"carry": True},
+        }.get(kind, {})
+        config = StreamConfig(**{
+            "form": "adapter" if kind == "adapter" else "attention", "exits": (2, 3), "rate": rate, "rank": 4,
+            "ffn_width": 8, "deep": 0.0, "carry": False, **config,
+        })  # fmt: skip
+        stream = shaken(AcceleratedStream(backbone, config))
+        return shaken(DirectMap.like(stream)) if kind == "direct" else StreamPredictor(stream)
+
+    m = model.store.manifest
+    trace, prompt = Trace(m.blocks, m.experts, m.top_k), tiny.prompt(7)
+    with Reader(model.store, "buffered") as r:
+        residency = model.residency(m.experts, methods.policy("lru", m.experts))
+        decoder = ExpertDecoder(model, residency, r, made(model.backbone), trace)
+        tokens = decoder.generate(prompt, 10).tokens
+    text = [*prompt, *tokens][: len(prompt) + 9]
+    forced, lesson = made(view()), learn.teach(view(), np.array([text]))
+    over = forced.over(lesson.states, lesson.after, lesson.cache)
+    for i, p in enumerate(trace.passes[1:]):
+        at = len(prompt) - 1 + i
+        for l, named in zip(m.blocks, p.named[1:]):
+            assert [target for target, _ in named] == forced.targets(l)
+            for target, experts in named:
+                logits = router(view(), target, over[l, target][:, at : at + 1])
+                assert experts == mx.argsort(-logits[0, 0])[: m.top_k].tolist()
+
+
+def test_untrained_it_is_as_good_as_the_next_router_and_training_makes_it_better():
+    data, settings = lessons(), DistilConfig(steps=60, learning_rate=1e-2, warmup=5)
+    stream = learn.new_stream(view(), 2.0, exits=(2, 3), rank=4, ffn_width=16)
+    for module in (stream, DirectMap.like(stream)):
+        before = learn.recall(learn.predictor_of(module), data)
+        bare = DirectMap(view(), DirectConfig(exits=(2, 3), rate=2.0, rank=1))
+        if isinstance(module, DirectMap):
+            assert before == learn.recall(bare, data)
+        frozen = [w for _, w in tree_flatten(view().model.parameters())]
+        history = learn.train(module, data, settings)
+        after = learn.recall(learn.predictor_of(module), data)
+        assert history.losses[-1] < history.losses[0]
+        assert np.mean(list(after.values())) > np.mean(list(before.values()))
+        now = [w for _, w in tree_flatten(view().model.parameters())]
+        assert all(mx.array_equal(a, b) for a, b in zip(frozen, now, strict=True))
+
+
+def test_a_router_on_its_own_state_is_always_right():
+    class Knows(DirectMap):
+        def over(self, states, after, cache):
+            return {(l, m): after[m] for l in range(tiny.BLOCKS) for m in self.targets(l)}
+
+    found = learn.recall(Knows(view(), DirectConfig((2, 3), 2.0)), lessons())
+    assert set(found.values()) == {1.0}
+    assert learn.by_distance({(0, 1): 0.5, (1, 2): 1.0, (0, 2): 0.25}) == {1: 0.75, 2: 0.25}
+
+
+def test_trained_predictors_come_back_from_disk_and_know_their_model(tmp_path):
+    backbone = view()
+    stream = shaken(learn.new_stream(backbone, 2.0, (2, 3)))
+    direct = shaken(DirectMap.like(stream))
+    checkpoints.save(stream, stream.config, backbone.sha256, trained.folder_of(tmp_path, "m2r2"), "stream")
+    folder = trained.folder_of(tmp_path, "direct")
+    checkpoints.save(direct, direct.config, backbone.sha256, folder, "direct")
+    again = load_stream(backbone, trained.folder_of(tmp_path, "m2r2")), trained.direct(backbone, folder)
+    for one, other in zip((stream, direct), again, strict=True):
+        for (name, a), (_, b) in zip(tree_flatten(one.parameters()), tree_flatten(other.parameters())):
+            assert mx.allclose(a, b, atol=1e-2), name
+    with pytest.raises(UserError, match="another model"):
+        trained.direct(tiny_experts.resident("olmoe"), folder)
+
+
+def test_intervals_by_default_reach_the_last_block():
+    assert learn.default_exits(12) == (3, 6, 9, 11) and learn.default_exits(16) == (4, 8, 12, 15)
+    assert learn.default_exits(4) == (1, 2, 3)
+    stream = learn.new_stream(view(), 1.0)
+    named = {m for l in range(tiny.BLOCKS) for m in StreamPredictor(stream).targets(l)}
+    assert named == set(range(1, tiny.BLOCKS)) == {m for _, m in NextRouter(view(), 1).pairs()}
+
+
+def test_the_command_trains_all_three_and_the_bench_finds_them(tmp_path, monkeypatch, capsys):
+    model = tiny.make_folder("olmoe", tmp_path / "model", **tiny_experts.SIZES)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(train_predictor, "text", lambda *_: (ROWS[:4], ROWS[4:]))
+    asked = ["train", "predictor", "--model", str(model), "--rows", "4", "--batch", "2", "--steps", "3"]
+    assert main([*asked, "--exits", "2,3"]) == 0
+    assert capsys.readouterr().out.count("Saved in") == 3
+    lines = [json.loads(line) for line in (tmp_path / "predictors.jsonl").read_text().splitlines()]
+    assert [r["settings"]["kind"] for r in lines] == ["m2r2", "m2r2-r1", "direct"]
+    assert [r["settings"]["rate"] for r in lines] == [2.0, 1.0, 2.0]
+    sizes = [r["figures"]["parameters"] for r in lines]
+    assert sizes[0] == sizes[1] and abs(sizes[2] - sizes[0]) < 0.1 * sizes[0]
+    pack(model, tmp_path / "store")
+    said = []
+    found = compare(
+        StreamedModel(model, tmp_path / "store"), model, [tiny.prompt(4)], [0.5], Disk("buffered"), 4, 1,
+        say=said.append,
+    )  # fmt: skip
+    assert not said and list(found["budgets"][0]["arms"]) == list(ARMS)
+    assert all(arm["equal"] for arm in found["budgets"][0]["arms"].values())
+
+
+def test_a_dense_model_has_no_experts_to_name(capsys):
+    assert main(["train", "predictor", "--model", str(tiny.folder("llama"))]) == 2
+    assert "no mixture of experts" in capsys.readouterr().err
