@@ -1,0 +1,44 @@
+"""The arguments of the command line: one function for each command, called with its parser."""
+
+from .decoding import generate
+from .measuring import bench_exits, bench_experts, bench_map, bench_speculation
+from .names import EXIT_KINDS, EXIT_METHODS, FORMS, METHODS, MODEL, PEERS, POLICIES, PREDICTORS, TRAINED
+from .shared import drafters, model, stream
+from .training import (
+    calibrate,
+    pack,
+    train_backbone,
+    train_drafter,
+    train_exits,
+    train_predictor,
+    train_stream,
+)
+from .values import budget
+
+__all__ = [
+    "EXIT_KINDS",
+    "EXIT_METHODS",
+    "FORMS",
+    "METHODS",
+    "MODEL",
+    "PEERS",
+    "POLICIES",
+    "PREDICTORS",
+    "TRAINED",
+    "bench_exits",
+    "bench_experts",
+    "bench_map",
+    "bench_speculation",
+    "budget",
+    "calibrate",
+    "drafters",
+    "generate",
+    "model",
+    "pack",
+    "stream",
+    "train_backbone",
+    "train_drafter",
+    "train_exits",
+    "train_predictor",
+    "train_stream",
+]

@@ -1,0 +1,202 @@
+"""What `train`, and what prepares a model for a wing, take."""
+
+import argparse
+from pathlib import Path
+
+from .names import EXIT_KINDS, FORMS, PEERS, TRAINED
+from .shared import lessons, model, processes, tuning
+from .values import count, counts, natural, number, some_of
+
+
+def train_backbone(parser):
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the run; if it exists, go on there"
+    )
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    parser.add_argument("--tokens", type=count, metavar="N", help="tokens to train on, all in all")
+    parser.add_argument(
+        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
+    )
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help="write the model here as a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="JSON with settings of a run (PretrainConfig)"
+    )
+    processes(parser)
+
+
+def train_stream(parser):
+    model(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to save it (default: 'stream' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--form", choices=FORMS, default="block", help="what an accelerated block computes (default: block)"
+    )
+    parser.add_argument("--exit", type=count, metavar="E", help="block after which the stream is read")
+    parser.add_argument(
+        "--rate",
+        type=number(float, 0, above=True),
+        metavar="R",
+        help="how fast the stream runs ahead (default: to reach the final state at its exit)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=natural,
+        metavar="R",
+        help="rank of its changes of the base matrices; 0 for none (default: full)",
+    )
+    parser.add_argument(
+        "--deep",
+        type=number(float, 0),
+        metavar="SHARE",
+        help="read the slow keys of the block at this share of the depth; 0 for none (default: 0.25)",
+    )
+    parser.add_argument(
+        "--near",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also read those of its own blocks, which drafts then have to compute (default: no)",
+    )
+    parser.add_argument(
+        "--carry",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also begin with the last state of the token before, as in EAGLE (default: yes)",
+    )
+    parser.add_argument(
+        "--ffn-width", type=natural, metavar="W", help="width of an FFN of its own; 0 for none"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train other readouts of the same size for as long, and record them all; saves none",
+    )
+    lessons(parser)
+    tuning(parser)
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="begin with this trained stream, of this model or of one much like it, instead of anew",
+    )
+    processes(parser)
+
+
+def train_drafter(parser):
+    model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(PEERS),
+        required=True,
+        metavar="A,B,..",
+        help=f"which ways of drafting, of {', '.join(PEERS)}, or all; they learn from the same rows",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to save it (default: 'drafters/KIND' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
+    )
+    lessons(parser)
+    tuning(parser)
+
+
+def train_exits(parser):
+    model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(EXIT_KINDS),
+        default=["m2r2"],
+        metavar="A,B,..",
+        help=f"what to train, of {', '.join(EXIT_KINDS)}, or all, from the same rows (default: m2r2)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to save it (default: 'exits/KIND' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--exits",
+        type=lambda text: tuple(counts(text)),
+        metavar="E,F,..",
+        help="after so many blocks a token may leave; for shallow, the number of its blocks",
+    )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="for m2r2: begin the first exit with this trained stream (`m2r2kit train stream`)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="then choose exits and measure risks; --no-calibrate leaves it to `m2r2kit calibrate`",
+    )
+    lessons(parser)
+
+
+def train_predictor(parser):
+    model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(TRAINED),
+        default=list(TRAINED),
+        metavar="A,B,..",
+        help=f"which, of {', '.join(TRAINED)} (default: all); they learn from the same rows",
+    )
+    parser.add_argument(
+        "--exits",
+        type=counts,
+        metavar="E,F,..",
+        help="where the stream's intervals end (default: four)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=number(float, 1),
+        default=2.0,
+        metavar="R",
+        help="how fast the stream m2r2 runs ahead, and the blocks that the direct map names (default: 2)",
+    )
+    parser.add_argument("--rank", type=natural, default=8, metavar="R", help="of its changes (default: 8)")
+    parser.add_argument(
+        "--ffn-width", type=count, default=64, metavar="W", help="of its own FFN in each block (default: 64)"
+    )
+    lessons(parser)
+    parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model
+
+
+def calibrate(parser):
+    model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(EXIT_KINDS[:3]),
+        default=["m2r2"],
+        metavar="A,B,..",
+        help=f"what to calibrate, of {', '.join(EXIT_KINDS[:3])}, or all (default: m2r2)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where it was trained (default: 'exits/KIND' inside the model's folder)",
+    )
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+
+
+def pack(parser):
+    parser.add_argument("model", metavar="MODEL", help="a mixture of experts that mlx_lm loads")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the store")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all of a store that is there, and compare checksums"
+    )

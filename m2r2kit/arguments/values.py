@@ -1,0 +1,74 @@
+"""Kinds of values on the command line, as `argparse` wants them: each refuses in one clear line."""
+
+import argparse
+
+
+def number(kind, least, most=None, above=False):
+    """A type for argparse: an int or float from `least` (or above it) to `most`."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or value != value or value < least or (above and value == least):
+            value = None
+        if value is None or (most is not None and value > most):
+            what = "a whole number" if kind is int else "a number"
+            limits = f"{'above' if above else 'from'} {least}" + (f" to {most}" if most is not None else "")
+            raise argparse.ArgumentTypeError(f"'{text}' is not {what} {limits}")
+        return value
+
+    return convert
+
+
+def some_of(known):
+    """A type for argparse: names out of `known`, separated by commas; `all` are all of them."""
+
+    def names(text):
+        asked = [name.strip() for name in text.split(",") if name.strip()]
+        if asked == ["all"]:
+            return list(known)
+        if not asked or (unknown := [name for name in asked if name not in known]):
+            wrong = f"there is no {', '.join(unknown)}" if asked else "an empty list names none"
+            raise argparse.ArgumentTypeError(f"{wrong}; choose of {', '.join(known)}, or all")
+        return list(dict.fromkeys(asked))
+
+    return names
+
+
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def budget(text):
+    """A type for argparse: bytes (int, `64MB`), or a share of the whole (float up to 1, `25%`)."""
+    written = text.strip().upper()
+    digits = written.rstrip("BGIKM%")
+    unit = written[len(digits) :]
+    try:
+        value = float(digits)
+        if unit == "%":
+            value /= 100
+        elif unit or value > 1:
+            value = int(value * SIZES[unit])
+    except (ValueError, KeyError):
+        value = 0
+    if not value > 0 or (isinstance(value, float) and value > 1):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 64MB and no share such as 25%")
+    return value
+
+
+def shares(text):
+    """A type for argparse: shares of the whole, separated by commas."""
+    found = [budget(each) for each in text.split(",")]
+    if not all(isinstance(share, float) for share in found):
+        raise argparse.ArgumentTypeError(f"'{text}' are no shares such as 12.5%,25%")
+    return found
+
+
+count, natural = number(int, 1), number(int, 0)
+
+
+def counts(text):
+    """A type for argparse: whole numbers from 1, separated by commas."""
+    return [count(each.strip()) for each in text.split(",")]
