@@ -25,7 +25,7 @@ from .training import teach
 
 TOGETHER = 48  # texts that pass at once
 UNTIMED = ("m2r2-oracle", "m2r2-random")  # a bound and a control, of which nobody decodes
-TIMED_LOSSES = (0.01, 0.03, 0.05, 0.1)  # of agreement: the points of each curve that are timed
+TIMED_LOSSES = (0.01, 0.05, 0.1)  # of agreement: the points of each curve that are timed
 
 
 def measure(method: Method, texts: Texts, report: Callable | None = None) -> Curve:

@@ -20,7 +20,8 @@ from ..exits.forced import Texts, texts_of
 from ..exits.methods import GATES, METHODS, PROBABLE, split, with_gate
 from .train_stream import command, for_training, tokens_of
 
-TEXTS, TOKENS = 240, 64  # from which the risk is measured
+TEXTS, TOKENS = 240, 40  # from which the risk is measured
+TUNING = 4  # prompts of each kind on which exits are chosen
 WAYS = ("wait", "linear")  # of filling skipped blocks, calibrated each by itself
 RESAMPLINGS = 100  # of the promise, each time on half of the texts
 CALIBRATED = ("m2r2", "lens")  # kinds whose gate gives a promise
@@ -39,7 +40,8 @@ def run(args) -> int:
 def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
     """Choose exits, measure risks, write both beside the weights, and record them."""
     module, _ = trained.load(backbone, folder, kind)
-    tuning = texts_of(backbone, [backbone.encode(p.prompt) for p in prompts.read(prompts.TUNING)], TOKENS)
+    few = prompts.first_of_each_kind(prompts.read(prompts.TUNING), TUNING)
+    tuning = texts_of(backbone, [backbone.encode(p.prompt) for p in few], TOKENS)
     names = [name for name in METHODS if GATES.get(split(name)[0], ("",))[0] == kind]
     use = {}
     for name in tqdm(names, desc=f"{kind}: which exits", unit="method"):
