@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from m2r2kit import records  # noqa: E402
+from m2r2kit.commands import bench_exits  # noqa: E402
 from m2r2kit.commands.bench import table  # noqa: E402
 
 README = ROOT / "README.md"
@@ -54,6 +55,17 @@ def figures() -> str:
             "| read at the exit | trained numbers | agreement |",
             "|---|---|---|",
             *(f"| {r['form']} | {r['parameters']:,} | {r['agreement']:.1%} |" for r in rows),
+            "",
+        ]
+    if runs := records.read("exits"):
+        record = max(enumerate(runs), key=lambda pair: (len(pair[1]["figures"]["methods"]), pair[0]))[1]
+        s, m = record["settings"], record["machine"]
+        shown = bench_exits.table(record["figures"]["methods"], s["depth"])
+        lines += [
+            f"Leaving early, on {s['prompts']} of the kit's prompts ({m['chip']}, {record['date'][:10]}, "
+            f"`{record['command']}`):",
+            "",
+            *(f"    {line}".rstrip() for line in shown.splitlines()),
             "",
         ]
     return "\n".join(lines) if lines else "Not measured yet.\n"
