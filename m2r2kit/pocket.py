@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from .corpus import ASSISTANT, EOS, KINDS, USER, Document
 from .errors import UserError
-from .pretrain import Run
-from .small_llama import hf_config
+from .pretrain import FAMILIES, Run
 from .tokens import encode
 
 FILES = {
@@ -59,7 +58,7 @@ def export(run: Run, tokenizer: Tokenizer, folder: Path) -> Path:
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
     weights = {name: w.astype(mx.float16) for name, w in tree_flatten(run.parameters)}
-    config = hf_config(run.config, run.blocks) | {"torch_dtype": "float16"}
+    config = FAMILIES[run.config.type].hf_config(run.config, run.blocks) | {"torch_dtype": "float16"}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOS,
