@@ -100,13 +100,21 @@ def causal_bias(rows: int, length: int, config: PretrainConfig) -> mx.array:
     return mx.contiguous(mx.broadcast_to(bias, shape).reshape(rows, config.kv_heads, group * length, length))
 
 
+def block_states(
+    parameters: dict, tokens: mx.array, bias: mx.array, config: PretrainConfig
+) -> list[mx.array]:
+    """States of a pocket model after each block: (B, T) -> N of (B, T, D)."""
+    x, states = parameters["model"]["embed_tokens"]["weight"][tokens], []
+    for layer in parameters["model"]["layers"]:
+        x = _block(layer, x, bias, config)
+        states.append(x)
+    return states
+
+
 def hidden_states(parameters: dict, tokens: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
     """Final normalised states of a pocket model: (B, T) -> (B, T, D)."""
-    p = parameters["model"]
-    x = p["embed_tokens"]["weight"][tokens]
-    for layer in p["layers"]:
-        x = _block(layer, x, bias, config)
-    return mx.fast.rms_norm(x, p["norm"]["weight"], 1e-5)
+    x = block_states(parameters, tokens, bias, config)[-1]
+    return mx.fast.rms_norm(x, parameters["model"]["norm"]["weight"], 1e-5)
 
 
 def mean_loss(parameters: dict, windows: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:

@@ -43,6 +43,7 @@ class OlmoeConfig(PretrainConfig):
     router_z: float = 0.001  # weight of the router's z-loss, as in OLMoE
     start: str = ""  # folder of the dense model to start from and to learn from
     taught: float = 0.5  # share of the start's next-token distribution in the target
+    near: float = 1.0  # weight of the distance to the start's states, block by block
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,31 +67,48 @@ def _mixture(p: dict, x: mx.array, config: OlmoeConfig) -> tuple[mx.array, mx.ar
 
 
 def hidden_states(
-    parameters: dict, tokens: mx.array, bias: mx.array, config: OlmoeConfig
+    parameters: dict, tokens: mx.array, bias: mx.array, config: OlmoeConfig, wanted: list | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Final normalised states (B, T) -> (B, T, D), and the mean of the routers' losses."""
+    """Final normalised states of a pocket mixture, and what its blocks pay beside the loss.
+
+    Args:
+        tokens: (B, T).
+        wanted: a teacher's states (B, T, D) after each block, if there is one.
+
+    Returns:
+        states (B, T, D); the mean over the blocks of the router's losses and of `config.near` times the
+        distance to the wanted state (squared, relative to that state).
+    """
     p = parameters["model"]
-    x, routers = p["embed_tokens"]["weight"][tokens], mx.array(0.0)
-    for layer in p["layers"]:
+    x, price = p["embed_tokens"]["weight"][tokens], mx.array(0.0)
+    for i, layer in enumerate(p["layers"]):
         x = attend(layer, x, bias, config)
-        y, router = _mixture(layer["mlp"], mx.fast.rms_norm(x, layer["post_attention_layernorm"]["weight"], 1e-5), config)
-        x, routers = x + y, routers + router
-    return mx.fast.rms_norm(x, p["norm"]["weight"], 1e-5), routers / len(p["layers"])
+        y = mx.fast.rms_norm(x, layer["post_attention_layernorm"]["weight"], 1e-5)
+        y, router = _mixture(layer["mlp"], y, config)
+        x, price = x + y, price + router
+        if wanted:
+            price = price + config.near * (x - wanted[i]).square().mean() / wanted[i].square().mean()
+    return mx.fast.rms_norm(x, p["norm"]["weight"], 1e-5), price / len(p["layers"])
 
 
 def loss(config: OlmoeConfig) -> Callable:
     """What `Run` minimises: (parameters, windows (B, T + 1), bias) -> a number, in nats."""
-    start = _start(config) if config.start else None
+    teacher = _start(config) if config.start else None
 
     def mean_loss(parameters, windows, bias):
         inputs, targets = windows[:, :-1], windows[:, 1:].reshape(-1)
-        x, routers = hidden_states(parameters, inputs, bias, config)
-        x, embedding = x.reshape(-1, x.shape[-1]), parameters["model"]["embed_tokens"]["weight"]
-        if start is None:
-            return cross_entropy(x, embedding, targets).mean() + routers
-        taught = small_llama.hidden_states(start[1], inputs, bias, start[0])
-        head = start[1]["model"]["embed_tokens"]["weight"]
-        return soft_cross_entropy(x, embedding, targets, taught.reshape(-1, taught.shape[-1]), head, config.taught) + routers
+        embedding = parameters["model"]["embed_tokens"]["weight"]
+        if teacher is None:
+            x, price = hidden_states(parameters, inputs, bias, config)
+            return cross_entropy(x.reshape(-1, config.width), embedding, targets).mean() + price
+        dense, known = teacher
+        states = small_llama.block_states(known, inputs, bias, dense)
+        per = dense.blocks // config.blocks
+        taught = mx.fast.rms_norm(states[-1], known["model"]["norm"]["weight"], 1e-5)
+        x, price = hidden_states(parameters, inputs, bias, config, states[per - 1 :: per])
+        x, taught = x.reshape(-1, config.width), taught.reshape(-1, config.width)
+        head = known["model"]["embed_tokens"]["weight"]
+        return soft_cross_entropy(x, embedding, targets, taught, head, config.taught) + price
 
     return mean_loss
 
