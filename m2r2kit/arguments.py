@@ -203,7 +203,10 @@ def train_backbone(parser):
         "--to", type=Path, metavar="DIR", help="write the model here as a Hugging Face folder"
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="JSON with settings of a run (PretrainConfig, OlmoeConfig)"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON with settings of a run (PretrainConfig, OlmoeConfig)",
     )
     processes(parser)
 

@@ -61,7 +61,6 @@ def expert_sum(x: mx.array, scores: mx.array, chosen: mx.array, weights: dict) -
     return _expert_sum(x, scores, gate, up, down, *places)[0]
 
 
-
 @mx.custom_function
 def _expert_sum(x, scores, gate, up, down, slot, choice, owner, segments):
     rows = x[mx.minimum(choice // scores.shape[1], len(x) - 1)]  # a place without a choice holds any token

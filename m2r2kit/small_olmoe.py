@@ -23,6 +23,10 @@ from .expert_rows import expert_sum
 from .numerics import cross_entropy, soft_cross_entropy
 from .small_llama import PretrainConfig, attend
 
+# How much larger a trained model's queries and keys are than those of states without a preferred direction:
+# of 0.5, 0.7, 1, 1.4, 1.7, 2 and 2.8, the one with the least loss before any training.
+SHARPER = 1.7
+
 
 @dataclass
 class OlmoeConfig(PretrainConfig):
@@ -139,7 +143,9 @@ def _start(config: OlmoeConfig) -> tuple[PretrainConfig, dict]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be read as a model of train backbone ({error})") from None
     if c.get("model_type") != "llama" or not c.get("tie_word_embeddings"):
-        raise UserError(f"{folder} is not a llama with tied embeddings; start from one that train backbone made")
+        raise UserError(
+            f"{folder} is not a llama with tied embeddings; start from one that train backbone made"
+        )
     for name in ("width", "heads", "kv_heads", "vocabulary"):
         if getattr(dense, name) != getattr(config, name):
             raise UserError(f"{folder} has {name} = {getattr(dense, name)}, not {getattr(config, name)}")
@@ -180,7 +186,7 @@ def _upcycled(layer: dict, dense: list[dict], config: OlmoeConfig) -> dict:
     attention = {name: dict(first["self_attn"][name]) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     for name in "qk":  # the dense model has no such norm; as large as its queries and keys are
         w = first["self_attn"][f"{name}_proj"]["weight"] * first["input_layernorm"]["weight"]
-        attention[f"{name}_norm"] = {"weight": mx.full((len(w),), mx.sqrt((w * w).sum(1).mean()))}
+        attention[f"{name}_norm"] = {"weight": mx.full((len(w),), SHARPER * mx.sqrt((w * w).sum(1).mean()))}
     # the norms before the FFNs become part of their weights, for the blocks had one each
     gate, up = (
         mx.concatenate([b["mlp"][name]["weight"] * b["post_attention_layernorm"]["weight"] for b in dense])

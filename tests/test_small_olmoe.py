@@ -32,7 +32,9 @@ def gradients(function, *arguments, wrt):
 
 def assert_same(custom, plain):
     for mine, theirs in zip(tree_flatten(custom), tree_flatten(plain), strict=True):
-        assert mx.abs(mine[1] - theirs[1]).max().item() < 1e-4 * max(1.0, mx.abs(theirs[1]).max().item()), mine[0]
+        assert mx.abs(mine[1] - theirs[1]).max().item() < 1e-4 * max(1.0, mx.abs(theirs[1]).max().item()), (
+            mine[0]
+        )
 
 
 # --- many rows at once --------------------------------------------------------------------
