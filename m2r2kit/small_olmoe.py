@@ -36,8 +36,9 @@ class OlmoeConfig(PretrainConfig):
     blocks: int = 12
     ffn_width: int = 160
     grow_from: int = 12
-    tokens: int = 6_000_000
-    long_from: int = 5_000_000
+    tokens: int = 4_000_000
+    long_from: int = 3_400_000
+    decay_share: float = 0.5
     warmup_tokens: int = 100_000
     muon_rate: float = 0.006
     adam_rate: float = 2e-3
@@ -47,7 +48,7 @@ class OlmoeConfig(PretrainConfig):
     router_z: float = 0.001  # weight of the router's z-loss, as in OLMoE
     start: str = ""  # folder of the dense model to start from and to learn from
     taught: float = 0.5  # share of the start's next-token distribution in the target
-    near: float = 1.0  # weight of the distance to the start's states, block by block
+    near: float = 0.5  # weight of the distance to the start's states, block by block
 
     def __post_init__(self):
         super().__post_init__()

@@ -72,14 +72,14 @@ def backbone(args) -> int:
 
 def _settings(args) -> PretrainConfig | None:
     """What `--config`, `--type` and `--start` ask for; None where nothing does."""
-    if args.start and (args.type != "olmoe" and not args.config):
-        raise UserError("--start is for a mixture of experts; add --type olmoe")
     asked = {"type": args.type, "start": args.start and str(args.start)}
     asked = {name: value for name, value in asked.items() if value}
-    if not args.config:
-        return settings(asked) if asked else None
     try:
-        return settings(json.loads(Path(args.config).read_text()) | asked)
+        if args.config:
+            asked = json.loads(Path(args.config).read_text()) | asked
+        if asked.get("type") != "olmoe" and "start" in asked:
+            raise UserError("--start is for a mixture of experts; add --type olmoe")
+        return settings(asked) if asked else None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{args.config} is not a JSON object of settings of a run ({error})") from None
 
