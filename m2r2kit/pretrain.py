@@ -63,7 +63,7 @@ def rate(seen: int, config: PretrainConfig) -> float:
 
 
 def settings(values: dict) -> PretrainConfig:
-    """Settings from their names and values; `type` says which there are. ValueError or TypeError if unknown."""
+    """Settings from their names and values, `type` among them; ValueError or TypeError if one is unknown."""
     kind = values.get("type", "llama")
     if kind not in SETTINGS:
         raise ValueError(f"type must be one of {', '.join(SETTINGS)}, not {kind}")

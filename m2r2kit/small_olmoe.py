@@ -36,10 +36,11 @@ class OlmoeConfig(PretrainConfig):
     blocks: int = 12
     ffn_width: int = 160
     grow_from: int = 12
-    tokens: int = 4_000_000
-    long_from: int = 3_400_000
+    tokens: int = 2_000_000
+    batch_tokens: int = 2048  # few tokens in all: more steps are worth more than surer ones
+    long_from: int = 1_700_000
     decay_share: float = 0.5
-    warmup_tokens: int = 100_000
+    warmup_tokens: int = 60_000
     muon_rate: float = 0.006
     adam_rate: float = 2e-3
     experts: int = 32

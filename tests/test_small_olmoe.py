@@ -277,7 +277,7 @@ def test_expert_use_counts_what_mlx_lm_chooses(tmp_path):
     run.parameters = noisy(run.parameters)
     documents = [Document("code", f"{i}", f"It is {i}.") for i in range(2000)]
     folder = pocket.export(run, tokens.train_tokenizer([d.text for d in documents], 300), tmp_path / "moe")
-    model, tokenizer = load(str(folder))
+    model, _ = load(str(folder))
     model.set_dtype(mx.float32)
     use = pocket.expert_use(folder, documents, most=160, window=16)
     ids = tokens.encode(

@@ -21,7 +21,8 @@ def backbone(args) -> int:
     """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
 
     Args:
-        args: out, corpus, type, start, tokens, minutes, to, config, processes: as in `m2r2kit train backbone --help`.
+        args: out, corpus, type, start, tokens, minutes, to, config, processes: as in
+            `m2r2kit train backbone --help`.
 
     Returns:
         0, or 1 if it was interrupted (what was learnt is saved).
