@@ -41,8 +41,8 @@ def table(record: dict | None) -> str:
         share, entropy = figures["experts"]["share"], figures["experts"]["entropy"]
         least, most = (len(share[0]) * f(map(f, share)) for f in (min, max))
         lines.append(
-            f"Of the {len(share[0])} experts of a block, {s['top']} for a token, the least used one of all "
-            f"blocks gets {least:.2f} times an even share of the held-out tokens, the most used one {most:.2f} "
+            f"Of the {len(share[0])} experts of a block, {s['top']} for a token, the least used of all "
+            f"blocks gets {least:.2f} times an even share of the held-out tokens, and the most {most:.2f} "
             f"times; entropy {min(entropy):.2f} to {max(entropy):.2f} bits, block by block."
         )
     return "\n".join(lines) + "\n"

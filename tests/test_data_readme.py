@@ -50,8 +50,8 @@ def test_the_use_of_experts_is_under_a_mixtures_table():
     experts = {"share": [[0.1, 0.2, 0.3, 0.4], [0.25] * 4], "entropy": [1.846, 2.0], "tokens": 100}
     figures, settings = RECORD["figures"] | {"experts": experts}, RECORD["settings"] | {"top": 2}
     text = pretrain_table.table(RECORD | {"figures": figures, "settings": settings})
-    assert "Of the 4 experts of a block, 2 for a token, the least used one" in text
-    assert "0.40 times an even share" in text and "the most used one 1.60 times" in text
+    assert "Of the 4 experts of a block, 2 for a token, the least used of all" in text
+    assert "0.40 times an even share" in text and "and the most 1.60 times" in text
     assert "entropy 1.85 to 2.00 bits" in text and "| experts |" not in text
 
 
