@@ -33,13 +33,17 @@ SCORE_CAP = 0.08  # root mean square of a query or key matrix; 0.046 at the star
 
 
 def optimizer(config: PretrainConfig):
-    """Muon for the blocks' matrices, AdamW for the rest: routers and experts too."""
+    """Muon for the blocks' matrices, AdamW for the rest.
+
+    Routers are among the former: states have a direction in common, and AdamW followed it until one
+    expert served every token. Experts are not, for their many small products would double the step.
+    """
     return optim.MultiOptimizer(
         [
             optim.Muon(learning_rate=config.muon_rate, weight_decay=0.0),
             optim.AdamW(learning_rate=config.adam_rate, betas=[0.9, 0.95], weight_decay=0.0),
         ],
-        [lambda name, weight: "layers" in name and weight.ndim == 2 and ".mlp.gate." not in name],
+        [lambda name, weight: "layers" in name and weight.ndim == 2],
     )
 
 
@@ -80,7 +84,7 @@ class Run:
         batches: may be None where nothing is trained.
     """
 
-    MOVABLE = ("tokens", "decay_share", "long_from")
+    MOVABLE = ("tokens", "decay_share", "long_from", "balance")
 
     def __init__(self, folder: Path, config: PretrainConfig | None = None, batches: Batches | None = None):
         self.folder, self.batches = Path(folder), batches

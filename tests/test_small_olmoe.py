@@ -128,17 +128,13 @@ def test_the_loss_is_that_of_mlx_lm_and_the_routers():
         for row in shares:
             use[np.argsort(row)[-3:]] += 1 / (3 * len(shares))
         z = np.array(mx.logsumexp(logits, -1))
-        wanted += (0.01 * 6 * (use * shares.mean(0)).sum() + 0.001 * (z * z).mean()) / 2
+        wanted += (0.5 * 6 * (use * shares.mean(0)).sum() + 0.001 * (z * z).mean()) / 2
     mine = small_olmoe.loss(MIXTURE)(parameters, windows, small_llama.causal_bias(4, 16, MIXTURE))
     assert abs(mine.item() - wanted) < 1e-4
 
 
-def test_routers_are_not_orthogonalised_and_all_experts_learn():
+def test_all_experts_and_routers_learn():
     run = Run("unused", MIXTURE, batches())
-    muon, adam = (dict(tree_flatten(s)) for s in run.optimizer.state["states"])
-    assert all("v" == name.rsplit(".", 1)[-1] for name in muon if "self_attn" in name)
-    for part in ("mlp.gate.weight.m", "mlp.switch_mlp.up_proj.weight.m"):
-        assert f"model.layers.1.{part}" in adam
     before = {name: mx.array(w) for name, w in weights(run).items()}
     for _ in range(3):
         run.train_step()
