@@ -7,6 +7,8 @@ MegaBlocks, Gale et al. 2022, arXiv 2211.15841: no token is dropped and no exper
 """
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 
 from .numerics import fast_exp, swiglu
 
@@ -61,22 +63,32 @@ def expert_sum(x: mx.array, scores: mx.array, chosen: mx.array, weights: dict) -
     return _expert_sum(x, scores, gate, up, down, *places)[0]
 
 
+def _rows(x: mx.array, choice: mx.array, k: int) -> mx.array:
+    """The token of each place: (P, D). A place without a choice holds any token."""
+    return x[mx.minimum(choice // k, len(x) - 1)]
+
+
+def _outputs(rows, gate, up, down, owner) -> tuple[mx.array, mx.array, mx.array]:
+    """Each place's expert's output (P, D), and before it gate and up (P, F)."""
+    g, u = (_products(rows, w.swapaxes(1, 2), owner) for w in (gate, up))
+    return _products(swiglu(g, u), down.swapaxes(1, 2), owner), g, u
+
+
 @mx.custom_function
 def _expert_sum(x, scores, gate, up, down, slot, choice, owner, segments):
-    rows = x[mx.minimum(choice // scores.shape[1], len(x) - 1)]  # a place without a choice holds any token
-    g, u = (_products(rows, w.swapaxes(1, 2), owner) for w in (gate, up))  # (P, F)
-    y = _products(swiglu(g, u), down.swapaxes(1, 2), owner)  # (P, D)
+    rows = _rows(x, choice, scores.shape[1])
+    y, g, u = _outputs(rows, gate, up, down, owner)
     # what the way back needs is returned too: to compute it again would cost a third of the step
     return (y[slot] * scores[..., None]).sum(1), rows, g, u, y
 
 
 @_expert_sum.vjp
 def _(primals, cotangents, outputs):
-    x, scores, gate, up, down, slot, choice, owner, segments = primals
+    _, scores, gate, up, down, slot, choice, owner, segments = primals
     (_, rows, g, u, y), d = outputs, cotangents[0]
     weight = mx.concatenate([scores.reshape(-1), mx.zeros(1)])[choice]  # (P,), 0 where no choice is
     d_scores = (y[slot] @ d[..., None]).squeeze(-1)
-    d_y = d[mx.minimum(choice // scores.shape[1], len(x) - 1)] * weight[:, None]
+    d_y = _rows(d, choice, scores.shape[1]) * weight[:, None]
     d_a = _products(d_y, down, owner)
     s = 1.0 / (1.0 + fast_exp(-g))
     silu = g * s
@@ -85,3 +97,20 @@ def _(primals, cotangents, outputs):
     d_weights = (mx.segmented_mm(a.T, b, segments) for a, b in ((d_g, rows), (d_u, rows), (d_y, silu * u)))
     rest = (mx.zeros_like(p) for p in primals[5:])
     return d_rows[slot].sum(1), d_scores, *d_weights, *rest
+
+
+class TiledExperts(nn.Module):
+    """In the place of a `SwitchGLU` in float32: the same outputs, and a count of what was chosen."""
+
+    def __init__(self, switch):
+        super().__init__()
+        self.stacks = [getattr(switch, f"{name}_proj").weight for name in ("gate", "up", "down")]
+        self.used = np.zeros(len(self.stacks[0]), dtype=np.int64)
+
+    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """(..., D) tokens and (..., k) ids of their experts -> (..., k, D)."""
+        self.used += np.bincount(np.array(chosen).ravel(), minlength=len(self.used))
+        k, D = chosen.shape[-1], x.shape[-1]
+        slot, choice, owner, _ = tiles(chosen.reshape(-1, k), len(self.used))
+        y, _, _ = _outputs(_rows(x.reshape(-1, D), choice, k), *self.stacks, owner)
+        return y[slot].reshape(*chosen.shape, D)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .corpus import ASSISTANT, EOS, KINDS, USER, Document
 from .errors import UserError
+from .expert_rows import TiledExperts
 from .pretrain import FAMILIES, Run
 from .tokens import encode
 
@@ -96,13 +97,6 @@ def export(run: Run, tokenizer: Tokenizer, folder: Path) -> Path:
     return folder
 
 
-def _loaded(folder: Path):
-    """An exported model in float32, and its tokenizer."""
-    model, _ = load_model(Path(folder))
-    model.set_dtype(mx.float32)
-    return model, Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-
-
 def evaluate(folder: Path, documents: list[Document], most: int = 60_000, window: int = 256) -> dict:
     """How well an exported model predicts held-out documents, through mlx-lm in float32.
 
@@ -114,9 +108,17 @@ def evaluate(folder: Path, documents: list[Document], most: int = 60_000, window
     Returns:
         a kind -> `loss` (mean cross-entropy of the next token, nats), `bits_per_byte` (the same by
         the bytes that the tokens stand for), `accuracy` (the most likely token is the right one),
-        `tokens` (predicted). Kinds without a full window are left out.
+        `tokens` (predicted). Kinds without a full window are left out. For a mixture also `experts` ->
+        `share` (of each block's experts, of what was chosen, the sum is 1), `entropy` (of these, in bits,
+        per block; log2 of the number of experts if all are used alike).
     """
-    model, tokenizer = _loaded(folder)
+    folder = Path(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    mixtures = [block.mlp for block in model.layers if hasattr(block.mlp, "switch_mlp")]
+    for mixture in mixtures:  # mlx-lm's own experts take ten times as long on a CPU
+        mixture.switch_mlp = TiledExperts(mixture.switch_mlp)
     # a byte-level token is written with one letter a byte; marks such as end-of-text stand for none
     specials = {EOS, USER, ASSISTANT}
     size = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
@@ -145,33 +147,8 @@ def evaluate(folder: Path, documents: list[Document], most: int = 60_000, window
                 "accuracy": right / targets.size,
                 "tokens": targets.size,
             }
+    if mixtures:
+        share = np.array([m.switch_mlp.used / max(1, m.switch_mlp.used.sum()) for m in mixtures])
+        entropy = -(share * np.log2(np.maximum(share, 1e-12))).sum(1)
+        figures["experts"] = {"share": share.round(5).tolist(), "entropy": entropy.round(4).tolist()}
     return figures
-
-
-def expert_use(folder: Path, documents: list[Document], most: int = 20_000, window: int = 256) -> dict:
-    """How an exported mixture spreads held-out tokens over its experts, through mlx-lm in float32.
-
-    Args:
-        documents, most, window: as in `evaluate`.
-
-    Returns:
-        `share` (each block's experts' shares of the choices, which sum to 1), `entropy` (of these, in
-        bits, per block; log2 of the number of experts if all are used alike), `tokens`.
-    """
-    model, tokenizer = _loaded(folder)
-    experts, top = model.args.num_experts, model.args.num_experts_per_tok
-    counts, tokens = np.zeros((len(model.layers), experts)), 0
-    for ids in encode(tokenizer, [d for d in documents if d.held_out]).values():
-        count = min(most, len(ids)) // window
-        for i in range(0, count, 8):
-            h = model.model.embed_tokens(mx.array(ids[: count * window].reshape(count, window)[i : i + 8]))
-            tokens += h.shape[0] * window
-            for block, counted in zip(model.layers, counts, strict=True):
-                h = h + block.self_attn(block.input_layernorm(h), "causal")
-                y = block.post_attention_layernorm(h)
-                chosen = mx.argpartition(-block.mlp.gate(y), kth=top - 1, axis=-1)[..., :top]
-                counted += np.bincount(np.array(chosen).ravel(), minlength=experts)
-                h = h + block.mlp(y)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    entropy = -(share * np.log2(np.maximum(share, 1e-12))).sum(1)
-    return {"share": share.round(5).tolist(), "entropy": entropy.round(4).tolist(), "tokens": tokens}

@@ -47,7 +47,7 @@ def test_a_table_of_another_record_is_another_text(model):
 
 
 def test_the_use_of_experts_is_under_a_mixtures_table():
-    experts = {"share": [[0.1, 0.2, 0.3, 0.4], [0.25] * 4], "entropy": [1.846, 2.0], "tokens": 100}
+    experts = {"share": [[0.1, 0.2, 0.3, 0.4], [0.25] * 4], "entropy": [1.846, 2.0]}
     figures, settings = RECORD["figures"] | {"experts": experts}, RECORD["settings"] | {"top": 2}
     text = pretrain_table.table(RECORD | {"figures": figures, "settings": settings})
     assert "Of the 4 experts of a block, 2 for a token, the least used of all" in text

@@ -55,17 +55,16 @@ def backbone(args) -> int:
         return 1 if run.stopped else 0
     target = pocket.export(run, tokenizer, Path(args.to) if args.to else folder / "model")
     print(f"{target}: {run.blocks} blocks, {run.seen:,} tokens seen. Held-out documents:")
-    text = documents(_corpus(args.corpus))
-    figures = pocket.evaluate(target, text, window=run.config.window)
+    figures = pocket.evaluate(target, documents(_corpus(args.corpus)), window=run.config.window)
     print(f"{'':10} {'nats':>6} {'bits/byte':>9} {'next token right':>16}")
-    for kind, f in figures.items():
+    for kind in (kind for kind in KINDS if kind in figures):
+        f = figures[kind]
         print(f"{kind:10} {f['loss']:6.3f} {f['bits_per_byte']:9.3f} {f['accuracy']:16.1%}")
-    if run.config.type == "olmoe":
-        figures["experts"] = use = pocket.expert_use(target, text, window=run.config.window)
-        even = 1 / run.config.experts
-        least, most = min(map(min, use["share"])) / even, max(map(max, use["share"])) / even
+    if "experts" in figures:
+        share = figures["experts"]["share"]
+        least, most = (run.config.experts * f(map(f, share)) for f in (min, max))
         print(
-            f"The least and the most used expert of a block: {least:.2f} and {most:.2f} times an even share"
+            f"The least used expert gets {least:.2f} times an even share of the tokens, the most {most:.2f}"
         )
     records.append("pretrain", command=command, settings=_facts(run, target), figures=figures)
     return 0
