@@ -36,9 +36,9 @@ class OlmoeConfig(PretrainConfig):
     blocks: int = 12
     ffn_width: int = 160
     grow_from: int = 12
-    tokens: int = 2_000_000
+    tokens: int = 1_600_000
     batch_tokens: int = 2048  # few tokens in all: more steps are worth more than surer ones
-    long_from: int = 1_700_000
+    long_from: int = 1_400_000
     decay_share: float = 0.5
     warmup_tokens: int = 60_000
     muon_rate: float = 0.006
