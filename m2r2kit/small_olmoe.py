@@ -39,7 +39,7 @@ class OlmoeConfig(PretrainConfig):
     tokens: int = 1_600_000
     batch_tokens: int = 2048  # few tokens in all: more steps are worth more than surer ones
     long_from: int = 1_400_000
-    decay_share: float = 0.5
+    decay_share: float = 0.67
     warmup_tokens: int = 60_000
     muon_rate: float = 0.006
     adam_rate: float = 2e-3
