@@ -1,6 +1,6 @@
-"""Draw the held-out figures in data/README.md from the newest record of the pocket model.
+"""Draw the held-out figures in data/README.md from the newest record of each pocket model.
 
-`python ci/pretrain_table.py` rewrites what stands between the two marks, and nothing else.
+`python ci/pretrain_table.py` rewrites what stands between a model's two marks, and nothing else.
 """
 
 import sys
@@ -10,9 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from m2r2kit import records  # noqa: E402
+from m2r2kit.corpus import KINDS  # noqa: E402
 
 README = ROOT / "data" / "README.md"
-BEGIN = "<!-- held-out figures: drawn from data/results/pretrain.jsonl by ci/pretrain_table.py -->\n"
+MODELS = ("pocket-dense", "pocket-moe")
+BEGIN = "<!-- held-out figures of {}: drawn from data/results/pretrain.jsonl by ci/pretrain_table.py -->\n"
 END = "<!-- end of held-out figures -->\n"
 
 
@@ -24,25 +26,38 @@ def table(record: dict | None) -> str:
         "| kind | cross-entropy (nats/token) | bits/byte | next token right | tokens |",
         "|---|---|---|---|---|",
     ]
-    for kind, f in record["figures"].items():
+    figures, s, cores = record["figures"], record["settings"], record["machine"]["cores"]
+    for kind in (kind for kind in KINDS if kind in figures):
+        f = figures[kind]
         cells = f"{f['loss']:.3f} | {f['bits_per_byte']:.3f} | {f['accuracy']:.1%} | {f['tokens']:,}"
         lines.append(f"| {kind} | {cells} |")
-    s, cores = record["settings"], record["machine"]["cores"]
     lines += [
         "",
         f"{s['blocks_now']} blocks of width {s['width']}, {s['parameters'] / 1e6:.1f} M parameters, "
         f"{s['tokens_seen'] / 1e6:.1f} M tokens in {s['training_seconds'] / 3600:.1f} hours on "
         f"{cores} core{'s' * (cores != 1)} of {record['machine']['chip']}; {record['date'][:10]}.",
     ]
+    if "experts" in figures:
+        share, entropy = figures["experts"]["share"], figures["experts"]["entropy"]
+        least, most = (len(share[0]) * f(map(f, share)) for f in (min, max))
+        lines.append(
+            f"Of the {len(share[0])} experts of a block, {s['top']} for a token, the least used of all "
+            f"blocks gets {least:.2f} times an even share of the held-out tokens, and the most {most:.2f} "
+            f"times; entropy {min(entropy):.2f} to {max(entropy):.2f} bits, block by block."
+        )
     return "\n".join(lines) + "\n"
 
 
-def draw(text: str, record: dict | None) -> str:
-    """The README's text with the table of this record."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return before + BEGIN + table(record) + END + after
+def draw(text: str, model: str, record: dict | None) -> str:
+    """The README's text with the table of this model's record."""
+    begin = BEGIN.format(model)
+    before, rest = text.split(begin)
+    _, after = rest.split(END, 1)
+    return before + begin + table(record) + END + after
 
 
 if __name__ == "__main__":
-    README.write_text(draw(README.read_text(), records.latest("pretrain", model="pocket-dense")))
+    text = README.read_text()
+    for model in MODELS:
+        text = draw(text, model, records.latest("pretrain", model=model))
+    README.write_text(text)

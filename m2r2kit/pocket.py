@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from .corpus import ASSISTANT, EOS, KINDS, USER, Document
 from .errors import UserError
-from .pretrain import Run
-from .small_llama import hf_config
+from .expert_rows import TiledExperts
+from .pretrain import FAMILIES, Run
 from .tokens import encode
 
 FILES = {
@@ -59,7 +59,7 @@ def export(run: Run, tokenizer: Tokenizer, folder: Path) -> Path:
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
     weights = {name: w.astype(mx.float16) for name, w in tree_flatten(run.parameters)}
-    config = hf_config(run.config, run.blocks) | {"torch_dtype": "float16"}
+    config = FAMILIES[run.config.type].hf_config(run.config, run.blocks) | {"torch_dtype": "float16"}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOS,
@@ -108,12 +108,17 @@ def evaluate(folder: Path, documents: list[Document], most: int = 60_000, window
     Returns:
         a kind -> `loss` (mean cross-entropy of the next token, nats), `bits_per_byte` (the same by
         the bytes that the tokens stand for), `accuracy` (the most likely token is the right one),
-        `tokens` (predicted). Kinds without a full window are left out.
+        `tokens` (predicted). Kinds without a full window are left out. For a mixture also `experts` ->
+        `share` (of each block's experts, of what was chosen, the sum is 1), `entropy` (of these, in bits,
+        per block; log2 of the number of experts if all are used alike).
     """
     folder = Path(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model, _ = load_model(folder)
     model.set_dtype(mx.float32)
+    mixtures = [block.mlp for block in model.layers if hasattr(block.mlp, "switch_mlp")]
+    for mixture in mixtures:  # mlx-lm's own experts take ten times as long on a CPU
+        mixture.switch_mlp = TiledExperts(mixture.switch_mlp)
     # a byte-level token is written with one letter a byte; marks such as end-of-text stand for none
     specials = {EOS, USER, ASSISTANT}
     size = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
@@ -142,4 +147,8 @@ def evaluate(folder: Path, documents: list[Document], most: int = 60_000, window
                 "accuracy": right / targets.size,
                 "tokens": targets.size,
             }
+    if mixtures:
+        share = np.array([m.switch_mlp.used / max(1, m.switch_mlp.used.sum()) for m in mixtures])
+        entropy = -(share * np.log2(np.maximum(share, 1e-12))).sum(1)
+        figures["experts"] = {"share": share.round(5).tolist(), "entropy": entropy.round(4).tolist()}
     return figures

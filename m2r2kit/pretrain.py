@@ -22,16 +22,22 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import parallel
+from . import parallel, small_llama, small_olmoe
 from .errors import UserError
-from .small_llama import PretrainConfig, causal_bias, grow, mean_loss, new_parameters
+from .small_llama import PretrainConfig, causal_bias, grow
 from .tokens import Batches
 
+FAMILIES = {"llama": small_llama, "olmoe": small_olmoe}  # what can be trained, by mlx-lm's model type
+SETTINGS = {"llama": PretrainConfig, "olmoe": small_olmoe.OlmoeConfig}
 SCORE_CAP = 0.08  # root mean square of a query or key matrix; 0.046 at the start (width 160)
 
 
 def optimizer(config: PretrainConfig):
-    """Muon for the blocks' matrices, AdamW for the rest."""
+    """Muon for the blocks' matrices, AdamW for the rest.
+
+    Routers are among the former: states have a direction in common, and AdamW followed it until one
+    expert served every token. Experts are not, for their many small products would double the step.
+    """
     return optim.MultiOptimizer(
         [
             optim.Muon(learning_rate=config.muon_rate, weight_decay=0.0),
@@ -60,6 +66,14 @@ def rate(seen: int, config: PretrainConfig) -> float:
     return max(0.0, min(1.0, seen / config.warmup_tokens + 0.01, left))
 
 
+def settings(values: dict) -> PretrainConfig:
+    """Settings from their names and values, `type` among them; ValueError or TypeError if one is unknown."""
+    kind = values.get("type", "llama")
+    if kind not in SETTINGS:
+        raise ValueError(f"type must be one of {', '.join(SETTINGS)}, not {kind}")
+    return SETTINGS[kind](**values)
+
+
 class Run:
     """A training run in a folder; opening the folder again goes on where it stopped.
 
@@ -70,7 +84,7 @@ class Run:
         batches: may be None where nothing is trained.
     """
 
-    MOVABLE = ("tokens", "decay_share", "long_from")
+    MOVABLE = ("tokens", "decay_share", "long_from", "balance")
 
     def __init__(self, folder: Path, config: PretrainConfig | None = None, batches: Batches | None = None):
         self.folder, self.batches = Path(folder), batches
@@ -82,7 +96,7 @@ class Run:
         else:
             self.config = config or PretrainConfig()
             self.blocks = self.config.grow_from
-            self.parameters = new_parameters(self.config, self.blocks)
+            self.parameters = FAMILIES[self.config.type].new_parameters(self.config, self.blocks)
             self._new_optimizer()
         processes = self.group.size()
         for window in (self.config.first_window, self.config.window):
@@ -91,6 +105,7 @@ class Run:
                     f"{self.config.batch_tokens // window} windows a step cannot be shared by {processes} "
                     "processes; ask for a number that divides them"
                 )
+        self.loss = FAMILIES[self.config.type].loss(self.config)
         self._compile()
 
     def _new_optimizer(self):
@@ -102,7 +117,7 @@ class Run:
         try:
             state = json.loads((self.folder / "run.json").read_text())
             self.step, self.seen, self.blocks = state["step"], state["seen"], state["blocks"]
-            self.seconds, old = state["seconds"], PretrainConfig(**state["config"])
+            self.seconds, old = state["seconds"], settings(state["config"])
             file = self.folder / state["arrays"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"run.json cannot be read as a training run; {again}") from None
@@ -158,13 +173,13 @@ class Run:
         self.window = self._window()
         self.rows = config.batch_tokens // self.window
         bias = causal_bias(self.rows // self.group.size(), self.window, config)
-        gradient = mx.value_and_grad(mean_loss)
+        gradient = mx.value_and_grad(self.loss)
 
         def update(parameters, state, rates, windows):
             self.optimizer.state = state
             for o, r in zip(self.optimizer.optimizers, rates, strict=True):
                 o.learning_rate = r
-            loss, gradients = gradient(parameters, windows, bias, config)
+            loss, gradients = gradient(parameters, windows, bias)
             loss, gradients = parallel.average([loss, gradients])
             parameters = cap_scores(self.optimizer.apply_gradients(gradients, parameters))
             return loss, parameters, self.optimizer.state

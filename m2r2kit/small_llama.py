@@ -4,6 +4,7 @@ It computes what `mlx_lm.models.llama` computes, from weights of the same names 
 two together); it is written again on `numerics.py`, which makes training on a CPU 3-5x faster.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from .numerics import attention_weights, cross_entropy, swiglu
 class PretrainConfig:
     """Settings of `train backbone`. Those that made `data/pocket-dense` are in its record (`pretrain`)."""
 
+    type: str = "llama"  # mlx-lm's model type
     blocks: int = 24
     width: int = 160
     heads: int = 4
@@ -53,27 +55,35 @@ class PretrainConfig:
             raise UserError("width / heads must be even, because positions turn pairs of numbers")
 
 
-def _block(p: dict, x: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
-    """One transformer block: (B, T, D) -> (B, T, D)."""
+def attend(p: dict, x: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
+    """A block's attention, with its residual: (B, T, D) -> (B, T, D)."""
     B, T, D = x.shape
     H, K = config.heads, config.kv_heads
     hd = D // H
-    attention, mlp = p["self_attn"], p["mlp"]
+    attention = p["self_attn"]
     rope = partial(mx.fast.rope, dims=hd, traditional=False, base=10000.0, scale=1.0, offset=0)
 
-    def heads(y, w, n):
-        return (y @ w["weight"].T).reshape(B, T, n, hd).transpose(0, 2, 1, 3)  # (B, n, T, hd)
+    def heads(y, name, n):
+        y = y @ attention[f"{name}_proj"]["weight"].T
+        if f"{name}_norm" in attention:  # `olmoe` has them, over all heads together
+            y = mx.fast.rms_norm(y, attention[f"{name}_norm"]["weight"], 1e-5)
+        return y.reshape(B, T, n, hd).transpose(0, 2, 1, 3)  # (B, n, T, hd)
 
     y = mx.fast.rms_norm(x, p["input_layernorm"]["weight"], 1e-5)
-    q = rope(heads(y, attention["q_proj"], H)) * hd**-0.5
-    k = rope(heads(y, attention["k_proj"], K))
-    v = heads(y, attention["v_proj"], K)
+    q = rope(heads(y, "q", H)) * hd**-0.5
+    k = rope(heads(y, "k", K))
+    v = heads(y, "v", K)
     # query heads of one key head side by side: (B, K, H/K * T, hd)
     e = attention_weights(q.reshape(B, K, H // K * T, hd) @ k.swapaxes(-1, -2), bias)
     # a column of ones beside v sums the weights in the same product
     o = e @ mx.concatenate([v, mx.ones((B, K, T, 1))], -1)
     o = (o[..., :hd] / o[..., hd:]).reshape(B, H, T, hd).transpose(0, 2, 1, 3).reshape(B, T, D)
-    x = x + o @ attention["o_proj"]["weight"].T
+    return x + o @ attention["o_proj"]["weight"].T
+
+
+def _block(p: dict, x: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
+    """One transformer block: (B, T, D) -> (B, T, D)."""
+    x, mlp = attend(p, x, bias, config), p["mlp"]
     y = mx.fast.rms_norm(x, p["post_attention_layernorm"]["weight"], 1e-5)
     y = swiglu(y @ mlp["gate_proj"]["weight"].T, y @ mlp["up_proj"]["weight"].T)
     return x + y @ mlp["down_proj"]["weight"].T
@@ -90,13 +100,21 @@ def causal_bias(rows: int, length: int, config: PretrainConfig) -> mx.array:
     return mx.contiguous(mx.broadcast_to(bias, shape).reshape(rows, config.kv_heads, group * length, length))
 
 
+def block_states(
+    parameters: dict, tokens: mx.array, bias: mx.array, config: PretrainConfig
+) -> list[mx.array]:
+    """States of a pocket model after each block: (B, T) -> N of (B, T, D)."""
+    x, states = parameters["model"]["embed_tokens"]["weight"][tokens], []
+    for layer in parameters["model"]["layers"]:
+        x = _block(layer, x, bias, config)
+        states.append(x)
+    return states
+
+
 def hidden_states(parameters: dict, tokens: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
     """Final normalised states of a pocket model: (B, T) -> (B, T, D)."""
-    p = parameters["model"]
-    x = p["embed_tokens"]["weight"][tokens]
-    for layer in p["layers"]:
-        x = _block(layer, x, bias, config)
-    return mx.fast.rms_norm(x, p["norm"]["weight"], 1e-5)
+    x = block_states(parameters, tokens, bias, config)[-1]
+    return mx.fast.rms_norm(x, parameters["model"]["norm"]["weight"], 1e-5)
 
 
 def mean_loss(parameters: dict, windows: mx.array, bias: mx.array, config: PretrainConfig) -> mx.array:
@@ -104,6 +122,11 @@ def mean_loss(parameters: dict, windows: mx.array, bias: mx.array, config: Pretr
     x = hidden_states(parameters, windows[:, :-1], bias, config)
     embedding = parameters["model"]["embed_tokens"]["weight"]
     return cross_entropy(x.reshape(-1, x.shape[-1]), embedding, windows[:, 1:].reshape(-1)).mean()
+
+
+def loss(config: PretrainConfig) -> Callable:
+    """What `Run` minimises: (parameters, windows (B, T + 1), bias) -> a number, in nats."""
+    return lambda parameters, windows, bias: mean_loss(parameters, windows, bias, config)
 
 
 def hf_config(config: PretrainConfig, blocks: int) -> dict:

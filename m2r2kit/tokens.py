@@ -65,18 +65,25 @@ def encode(tokenizer: Tokenizer, documents: list[Document], seed: int = 0) -> di
 
 
 def prepare(
-    folder: Path, documents: Callable[[], list[Document]], vocabulary: int = 4096
+    folder: Path,
+    documents: Callable[[], list[Document]],
+    vocabulary: int = 4096,
+    known: Path | None = None,
 ) -> tuple[Tokenizer, dict[str, np.ndarray]]:
     """The tokenizer and the training tokens of a run, made once and kept in its folder.
 
     A run that goes on must read the very tokens it began with, whatever became of the corpus;
     so `documents` is called only where there are none yet. Held-out documents are left out.
+    The tokenizer is that of the file `known`, or learnt from these documents.
     """
     tokenizer_file, tokens_file = folder / "tokenizer.json", folder / "tokens.npz"
     try:
         if not (tokenizer_file.exists() and tokens_file.exists()):
             seen = [d for d in documents() if not d.held_out]
-            tokenizer = train_tokenizer(sample(seen), vocabulary)
+            if known is None:
+                tokenizer = train_tokenizer(sample(seen), vocabulary)
+            else:
+                tokenizer = Tokenizer.from_str(known.read_text())
             tokens = encode(tokenizer, seen)
             folder.mkdir(parents=True, exist_ok=True)
             _write(tokens_file, lambda file: np.savez(file, **tokens))

@@ -1,4 +1,4 @@
-"""The figures in data/README.md are those of the newest record."""
+"""The figures in data/README.md are those of the newest records."""
 
 import hashlib
 import importlib.util
@@ -27,24 +27,37 @@ RECORD = {
 }
 
 
-def test_the_table_is_the_newest_records():
-    text = pretrain_table.README.read_text()
-    record = records.latest("pretrain", model="pocket-dense")
-    assert pretrain_table.draw(text, record) == text, "run `python ci/pretrain_table.py`"
+@pytest.fixture(params=pretrain_table.MODELS)
+def model(request):
+    return request.param
 
 
-def test_a_table_of_another_record_is_another_text():
+def test_the_table_is_the_newest_records(model):
     text = pretrain_table.README.read_text()
-    drawn = pretrain_table.draw(text, RECORD)
+    record = records.latest("pretrain", model=model)
+    assert pretrain_table.draw(text, model, record) == text, "run `python ci/pretrain_table.py`"
+
+
+def test_a_table_of_another_record_is_another_text(model):
+    text = pretrain_table.README.read_text()
+    drawn = pretrain_table.draw(text, model, RECORD)
     assert drawn != text and "| code | 2.346 | 1.100 | 54.3% | 59,904 |" in drawn
     assert "6.2 M parameters, 15.0 M tokens in 2.0 hours on 2 cores of Some Chip; 2030-01-02." in drawn
-    record = records.latest("pretrain", model="pocket-dense")
-    assert pretrain_table.draw(drawn, record) == text
+    assert pretrain_table.draw(drawn, model, records.latest("pretrain", model=model)) == text
 
 
-def test_the_record_is_of_the_model_that_lies_here():
-    record = records.latest("pretrain", model="pocket-dense")
-    weights = ROOT / "data" / "pocket-dense" / "model.safetensors"
+def test_the_use_of_experts_is_under_a_mixtures_table():
+    experts = {"share": [[0.1, 0.2, 0.3, 0.4], [0.25] * 4], "entropy": [1.846, 2.0]}
+    figures, settings = RECORD["figures"] | {"experts": experts}, RECORD["settings"] | {"top": 2}
+    text = pretrain_table.table(RECORD | {"figures": figures, "settings": settings})
+    assert "Of the 4 experts of a block, 2 for a token, the least used of all" in text
+    assert "0.40 times an even share" in text and "and the most 1.60 times" in text
+    assert "entropy 1.85 to 2.00 bits" in text and "| experts |" not in text
+
+
+def test_the_record_is_of_the_model_that_lies_here(model):
+    record = records.latest("pretrain", model=model)
+    weights = ROOT / "data" / model / "model.safetensors"
     if record is None or not weights.exists():
         pytest.skip("the pocket model is not there or not measured yet")
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == record["settings"]["model_sha256"]

@@ -328,6 +328,8 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
     args = SimpleNamespace(
         out=out,
         corpus=tmp_path,
+        type=None,
+        start=None,
         tokens=None,
         minutes=1e-9,
         to=None,
@@ -339,7 +341,15 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
         "Saved after 64 of 64,000 tokens; go on with: m2r2kit train backbone --out" in capsys.readouterr().out
     )
     args = SimpleNamespace(
-        out=out, corpus=tmp_path, tokens=64 * 3, minutes=None, to=None, config=None, processes=1
+        out=out,
+        corpus=tmp_path,
+        type=None,
+        start=None,
+        tokens=64 * 3,
+        minutes=None,
+        to=None,
+        config=None,
+        processes=1,
     )
     assert train.backbone(args) == 0
     ((subject, record),) = written

@@ -13,6 +13,12 @@ def train_backbone(parser):
         "--out", type=Path, required=True, metavar="DIR", help="folder of the run; if it exists, go on there"
     )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    parser.add_argument(
+        "--type", choices=("llama", "olmoe"), help="dense, or a mixture of experts (default: llama)"
+    )
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="for olmoe: the dense model to start from and learn from"
+    )
     parser.add_argument("--tokens", type=count, metavar="N", help="tokens to train on, all in all")
     parser.add_argument(
         "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
@@ -21,7 +27,10 @@ def train_backbone(parser):
         "--to", type=Path, metavar="DIR", help="write the model here as a Hugging Face folder"
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="JSON with settings of a run (PretrainConfig)"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON with settings of a run (PretrainConfig, OlmoeConfig)",
     )
     processes(parser)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .. import download, parallel, pocket, records
 from ..corpus import KINDS, documents
 from ..errors import UserError
-from ..pretrain import PretrainConfig, Run
+from ..pretrain import PretrainConfig, Run, settings
 from ..tokens import Batches, prepare
 
 
@@ -21,7 +21,8 @@ def backbone(args) -> int:
     """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
 
     Args:
-        args: out, corpus, tokens, minutes, to, config, processes: as in `m2r2kit train backbone --help`.
+        args: out, corpus, type, start, tokens, minutes, to, config, processes: as in
+            `m2r2kit train backbone --help`.
 
     Returns:
         0, or 1 if it was interrupted (what was learnt is saved).
@@ -30,13 +31,19 @@ def backbone(args) -> int:
         return parallel.launch(args.processes, args.words)
     folder = Path(args.out)
     command = _command(args)
-    run = Run(folder, _settings(args.config) if args.config else None)
+    run = Run(folder, _settings(args))
     if args.tokens:
         run.config = replace(run.config, tokens=args.tokens)
     first = run.group.rank() == 0
     if not first:
         parallel.any_of(False)  # the first process makes the tokens, the others wait here and read them
-    tokenizer, tokens = prepare(folder, lambda: documents(_corpus(args.corpus)), run.config.vocabulary)
+    start = getattr(run.config, "start", "")
+    tokenizer, tokens = prepare(
+        folder,
+        lambda: documents(_corpus(args.corpus)),
+        run.config.vocabulary,
+        Path(start) / "tokenizer.json" if start else None,  # the model it starts from knows these tokens
+    )
     if first:
         parallel.any_of(False)
     run.batches = Batches(tokens)
@@ -50,17 +57,31 @@ def backbone(args) -> int:
     print(f"{target}: {run.blocks} blocks, {run.seen:,} tokens seen. Held-out documents:")
     figures = pocket.evaluate(target, documents(_corpus(args.corpus)), window=run.config.window)
     print(f"{'':10} {'nats':>6} {'bits/byte':>9} {'next token right':>16}")
-    for kind, f in figures.items():
+    for kind in (kind for kind in KINDS if kind in figures):
+        f = figures[kind]
         print(f"{kind:10} {f['loss']:6.3f} {f['bits_per_byte']:9.3f} {f['accuracy']:16.1%}")
+    if "experts" in figures:
+        share = figures["experts"]["share"]
+        least, most = (run.config.experts * f(map(f, share)) for f in (min, max))
+        print(
+            f"The least used expert gets {least:.2f} times an even share of the tokens, the most {most:.2f}"
+        )
     records.append("pretrain", command=command, settings=_facts(run, target), figures=figures)
     return 0
 
 
-def _settings(file: Path) -> PretrainConfig:
+def _settings(args) -> PretrainConfig | None:
+    """What `--config`, `--type` and `--start` ask for; None where nothing does."""
+    asked = {"type": args.type, "start": args.start and str(args.start)}
+    asked = {name: value for name, value in asked.items() if value}
     try:
-        return PretrainConfig(**json.loads(Path(file).read_text()))
+        if args.config:
+            asked = json.loads(Path(args.config).read_text()) | asked
+        if asked.get("type") != "olmoe" and "start" in asked:
+            raise UserError("--start is for a mixture of experts; add --type olmoe")
+        return settings(asked) if asked else None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is not a JSON object of PretrainConfig's settings ({error})") from None
+        raise UserError(f"{args.config} is not a JSON object of settings of a run ({error})") from None
 
 
 def _corpus(folder: Path | None) -> Path:
@@ -98,7 +119,7 @@ def _facts(run: Run, folder: Path) -> dict:
 
 def _command(args) -> str:
     words = ["m2r2kit", "train", "backbone"]
-    for name in ("out", "corpus", "tokens", "minutes", "to", "config", "processes"):
+    for name in ("out", "corpus", "type", "start", "tokens", "minutes", "to", "config", "processes"):
         if getattr(args, name, None) not in (None, 1):
             words += [f"--{name}", str(getattr(args, name))]
     return shlex.join(words)
