@@ -252,7 +252,7 @@ def test_a_mixture_is_trained_exported_and_its_experts_counted(start, tmp_path, 
         to=tmp_path / "moe", config=tmp_path / "tiny.json", processes=1,
     )  # fmt: skip
     assert train.backbone(args) == 0
-    assert "times an even share of tokens" in capsys.readouterr().out
+    assert "times an even share of the tokens" in capsys.readouterr().out
     model, wrapped = load(str(tmp_path / "moe"))
     assert model.model_type == "olmoe" and {w.dtype for _, w in tree_flatten(model.parameters())} == {
         mx.float16
