@@ -50,13 +50,13 @@ class DraftModel(nn.Module):
             )
         self.config, self._backbone = config, backbone
         self._shape = PretrainConfig(
-            config.blocks,
-            config.width,
-            config.heads,
-            config.kv_heads,
-            config.ffn_width,
-            config.vocabulary,
-            config.context,
+            blocks=config.blocks,
+            width=config.width,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            ffn_width=config.ffn_width,
+            vocabulary=config.vocabulary,
+            context=config.context,
             grow_from=config.blocks,
         )
         self._hf = hf_config(self._shape, config.blocks)
