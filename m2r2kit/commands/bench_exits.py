@@ -11,7 +11,7 @@ from .. import records
 from ..backbone import Backbone
 from ..conversations import questions
 from ..errors import UserError
-from ..exits import trained, work
+from ..exits import trained
 from ..exits.forced import texts_of
 from ..exits.merit import LOSSES
 from ..exits.methods import GATES, Method, method, split
@@ -112,13 +112,6 @@ def keep_answers(backbone, methods, figures, arithmetic, rows, asked, answers, a
             levels = bench.levels(each, best["threshold"])
             kept = bench.answers_kept(backbone, decoder, levels, prompts, whole, args.max_tokens)
             figures[name]["answers"] = kept
-
-
-def shares(method: Method, threshold: float, exits) -> dict:
-    """MACs of an average token by what they are for, in those of a plain token."""
-    whole = work.whole(method.backbone).total
-    mean = work.mean(method.works(threshold), exits)
-    return {part: getattr(mean, part) / whole for part in ("blocks", "readers", "gates", "heads", "fill")}
 
 
 def table(figures: dict, depth: int) -> str:
