@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
+from m2r2kit import checkpoints, records
 from m2r2kit.errors import UserError
 from m2r2kit.exits import trained, work
 from m2r2kit.exits.calibrate import binomial_below, calibrate, holds, p_value, texts_needed
@@ -268,6 +269,18 @@ def test_p_values_are_those_of_a_binomial_and_a_promise_is_kept_on_fresh_texts()
     assert calibrate(thresholds, losses.mean(1), 400, 0.05, 0.95) in (0.8, 0.7)
     share, loss = holds(thresholds, losses, 0.05, 0.95)
     assert share >= 0.95 and 0.01 < loss < 0.05
+
+
+@pytest.mark.parametrize("kind", ["m2r2", "lens"])
+def test_the_promise_of_the_exits_that_come_with_the_kit_holds_on_fresh_texts(kind):
+    record = records.latest("exits-calibration", kind=kind)["figures"]
+    folder = records.ROOT / "data" / "pocket-dense" / "exits" / kind
+    known = checkpoints.read_settings(folder, "exits", trained.ExitsConfig)[1]["calibration"]
+    for way, losses in record["losses"].items():
+        losses = np.array(losses)  # text by text, of documents that no training has seen
+        assert np.allclose(losses.mean(1), known[way]["means"], atol=1e-4)  # `generate` chooses from these
+        kept, _ = holds(record["thresholds"], losses, 0.05, 0.95, times=100, seed=1)
+        assert kept >= 0.95
 
 
 @pytest.mark.parametrize(("risk", "confidence", "texts", "said"), [
