@@ -19,7 +19,7 @@ from .exits import work
 from .exits.decode import ExitDecoder
 from .exits.depth_decode import DepthDecoder
 from .exits.forced import Texts
-from .exits.merit import LOSSES, Curve, merits
+from .exits.merit import LOSSES, Curve, crossing, merits
 from .exits.methods import Method
 from .training import teach
 
@@ -187,6 +187,14 @@ def fastest(points: list[dict], loss: float) -> dict | None:
     """Of timed points the fastest that loses at most so much agreement."""
     good = [p for p in points if p["agreement"] >= 1 - loss]
     return max(good, key=lambda p: p["speedup"], default=None)
+
+
+def speedup_at(points: list[dict], loss: float) -> float:
+    """Speed-up at a loss of agreement, on the line between the two timed points beside it; plain decoding is
+    a point of every curve."""
+    saved = np.array([0.0, *(1 - 1 / p["speedup"] for p in points)])
+    agreement = np.array([1.0, *(p["agreement"] for p in points)])
+    return 1 / (1 - crossing(saved, agreement, 1 - loss))
 
 
 # --- answers --------------------------------------------------------------------------------

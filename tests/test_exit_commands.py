@@ -196,6 +196,12 @@ def test_a_saving_is_read_off_between_two_points():
     assert curve([0.2, 0.4], [0.98, 0.92]).saved_at(0.05, np.arange(40)) == pytest.approx(0.3)
 
 
+def test_a_speed_up_is_read_off_between_two_timed_points():
+    points = [{"speedup": 2.0, "agreement": 0.90}, {"speedup": 1.25, "agreement": 1.0}]
+    assert bench_exits.speedup_at(points, 0.05) == pytest.approx(1 / (1 - 0.35))
+    assert bench_exits.speedup_at([{"speedup": 0.8, "agreement": 1.0}], 0.05) == 1  # plain decoding
+
+
 def test_methods_are_compared_on_the_same_draws():
     rng = np.random.default_rng(0)
     easy = rng.integers(0, 2, 40)  # half of the texts are easy for both
