@@ -134,19 +134,10 @@ class Timed:
 
 def timed(method: Method, threshold: float) -> Timed:
     """A point to be timed."""
-    return Timed(method.name, threshold, decoder(method, threshold), levels(method, threshold))
-
-
-def levels(method: Method, threshold: float):
-    """What its decoder takes for a threshold."""
-    return threshold if method.reader is None else method.levels(threshold)
-
-
-def decoder(method: Method, threshold: float):
-    """What decodes with a method."""
     if method.reader is None:
-        return DepthDecoder(method.backbone, method.module)
-    return ExitDecoder(method.backbone, *method.parts, method.used(threshold))
+        return Timed(method.name, threshold, DepthDecoder(method.backbone, method.module), threshold)
+    decoder = ExitDecoder(method.backbone, *method.parts, method.used(threshold))
+    return Timed(method.name, threshold, decoder, method.levels(threshold))
 
 
 def points_to_time(curve: Curve) -> list[float]:
@@ -156,13 +147,12 @@ def points_to_time(curve: Curve) -> list[float]:
     return [curve.thresholds[i] for i in sorted(near)]
 
 
-def time_points(
-    arms: list[Timed], plain: Callable, prompts: list, answers: list, repeats: int, report=None
-) -> list[float]:
+def time_points(arms: list[Timed], plain: Callable, pairs: list, repeats: int, report=None) -> list[float]:
     """Rounds of all arms, interleaved prompt by prompt, after one that is not counted.
 
     Args:
         plain: (prompt, number of tokens) -> seconds of plain decoding.
+        pairs: prompts and the whole model's answers to them, token ids.
 
     Returns:
         seconds of each round of plain decoding.
@@ -170,7 +160,7 @@ def time_points(
     plainly: list[float] = []
     for counted in range(repeats + 1):
         totals = [0.0] * (len(arms) + 1)
-        for prompt, answer in zip(prompts, answers, strict=True):
+        for prompt, answer in pairs:
             totals[-1] += plain(prompt, len(answer))
             for i, arm in enumerate(arms):
                 totals[i] += arm.decode(prompt, answer)
@@ -206,21 +196,19 @@ def last_number(text: str) -> str | None:
     return found[-1].replace(",", "") if found else None
 
 
-def answers_kept(
-    backbone: Backbone, decoder, threshold, prompts: list, answers: list, max_tokens: int
-) -> dict:
+def answers_kept(backbone: Backbone, arm: Timed, pairs: list, max_tokens: int) -> dict:
     """How many of the whole model's answers are also the method's when it decodes freely.
 
     Returns:
         `same`, of `asked` prompts to which the whole model's text has a number.
     """
     same = asked = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in pairs:
         wanted = last_number(backbone.decode(answer))
         if wanted is None:
             continue
         asked += 1
-        out = decoder.generate(prompt, threshold, max_tokens=max_tokens)
+        out = arm.decoder.generate(prompt, arm.levels, max_tokens=max_tokens)
         same += last_number(backbone.decode(out.tokens)) == wanted
     return {"same": same, "asked": asked}
 

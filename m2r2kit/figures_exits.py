@@ -17,7 +17,7 @@ DASHES = ("-", "--", ":")
 COLOR_NAMES = ("blue", "red", "green", "purple", "orange", "sky", "black")
 LOOKS = {  # the methods that a figure shows by itself; others get what is left
     "m2r2": (COLORS["blue"], "o", "-"),
-    "m2r2-wait": (COLORS["sky"], "*", "-"),
+    "m2r2-confidence": (COLORS["sky"], "*", "-"),
     "m2r2-oracle": (COLORS["black"], "P", ":"),
     "calm": (COLORS["red"], "s", "--"),
     "saturation": (COLORS["orange"], "^", "--"),
@@ -26,7 +26,6 @@ LOOKS = {  # the methods that a figure shows by itself; others get what is left
     "layerskip": (COLORS["orange"], "X", ":"),
     "static": (COLORS["green"], "h", ":"),
     "shallow": (COLORS["purple"], "p", ":"),
-    "calm-wait": (COLORS["red"], "d", "-"),
 }
 MAIN = ("m2r2", "m2r2-oracle", "calm", "saturation", "skipdecode", "mixture-of-depths", "layerskip", "static")
 AXES = {  # of a point: what is read, and what the axis says
@@ -61,7 +60,7 @@ def look(name: str) -> dict:
 
 
 def draw_curves(ax, record: dict, over: str = "blocks", names=MAIN, least: float = 0.7) -> str:
-    """Agreement against what is spent: `blocks`, `macs`, or `time` where points were timed."""
+    """Agreement, from `least` up, against what is spent: `blocks`, `macs`, or `time` where it was taken."""
     ax.clear()
     measure, says = AXES[over]
     depth, methods = record["settings"]["depth"], record["figures"]["methods"]
@@ -82,10 +81,10 @@ def draw_curves(ax, record: dict, over: str = "blocks", names=MAIN, least: float
     return f"Agreement against {where} for {', '.join(shown)}; further to the left at one height is better."
 
 
-def draw_merits(ax, record: dict, loss: float = 0.05, leave: tuple = ()) -> str:
+def draw_merits(ax, record: dict, loss: float = 0.05) -> str:
     """Blocks saved at a loss of agreement, a method a bar, with the middle 95 % of the bootstrap."""
     ax.clear()
-    merits = {n: m["merit"][str(loss)] for n, m in record["figures"]["methods"].items() if n not in leave}
+    merits = {name: m["merit"][str(loss)] for name, m in record["figures"]["methods"].items()}
     order = sorted(merits, key=lambda name: -merits[name]["saved"])
     for y, name in enumerate(order):
         m = merits[name]

@@ -12,7 +12,7 @@ from test_train_stream import written  # noqa: F401  (a fixture: little text and
 from m2r2kit import arguments, bench_exits, figures_exits, prompts, records
 from m2r2kit.__main__ import main
 from m2r2kit.commands import bench_exits as bench_command
-from m2r2kit.commands import calibrate, train_exits, train_stream
+from m2r2kit.commands import calibrate, rows, train_exits, train_stream
 from m2r2kit.errors import UserError
 from m2r2kit.exits import methods, trained
 from m2r2kit.exits.merit import Curve, crossing, merits
@@ -33,7 +33,7 @@ def training(out, kind, **changes):
 
 @pytest.fixture
 def little(written, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(calibrate, "documents", train_stream.documents)
+    monkeypatch.setattr(calibrate, "documents", rows.documents)
     monkeypatch.setattr(calibrate, "TEXTS", 120)
     monkeypatch.setattr(calibrate, "TOKENS", 4)
     return written

@@ -1,9 +1,7 @@
 """Streamed experts: tokens of the model in memory whatever is cached, predicted or slow; live = replay."""
 
-import argparse
 import errno
 import itertools
-import json
 import os
 
 import mlx.core as mx
@@ -13,8 +11,6 @@ import tiny
 import tiny_experts
 from mlx.utils import tree_map
 
-from m2r2kit import arguments
-from m2r2kit.__main__ import main
 from m2r2kit.backbone import Backbone
 from m2r2kit.errors import UserError
 from m2r2kit.experts import methods, moe
@@ -383,66 +379,3 @@ def test_names_that_nobody_knows_are_one_sentence():
         with pytest.raises(UserError):
             methods.policy(policy, E)
     assert type(methods.predictor("nothing", model)) is Predictor
-
-
-# --- the command ----------------------------------------------------------------------------
-
-
-def test_the_command_streams_what_plain_decoding_says(tmp_path, capsys):
-    model, store = str(tiny_experts.model()), str(tiny_experts.store().folder)
-    asked = ["generate", "--model", model, "--prompt", "hello", "--raw", "--json", "--max-tokens", "9"]
-    assert main([*asked, "--method", "plain"]) == 0
-    plain = json.loads(capsys.readouterr().out)
-    streamed = [*asked, "--experts", store, "--budget", "50%", "--reads", "buffered"]
-    trace = str(tmp_path / "t.npz")
-    assert main([*streamed, "--trace", trace]) == 0
-    out = json.loads(capsys.readouterr().out)
-    assert (out["tokens"], out["text"]) == (plain["tokens"], plain["text"])
-    assert out["resident"] + out["in_time"] + out["late"] + out["missed"] == 9 * K * tiny.BLOCKS
-    for more in (["--policy", "belady"], ["--predictor", "oracle", "--distance", "1"]):
-        assert main([*streamed, "--known", trace, *more]) == 0
-        assert json.loads(capsys.readouterr().out)["tokens"] == plain["tokens"]
-    assert main([*streamed, "--temp", "0.7", "--seed", "3"]) == 0
-    drawn = json.loads(capsys.readouterr().out)["tokens"]
-    assert main([*asked, "--method", "plain", "--temp", "0.7", "--seed", "3"]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == drawn
-
-
-@pytest.mark.parametrize(
-    "more, sentence",
-    [
-        (["--budget", "100"], "is too small"),
-        (["--policy", "belady"], "needs a routing trace"),
-        (["--predictor", "m2r2"], "m2r2kit train predictor"),
-        (["--predictor", "direct"], "m2r2kit train predictor"),
-        (["--method", "medusa"], "decodes plainly"),
-        (["--known", "nowhere.npz"], "no trace nowhere.npz"),
-        (["--distance", "9"], "looks 1 to 3 blocks ahead"),
-    ],
-)
-def test_what_cannot_be_is_one_sentence(more, sentence, capsys):
-    model, store = str(tiny_experts.model()), str(tiny_experts.store().folder)
-    base = [
-        "generate",
-        "--model",
-        model,
-        "--experts",
-        store,
-        "--prompt",
-        "abc",
-        "--raw",
-        "--reads",
-        "buffered",
-    ]
-    assert main([*base, *more]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1
-
-
-def test_budgets_are_sizes_or_shares():
-    sizes = {"64MB": 64 * 10**6, "1.5GiB": 3 << 29, "4096": 4096, "25%": 0.25, "0.5": 0.5, "100%": 1.0}
-    for text, value in sizes.items():
-        assert arguments.budget(text) == value and type(arguments.budget(text)) is type(value)
-    for text in ("", "MB", "-1MB", "200%", "0", "1XB", "nan"):
-        with pytest.raises(argparse.ArgumentTypeError):
-            arguments.budget(text)

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from m2r2kit import checkpoints, distillation, prompts, tuning
 from m2r2kit.backbone import Backbone
-from m2r2kit.commands import train_stream, tune
+from m2r2kit.commands import rows, train_stream, tune
 from m2r2kit.corpus import Document
 from m2r2kit.errors import UserError
 from m2r2kit.residuals import StreamConfig, load_stream
@@ -28,8 +28,8 @@ def written(monkeypatch, tmp_path):
         for i in range(200)
     ]
     found, read = [], prompts.read
-    monkeypatch.setattr(train_stream, "documents", lambda folder: documents)
-    monkeypatch.setattr(train_stream, "HELD_OUT_ROWS", 8)
+    monkeypatch.setattr(rows, "documents", lambda folder: documents)
+    monkeypatch.setattr(rows, "HELD_OUT_ROWS", 8)
     monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(prompts, "read", lambda file: read(file)[:2])
     monkeypatch.setattr(train_stream.records, "append", lambda subject, **f: found.append((subject, f)))
@@ -151,17 +151,17 @@ def test_a_comparison_runs_in_one_process(tmp_path, written):
 
 def test_text_is_written_once(written, monkeypatch, tmp_path):
     view, made = tiny.backbone("llama", max_position_embeddings=512), []
-    write = train_stream.write
-    monkeypatch.setattr(train_stream, "write", lambda *asked: made.append(asked) or write(*asked))
-    first = train_stream.text(view, tmp_path, 16, 0)
-    again = train_stream.text(view, tmp_path, 16, 0)
+    write = rows.write
+    monkeypatch.setattr(rows, "write", lambda *asked: made.append(asked) or write(*asked))
+    first = rows.text(view, tmp_path, 16, 0)
+    again = rows.text(view, tmp_path, 16, 0)
     assert len(made) == 1 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    train_stream.text(view, tmp_path, 16, 1)
+    rows.text(view, tmp_path, 16, 1)
     assert len(made) == 2  # other rows were asked for
     (file, *_) = sorted((tmp_path / "cache").iterdir())
     for kept in (tmp_path / "cache").iterdir():
         kept.write_bytes(file.read_bytes()[:99])  # cut short
-    again = train_stream.text(view, tmp_path, 16, 0)
+    again = rows.text(view, tmp_path, 16, 0)
     assert len(made) == 3 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not list((tmp_path / "cache").glob("*.*.npz"))  # nothing half-written
 

@@ -59,9 +59,7 @@ def leaving(parser):
     parser.add_argument(
         "--threshold", type=float, metavar="T", help="leave from this probability on, whatever the risk"
     )
-    parser.add_argument(
-        "--exits", type=lambda text: tuple(counts(text)), metavar="E,F,..", help="leave at these exits only"
-    )
+    parser.add_argument("--exits", type=counts, metavar="E,F,..", help="leave at these exits only")
     parser.add_argument(
         "--skipped",
         choices=("wait", "linear"),

@@ -127,6 +127,20 @@ def processes(parser):
     )
 
 
+def corpus(parser):
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+
+
+def minutes(parser):
+    parser.add_argument(
+        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
+    )
+
+
+def seed(parser):
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+
+
 def lessons(parser):
     """What a trained part learns from, and for how long."""
     parser.add_argument(
@@ -134,11 +148,9 @@ def lessons(parser):
     )
     parser.add_argument("--batch", type=count, default=8, metavar="B", help="rows of a step (default: 8)")
     parser.add_argument("--steps", type=count, metavar="N", help="training steps")
-    parser.add_argument(
-        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
-    )
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+    minutes(parser)
+    corpus(parser)
+    seed(parser)
 
 
 def tuning(parser):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .names import EXIT_KINDS, FORMS, PEERS, TRAINED
-from .shared import lessons, model, processes, tuning
+from .shared import corpus, lessons, minutes, model, processes, seed, tuning
 from .values import count, counts, natural, number, some_of
 
 
@@ -12,7 +12,7 @@ def train_backbone(parser):
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the run; if it exists, go on there"
     )
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    corpus(parser)
     parser.add_argument(
         "--type", choices=("llama", "olmoe"), help="dense, or a mixture of experts (default: llama)"
     )
@@ -20,9 +20,7 @@ def train_backbone(parser):
         "--start", type=Path, metavar="DIR", help="for olmoe: the dense model to start from and learn from"
     )
     parser.add_argument("--tokens", type=count, metavar="N", help="tokens to train on, all in all")
-    parser.add_argument(
-        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
-    )
+    minutes(parser)
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help="write the model here as a Hugging Face folder"
     )
@@ -135,7 +133,7 @@ def train_exits(parser):
     )
     parser.add_argument(
         "--exits",
-        type=lambda text: tuple(counts(text)),
+        type=counts,
         metavar="E,F,..",
         help="after so many blocks a token may leave; for shallow, the number of its blocks",
     )
@@ -199,8 +197,8 @@ def calibrate(parser):
         metavar="DIR",
         help="where it was trained (default: 'exits/KIND' inside the model's folder)",
     )
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+    corpus(parser)
+    seed(parser)
 
 
 def pack(parser):

@@ -71,4 +71,4 @@ count, natural = number(int, 1), number(int, 0)
 
 def counts(text):
     """A type for argparse: whole numbers from 1, separated by commas."""
-    return [count(each.strip()) for each in text.split(",")]
+    return tuple(count(each.strip()) for each in text.split(","))

@@ -1,7 +1,5 @@
 """`m2r2kit bench speculation`: the arms side by side, equality first, then time."""
 
-import json
-import shlex
 import sys
 
 from tqdm import tqdm
@@ -14,6 +12,7 @@ from ..conversations import questions
 from ..errors import UserError
 from ..speculation.loop import MOST_DRAFTS
 from ..speculation.methods import drafter, drafters_folder, stream_folder, training, tuned_drafts
+from .result import command, model_name, write_json
 
 
 def run(args) -> int:
@@ -55,7 +54,7 @@ def run(args) -> int:
         )
     print(table(figures))
     settings = {
-        "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
+        "model": model_name(args.model),
         "model_sha256": backbone.sha256,
         "exit": next((exit for exit in map(drafts_at, arms) if exit), None),
         "drafts": drafts,
@@ -66,13 +65,11 @@ def run(args) -> int:
         "limit": args.limit,
     }
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".new")
-        temporary.write_text(json.dumps({"settings": settings, **figures}, indent=1) + "\n")
-        temporary.replace(args.json)
+        write_json(args.json, settings, figures)
     if args.record:
         records.append(
             "speculation",
-            command=shlex.join(["m2r2kit", *sys.argv[1:]]),
+            command=command(),
             settings=settings,
             figures=figures,
             prompts_sha256=prompt_files.sha256(asked.prompts),

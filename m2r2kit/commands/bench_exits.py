@@ -1,6 +1,5 @@
 """`m2r2kit bench exits`: curves of quality against depth for every method, then the time of some points."""
 
-import shlex
 import sys
 
 from tqdm import tqdm
@@ -16,6 +15,7 @@ from ..exits.forced import texts_of
 from ..exits.merit import LOSSES
 from ..exits.methods import GATES, Method, method, split
 from ..speculation import generate
+from .result import command, model_name
 
 
 def run(args) -> int:
@@ -27,6 +27,8 @@ def run(args) -> int:
         raise UserError("The others are compared with m2r2; name it among the methods.")
     prompts = prompt_files.first_of_each_kind(prompt_files.read(args.prompts or prompt_files.ALL), args.limit)
     asked = questions(backbone, prompts, args.max_tokens)
+    if asked.left_out:
+        print(asked.left_out)
     texts = texts_of(backbone, asked.ids, args.max_tokens)
     curves = {}
     passes = sum(len(m.thresholds) for m in methods.values()) * -(-len(asked.ids) // bench.TOGETHER)
@@ -45,16 +47,18 @@ def run(args) -> int:
         few = prompt_files.first_of_each_kind(asked.prompts, args.timed)
         rows = [i for i, p in enumerate(asked.prompts) if p in few]
         answers = [texts.tokens[i, texts.first[i] + 1 : texts.end[i] + 1].tolist() for i in rows]
-        time(backbone, methods, curves, [asked.ids[i] for i in rows], answers, figures["methods"], args)
-        arithmetic = [k for k, i in enumerate(rows) if asked.prompts[i].kind == "arithmetic"]
-        keep_answers(backbone, methods, figures["methods"], arithmetic, rows, asked, answers, args)
+        pairs = [(asked.ids[i], answer) for i, answer in zip(rows, answers, strict=True)]
+        time(backbone, methods, curves, pairs, figures["methods"], args.repeats)
+        kinds = [asked.prompts[i].kind for i in rows]
+        arithmetic = [pair for pair, kind in zip(pairs, kinds, strict=True) if kind == "arithmetic"]
+        keep_answers(backbone, methods, arithmetic, figures["methods"], args.max_tokens)
     print(table(figures["methods"], backbone.depth))
     if args.record:
         records.append(
             "exits",
-            command=shlex.join(["m2r2kit", *sys.argv[1:]]),
+            command=command(),
             settings={
-                "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
+                "model": model_name(args.model),
                 "model_sha256": backbone.sha256,
                 "depth": backbone.depth,
                 "exits": list(methods["m2r2"].reader.exits),
@@ -83,8 +87,8 @@ def quiet() -> bool:
     return not sys.stderr.isatty()
 
 
-def time(backbone: Backbone, methods: dict, curves: dict, prompts, answers, figures: dict, args) -> None:
-    """Add `timed` points to the figures of each method that can decode."""
+def time(backbone: Backbone, methods: dict, curves: dict, pairs, figures: dict, repeats: int) -> None:
+    """Add `timed` points to the figures of each method that can decode; `pairs` are prompts and answers."""
     arms = []
     for name, each in methods.items():
         if name in bench.UNTIMED:
@@ -94,8 +98,8 @@ def time(backbone: Backbone, methods: dict, curves: dict, prompts, answers, figu
     def plain(prompt, tokens):
         return generate(backbone, prompt, max_tokens=tokens).seconds
 
-    with tqdm(total=(args.repeats + 1) * len(prompts), unit="prompt", desc="time", disable=quiet()) as bar:
-        seconds = bench.time_points(arms, plain, prompts, answers, args.repeats, bar.update)
+    with tqdm(total=(repeats + 1) * len(pairs), unit="prompt", desc="time", disable=quiet()) as bar:
+        seconds = bench.time_points(arms, plain, pairs, repeats, bar.update)
     for arm in arms:
         figures[arm.name].setdefault("timed", []).append(arm.figures(seconds))
     for name in figures:
@@ -103,15 +107,12 @@ def time(backbone: Backbone, methods: dict, curves: dict, prompts, answers, figu
         figures[name]["fastest"] = best
 
 
-def keep_answers(backbone, methods, figures, arithmetic, rows, asked, answers, args) -> None:
+def keep_answers(backbone: Backbone, methods: dict, pairs, figures: dict, max_tokens: int) -> None:
     """Add to the figures of each method, at its fastest point, how many arithmetic answers stay."""
-    prompts, whole = ([asked.ids[rows[k]] for k in arithmetic], [answers[k] for k in arithmetic])
     for name, each in methods.items():
         if best := figures[name].get("fastest"):
-            decoder = bench.decoder(each, best["threshold"])
-            levels = bench.levels(each, best["threshold"])
-            kept = bench.answers_kept(backbone, decoder, levels, prompts, whole, args.max_tokens)
-            figures[name]["answers"] = kept
+            arm = bench.timed(each, best["threshold"])
+            figures[name]["answers"] = bench.answers_kept(backbone, arm, pairs, max_tokens)
 
 
 def table(figures: dict, depth: int) -> str:

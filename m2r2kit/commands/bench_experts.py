@@ -1,7 +1,5 @@
 """`m2r2kit bench experts`: ways of streaming experts side by side; or, with `--plan`, on paper."""
 
-import json
-import shlex
 import sys
 
 from tqdm import tqdm
@@ -14,6 +12,7 @@ from ..conversations import questions
 from ..errors import UserError
 from ..experts.loader import StreamedModel
 from ..speculation import generate
+from .result import command, model_name, write_json
 
 
 def run(args) -> int:
@@ -54,7 +53,7 @@ def run(args) -> int:
         )  # fmt: skip
     print(table(figures))
     settings = {
-        "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
+        "model": model_name(args.model),
         "model_sha256": model.backbone.sha256,
         "dtype": manifest.dtype,
         "record_bytes": manifest.record_bytes,
@@ -70,13 +69,11 @@ def run(args) -> int:
         "resident": args.resident,
     }
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".new")
-        temporary.write_text(json.dumps({"settings": settings, **figures}, indent=1) + "\n")
-        temporary.replace(args.json)
+        write_json(args.json, settings, figures)
     if args.record:
         records.append(
             "experts",
-            command=shlex.join(["m2r2kit", *sys.argv[1:]]),
+            command=command(),
             settings=settings,
             figures=figures,
             prompts_sha256=prompt_files.sha256(prompts),

@@ -1,6 +1,5 @@
 """`m2r2kit bench map`: the predicted speed-up of each exit with each number of drafts."""
 
-import shlex
 import sys
 
 from tqdm import tqdm
@@ -12,6 +11,7 @@ from ..conversations import questions
 from ..exit_map import exit_map
 from ..residuals import StreamConfig
 from ..speculation.methods import drafter, stream_folder
+from .result import command, model_name
 
 
 def run(args) -> int:
@@ -31,9 +31,9 @@ def run(args) -> int:
     if args.record:
         records.append(
             "speculation-map",
-            command=shlex.join(["m2r2kit", *sys.argv[1:]]),
+            command=command(),
             settings={
-                "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
+                "model": model_name(args.model),
                 "model_sha256": backbone.sha256,
                 "method": args.method,
                 "max_tokens": args.max_tokens,

@@ -18,7 +18,8 @@ from ..exits import trained
 from ..exits.calibrate import CONFIDENCE, RISK, calibrate, holds
 from ..exits.forced import Texts, texts_of
 from ..exits.methods import GATES, METHODS, PROBABLE, split, with_gate
-from .train_stream import command, for_training, tokens_of
+from .result import command
+from .rows import for_training, tokens_of
 
 TEXTS, TOKENS = 240, 40  # from which the risk is measured
 TUNING = 4  # prompts of each kind on which exits are chosen

@@ -14,7 +14,9 @@ from ..speculation import peers
 from ..speculation.methods import drafters_folder
 from ..training import DistilConfig
 from ..tuning import Tuned, tune_peer
-from .train_stream import UNTUNED, command, for_training, text
+from .result import command, model_name
+from .rows import for_training, text
+from .train_stream import UNTUNED
 
 
 def run(args) -> int:
@@ -58,7 +60,7 @@ def one(backbone: Backbone, kind: str, module, lessons, judges, out: Path, args)
     figures = facts | {"parameters": parameters}
     figures |= {"predicted_speedup": tuned.estimate} if args.tune else {}
     figures |= {"held_out_loss": after, "held_out_loss_before": before}
-    model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
+    model = model_name(args.model)
     settings = {
         "kind": kind,
         "model": model,

@@ -13,7 +13,8 @@ from ..exits import trained
 from ..residuals import load_stream
 from ..training import DistilConfig
 from . import calibrate
-from .train_stream import command, for_training, text
+from .result import command, model_name
+from .rows import for_training, text
 
 
 def run(args) -> int:
@@ -54,7 +55,7 @@ def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> 
     figures = facts | {"parameters": trained.numbers(module), "loss": sum(losses[-20:]) / len(losses[-20:])}
     settings = {
         "kind": kind,
-        "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
+        "model": model_name(args.model),
         "model_sha256": backbone.sha256,
         "rows": args.rows,
         "batch": args.batch,

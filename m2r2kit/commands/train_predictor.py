@@ -13,7 +13,8 @@ from ..errors import UserError
 from ..experts import learn, trained
 from ..experts.state_predictors import DirectMap
 from ..training import DistilConfig
-from .train_stream import command, for_training, text
+from .result import command, model_name
+from .rows import for_training, text
 
 
 def run(args) -> int:
@@ -70,7 +71,7 @@ def one(kind: str, module, backbone: Backbone, lessons, judges, args) -> None:
     figures = facts | {"parameters": parameters, "recall": after, "recall_before": before}
     described = {
         "kind": kind,
-        "model": str(args.model).rstrip("/").rsplit("/", 1)[-1],
+        "model": model_name(args.model),
         "model_sha256": backbone.sha256,
         "rows": args.rows,
         "batch": args.batch,

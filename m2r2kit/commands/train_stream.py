@@ -1,35 +1,23 @@
 """`m2r2kit train stream`: the accelerated stream of a model, which itself stays as it is."""
 
-import hashlib
-import json
 import math
-import os
-import shlex
 import signal
-import sys
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from .. import checkpoints, distillation, download, parallel, records
+from .. import checkpoints, distillation, parallel, records
 from ..backbone import Backbone
-from ..corpus import KINDS, documents
 from ..errors import UserError
-from ..paths import cache_dir
 from ..residuals import AcceleratedStream, StreamConfig, check, tau
 from ..training import DistilConfig, Lesson, needs
 from ..tuning import tune_stream
+from .result import command, model_name
+from .rows import for_training, text
 
-HELD_OUT_ROWS = 96
-OWN = 0.9  # share of the rows that the model writes itself
-WRITTEN = 1  # changes with the way the rows are made, so that older ones are not taken for them
 UNTUNED = 4  # drafts in a step where --no-tune leaves it to `m2r2kit tune`
-SMALL = 1 << 28  # numbers of a model that is trained for in float32 on any device
 
 
 def run(args) -> int:
@@ -99,14 +87,6 @@ def run(args) -> int:
     return 0
 
 
-def for_training(model) -> Backbone:
-    """The frozen model: a small one in float32, which half precision of states and logits would blur."""
-    backbone = Backbone.load(model)
-    if sum(w.size for _, w in tree_flatten(backbone.model.parameters())) <= SMALL:
-        backbone.model.set_dtype(mx.float32)
-    return backbone
-
-
 def settings(args) -> StreamConfig:
     """The stream that the arguments ask for; what they leave out is `StreamConfig`'s default."""
     default = StreamConfig()
@@ -120,53 +100,6 @@ def settings(args) -> StreamConfig:
         near=args.near,
         carry=args.carry,
     )
-
-
-def text(backbone: Backbone, corpus, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to learn from, and rows to judge by from documents that no training has seen.
-
-    The model writes most of them, which takes minutes: they are kept in the cache folder for the next
-    training that asks for the same.
-    """
-    all_documents = documents(Path(corpus) if corpus else download.corpus_folder())
-    asked = [WRITTEN, backbone.sha256, rows, seed, OWN, distillation.WINDOW, HELD_OUT_ROWS]
-    key = hashlib.sha256(json.dumps(asked).encode())
-    for d in all_documents:
-        key.update(f"{d.name}\0{d.text}\0".encode())
-    file = cache_dir() / f"text-{key.hexdigest()[:16]}.npz"
-    try:
-        with np.load(file) as kept:
-            return kept["train"], kept["held_out"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        pass  # none, or not whole
-    train, held_out = write(backbone, all_documents, rows, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.npz")
-    np.savez_compressed(temporary, train=train, held_out=held_out)
-    temporary.replace(file)
-    return train, held_out
-
-
-def write(backbone: Backbone, all_documents: list, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What `text` keeps."""
-    train, held_out = (tokens_of(backbone, all_documents, held, rows, seed) for held in (False, True))
-    train = distillation.windows(backbone, train, rows, OWN, seed)
-    return train, distillation.windows(backbone, held_out, HELD_OUT_ROWS, OWN, seed + 1)
-
-
-def tokens_of(
-    backbone: Backbone, all_documents: list, held_out: bool, rows: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Token ids of each kind's documents in one row, as many as `rows` rows are to be drawn from."""
-    ids: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    budget = 40 * rows * distillation.WINDOW  # characters of a kind
-    for d in np.random.default_rng(seed).permutation(np.array(all_documents, dtype=object)):
-        if d.held_out == held_out and len(ids[d.kind]) * 3 < budget:
-            ids[d.kind] += [
-                *backbone.tokenizer.encode(d.text, add_special_tokens=False, verbose=False),
-                *sorted(backbone.eos)[:1],
-            ]
-    return {kind: np.array(i, dtype=np.int32) for kind, i in ids.items()}
 
 
 def resume(stream: AcceleratedStream, folder: Path, backbone: Backbone, config: StreamConfig) -> int:
@@ -240,7 +173,7 @@ def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: Dis
 
 def described(backbone: Backbone, config: StreamConfig, distil: DistilConfig, args) -> dict:
     """What a record says of how a stream was trained."""
-    model = str(args.model).rstrip("/").rsplit("/", 1)[-1]
+    model = model_name(args.model)
     return {
         "model": model,
         "model_sha256": backbone.sha256,
@@ -249,8 +182,3 @@ def described(backbone: Backbone, config: StreamConfig, distil: DistilConfig, ar
         **asdict(config),
         **asdict(distil),
     }
-
-
-def command() -> str:
-    """The command that is running, as a person would type it."""
-    return shlex.join(["m2r2kit", *sys.argv[1:]])

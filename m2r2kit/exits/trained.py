@@ -8,7 +8,8 @@
 | `mixture-of-depths` | routers that let tokens pass by blocks |
 | `shallow` | the first blocks alone |
 
-All learn from the same rows for the same number of steps; `m2r2` and `lens` have as many numbers.
+All learn from the same rows; `m2r2` and `lens` have as many numbers, and for as many steps. The first exit of
+`m2r2` may begin with a trained stream (`Exits.begin_with`), which is then ahead of the others.
 """
 
 import math
