@@ -114,8 +114,11 @@ def trained(folder: str | Path, name: str, config_type: type) -> dict:
     }
 
 
-def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | Path, name: str) -> None:
-    """Fill a module with saved weights, in float32 on a CPU.
+def load_weights(
+    module: nn.Module, text: dict, base_sha256: str, folder: str | Path, name: str, without: str = ""
+) -> None:
+    """Fill a module with saved weights, in float32 on a CPU; those whose names begin with `without` are left
+    out.
 
     Raises:
         UserError: they belong to another model, or do not fit.
@@ -129,7 +132,11 @@ def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | 
     try:
         if _sha256(path) != text["weights_sha256"]:
             raise ValueError("not the file that the JSON was written for")
-        weights = {k: v.astype(mx.float32) for k, v in mx.load(str(path)).items()}
+        weights = {
+            k: v.astype(mx.float32)
+            for k, v in mx.load(str(path)).items()
+            if not (without and k.startswith(without))
+        }
         module.load_weights(list(weights.items()))
         mx.eval(module.parameters())
     except (OSError, RuntimeError, ValueError) as error:

@@ -3,9 +3,11 @@
 import json
 from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from mlx.utils import tree_flatten
 from test_train_stream import arguments as stream_arguments
 from test_train_stream import written  # noqa: F401  (a fixture: little text and few prompts)
 
@@ -27,6 +29,7 @@ def training(out, kind, **changes):
     values = {
         "model": str(tiny.folder("llama", **MODEL)), "kind": [kind], "out": out, "exits": exits, "rows": 16,
         "batch": 8, "steps": 5, "minutes": None, "corpus": out, "seed": 0, "start": None, "calibrate": False,
+        "router_only": False,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 
@@ -91,6 +94,23 @@ def test_exits_begin_with_a_stream_of_the_same_first_interval(tmp_path, little):
         train_exits.run(training(tmp_path / "x", "m2r2", start=tmp_path / "t", model=model))
     with pytest.raises(UserError, match="Only m2r2 begins with a stream"):
         train_exits.run(training(tmp_path / "x", "lens", start=tmp_path / "s"))
+
+
+def test_a_router_can_be_trained_anew_and_nothing_else_changes(tmp_path, little):
+    view, out = tiny.backbone("llama", **MODEL), tmp_path / "m2r2"
+    assert train_exits.run(training(out, "m2r2", steps=10)) == 0
+    before, facts = trained.load(view, out)
+    assert train_exits.run(training(out, "m2r2", exits=None, router_only=True)) == 0
+    after, now = trained.load(view, out)
+    new = dict(tree_flatten(after))
+    same = {name: mx.array_equal(old, new[name]).item() for name, old in tree_flatten(before)}
+    assert all(equal for name, equal in same.items() if not name.startswith("gate."))
+    assert not same["gate.out"] and not same["gate.said"]
+    assert now["steps"] == facts["steps"] and now["router_steps"] == 5
+    with pytest.raises(UserError, match="bare has no router"):
+        train_exits.run(training(out, "bare", router_only=True))
+    with pytest.raises(UserError, match="stay as they are"):
+        train_exits.run(training(out, "m2r2", router_only=True))
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

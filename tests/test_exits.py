@@ -91,6 +91,26 @@ def test_decoding_and_the_forced_pass_take_the_same_ways(reader, waits):
     assert len(some) == 4  # all exits and all blocks were tried
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_decoding_takes_arlas_second_look_as_the_forced_pass_does(waits):
+    view, module = exits()
+    mx.random.seed(5)
+    gate = module.gate
+    gate.out, gate.sure = (2 * mx.random.normal(w.shape) for w in (gate.out, gate.sure))
+    gate.said = mx.random.normal(gate.said.shape)
+    texts = texts_of(view, PROMPTS, 20)
+    parts = (view, module.reader, gate, module.fill, waits)
+    forced, blind = (ForcedPass(*parts[:2], g, *parts[3:])(texts, 0.6) for g in (gate, gate.blind()))
+    decoder, depths = ExitDecoder(*parts), (*module.reader.exits, view.depth)
+    for row, prompt in enumerate(PROMPTS):
+        at = np.flatnonzero(texts.gated[row])
+        given = texts.tokens[row, at + 1].tolist()
+        out = decoder.generate(prompt, 0.6, max_tokens=len(given), given=given)
+        assert out.depth == [depths[e] for e in forced.exit[row, at]]
+    assert forced.vain[texts.gated].sum() > 0  # heads that were read and did not convince
+    assert (forced.exit[texts.gated] != blind.exit[texts.gated]).any()
+
+
 def test_tokens_that_wait_get_the_keys_of_the_full_run():
     view, module = exits()
     decoder = ExitDecoder(view, module.reader, At(2), module.fill, waits=True)

@@ -149,6 +149,11 @@ def train_exits(parser):
         default=True,
         help="then choose exits and measure risks; --no-calibrate leaves it to `m2r2kit calibrate`",
     )
+    parser.add_argument(
+        "--router-only",
+        action="store_true",
+        help="train a new router for exits that are saved already; the rest of them stays",
+    )
     lessons(parser)
 
 

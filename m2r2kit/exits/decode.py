@@ -1,7 +1,8 @@
 """Decoding with exits: a token leaves where its gate says so, and the blocks above are skipped.
 
     probe j    the slow stream up to where exit j's interval begins, what is read at the exit, the gate's
-               score, the head's token                                  (one compiled pass)
+               score, or its first look                                 (one compiled pass)
+    look j     the head's token, and what a gate with two looks says of it  (another, if there is hope)
     leave      emit that token; fill the skipped blocks, or let it wait for the next deep pass (FREE, Bae
                et al. 2023), and fill only what the reader looks at, until that pass puts the true keys there
     or go on   to the next exit, and after the last one through all blocks
@@ -58,11 +59,12 @@ class ExitDecoder:
         N = backbone.depth
         self.use = tuple(range(len(reader.exits))) if use is None else tuple(use)
         self.starts = [reader.starts[j] for j in self.use]
-        self.probes, self.fills = [], []
+        self.probes, self.looks, self.fills = [], [], []
         for j, begin, end in zip(self.use, (0, *self.starts[:-1]), self.starts, strict=True):
             # where tokens wait, they are run with the newest one, before the probe (`_catch_up`)
             runs = range(begin, end) if not self.probes or not waits else range(0)
             self.probes.append(Traced(self._probe(j, runs), N, runs, reader.reads))
+            self.looks.append(mx.compile(self._look(j)) if gate.looks else None)
             seen = waits or gate.monotone  # only what the reader looks at
             filled = [l for l in reader.reads if l >= end] if seen else range(end, N)
             self.fills.append(Traced(self._filling(j, filled), N, filled))
@@ -81,8 +83,21 @@ class ExitDecoder:
             starts, states = [*trajectory[: len(numbers) - 1], h], [*trajectory[len(numbers) - 1 :], p]
             starts, states = (dict(zip(numbers, each, strict=True)) for each in (starts, states))
             seen = Seen(backbone.head, progress, starts=starts, states=states)
-            # a gate that needs the head has it; for others it is read out only where a token leaves
+            # a gate that needs the head has it; for others it is read out only where a token may leave
+            if self.gate.looks:
+                view = self.gate.view(j, seen)
+                return h, p, mx.sigmoid(self.gate.first(j, view)), view
             return h, p, self.gate(j, seen), *([self._choice(p)] if self.gate.probes else [])
+
+        return body
+
+    def _look(self, j: int):
+        """The compiled body of a second look at exit j: (score, the token that the head reads)."""
+
+        def body(p, view):
+            with lean_pass():
+                logits = self.backbone.head(p)
+            return mx.sigmoid(self.gate.second(j, view, logits)), mx.argmax(logits, axis=-1)
 
         return body
 
@@ -113,12 +128,18 @@ class ExitDecoder:
         for n, j in enumerate(self.use):
             if n and self.waits:
                 x = self._catch_up(n - 1, x, state)
-            h, p, score, *choice = self.probes[n](
+            h, p, score, *more = self.probes[n](
                 cache, x, mx.array(state.position), state.before, progress, *starts, *states
             )
             starts, states = [*starts, h], [*states, p]
-            if not must and score.item() >= levels[j]:
-                choice = choice[0] if choice else self.choose(p)
+            hope = self.gate.config.hope if self.gate.looks else 1
+            leaves = not must and score.item() >= hope * levels[j]
+            if leaves and self.gate.looks:
+                score, *more = self.looks[n](p, *more)
+                mx.async_eval(score, *more)
+                leaves = score.item() >= levels[j]
+            if leaves:
+                choice = more[0] if more else self.choose(p)
                 mx.async_eval(choice)  # before the fill, which nobody waits for
                 if self.fills[n].writes:
                     self.fills[n](cache, h, p, state.before)

@@ -56,6 +56,7 @@ class Outcome:
         right: whether the token given is the one that the whole model gives.
         nats: cross-entropy of that token.
         blocks: run for it, where that is not the exit's to say.
+        vain: heads read at exits where it did not leave, of gates that need them only with hope.
     """
 
     gated: np.ndarray
@@ -63,6 +64,7 @@ class Outcome:
     right: np.ndarray
     nats: np.ndarray
     blocks: np.ndarray | None = None
+    vain: np.ndarray | int = 0
 
     @property
     def agreement(self) -> float:
@@ -87,8 +89,9 @@ class ForcedPass:
         self.traced = Traced(self._step, entries, range(entries))
 
     def _step(self, entries, token, gated, before, progress, chance, answer, threshold, caught):
-        """One token of each row: (exit's number, what the head reads, right, nats, caught); `caught` (reads,
-        B) are the positions before which the blocks that a reader looks at have been run."""
+        """One token of each row: (exit's number, what the head reads, right, nats, heads read in vain,
+        caught); `caught` (reads, B) are the positions before which the blocks that a reader looks at have
+        been run."""
         backbone, reader = self.backbone, self.reader
         position = entries[0].offset
         known = self._known(entries, caught) if self.waits else entries
@@ -98,11 +101,14 @@ class ForcedPass:
         J = len(reader.exits)
         left, number = mx.zeros(gated.shape, mx.bool_), mx.full(gated.shape, J)
         fillings: list[tuple] = []
-        taken = h
+        taken, vain = h, mx.zeros(gated.shape, mx.int32)
         for l in range(backbone.depth):
             for j in [j for j, start in enumerate(reader.starts) if start == l]:
                 seen.starts[j], seen.states[j] = h, reader.at(j, h, known, position, before)
-                go = gated & ~left & (self.gate(j, seen) >= threshold[j])
+                there = gated & ~left
+                goes, looked = self.gate.ask(j, seen, threshold[j])
+                go = there & goes
+                vain = vain + (there & looked & ~goes)
                 taken = mx.where(go, seen.states[j], taken)
                 number = mx.where(go, j, number)
                 left = left | go
@@ -121,7 +127,7 @@ class ForcedPass:
         logits = backbone.head(read)
         right = mx.argmax(logits, axis=-1) == answer
         chosen = mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
-        return number[..., 0], read, right, mx.logsumexp(logits, axis=-1) - chosen, caught
+        return number[..., 0], read, right, mx.logsumexp(logits, axis=-1) - chosen, vain[..., 0], caught
 
     def _known(self, entries, caught) -> list:
         """What a reader finds while tokens wait: true keys and values before `caught`, the fill's behind."""
@@ -165,7 +171,7 @@ class ForcedPass:
         out = []
         for t in range(first, T - 1):
             progress = np.clip((t - texts.first) / longest, 0, 1).astype(np.float32)[:, None, None]
-            number, before, right, nats, caught = self.traced(
+            number, before, right, nats, vain, caught = self.traced(
                 cache,
                 tokens[:, t : t + 1],
                 mx.array(gated[:, t, None, None]),
@@ -176,14 +182,14 @@ class ForcedPass:
                 levels,
                 caught,
             )
-            mx.eval(number, before, right, nats, caught, [(c.keys, c.values) for c in cache])
-            out.append([np.array(x)[:, 0] for x in (number, right, nats)])
+            mx.eval(number, before, right, nats, vain, caught, [(c.keys, c.values) for c in cache])
+            out.append([np.array(x)[:, 0] for x in (number, right, nats, vain)])
             if report:
                 report(B)
-        exit, right, nats = (
-            np.pad(np.stack([row[i] for row in out], axis=1), [(0, 0), (first, 0)]) for i in range(3)
+        exit, right, nats, vain = (
+            np.pad(np.stack([row[i] for row in out], axis=1), [(0, 0), (first, 0)]) for i in range(4)
         )
-        return Outcome(gated, exit, right.astype(bool), nats)
+        return Outcome(gated, exit, right.astype(bool), nats, vain=vain)
 
 
 def texts_of(backbone: Backbone, prompts: list[list[int]], max_tokens: int) -> Texts:

@@ -61,9 +61,16 @@ class Gate(nn.Module):
     probes = False  # whether it needs the head's logits at each exit that it looks at
     monotone = False  # whether no token goes deeper than one before it: nobody looks into the blocks it skips
     weighs = False  # whether its score says how sure it is, so that more can be asked of an earlier exit
+    looks = False  # whether it needs the head's logits only where a first look, without them, gives it hope
 
     def __call__(self, j: int, seen: Seen) -> mx.array:
         raise NotImplementedError
+
+    def ask(self, j: int, seen: Seen, level) -> tuple[mx.array, mx.array]:
+        """(whether the token leaves at exit j, whether the head was read for that), bool (B, 1, 1) each, if a
+        score of `level` is asked for."""
+        score = self(j, seen)
+        return score >= level, mx.full(score.shape, self.probes)
 
     def macs(self, j: int) -> int:
         """Products and sums of one look at exit j, without the head's."""

@@ -60,12 +60,12 @@ class Holes:
         return mx.any(mx.stack([(self.number == j) & (s <= l) for j, s in enumerate(starts)]), axis=0)
 
 
-def holes(reader, lesson: Lesson, fill, rng: np.random.Generator) -> Holes:
-    """Draw who has left where, and put the fill's states in the places of theirs."""
+def holes(reader, lesson: Lesson, fill, rng: np.random.Generator, share: float = LEFT) -> Holes:
+    """Draw who has left where, a share of all, and put the fill's states in the places of theirs."""
     backbone = reader_backbone(reader)
     B, T = lesson.tokens.shape
     J = len(reader.exits)
-    number = mx.array(np.where(rng.random((B, T, 1)) < LEFT, rng.integers(0, J, (B, T, 1)), J))
+    number = mx.array(np.where(rng.random((B, T, 1)) < share, rng.integers(0, J, (B, T, 1)), J))
     true = shifted(lesson.states[backbone.depth])
     read = [mx.stop_gradient(reader.over(j, lesson, None, true)) for j in range(J)]
     last = lesson.states[backbone.depth]
@@ -132,15 +132,22 @@ def seen_in(reader, lesson: Lesson, cache, before, head) -> Seen:
 
 
 def gate_loss(gate: Arla, reader, lesson: Lesson, fill, rng) -> mx.array:
-    """Binary cross-entropy of `Arla` against "the head is right here", over all exits; one number. Which of
-    the exits are in use is drawn anew each time, so that any may be left out in decoding."""
-    backbone = reader_backbone(reader)
-    cut = holes(reader, lesson, fill, rng)
+    """Binary cross-entropy of both looks of `Arla` against "the head is right here", over all exits, at some
+    positions; one number. Drawn anew each time: these, how many tokens have left (few leave holes where
+    tokens wait), and which of the exits are in use, so that any may be left out in decoding."""
+    backbone, T = reader_backbone(reader), lesson.tokens.shape[1]
+    cut = holes(reader, lesson, fill, rng, LEFT * rng.random())
     seen = seen_in(reader, lesson, cut.cache, cut.before, backbone.head)
-    answer = mx.argmax(backbone.head(lesson.states[backbone.depth]), axis=-1)
+    some = mx.array(rng.choice(T, min(T, DistilConfig.positions), replace=False))
+    for known in (seen.starts, seen.states):
+        known.update({j: state[:, some] for j, state in known.items()})
+    answer = mx.argmax(backbone.head(lesson.states[backbone.depth][:, some]), axis=-1)
     seen.used = mx.array(rng.random(len(seen.states)) < 0.5)
     total = 0.0
     for j, state in seen.states.items():
-        right = mx.stop_gradient((mx.argmax(backbone.head(state), axis=-1) == answer).astype(mx.float32))
-        total = total + nn.losses.binary_cross_entropy(gate.logit(j, seen)[..., 0], right).mean()
+        logits = mx.stop_gradient(backbone.head(state))
+        right = (mx.argmax(logits, axis=-1) == answer).astype(mx.float32)[..., None]
+        view = gate.view(j, seen)
+        for look in (gate.first(j, view), gate.second(j, view, logits)):
+            total = total + nn.losses.binary_cross_entropy(look, right).mean()
     return total

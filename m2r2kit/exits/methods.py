@@ -3,6 +3,7 @@
 | method | reads | leaves by | source |
 |---|---|---|---|
 | `m2r2` | accelerated residual | ARLA | M2R2 (Bhendawade et al. 2025), as we read it |
+| `m2r2-blind` | accelerated residual | ARLA without its second look | control: the head's part |
 | `m2r2-confidence` | accelerated residual | difference of two probabilities | control: ARLA's part |
 | `m2r2-random` | accelerated residual | a coin | control: any gate's part |
 | `m2r2-oracle` | accelerated residual | the answer, known beforehand | bound |
@@ -37,9 +38,10 @@ from .fill import Fill
 from .forced import ForcedPass, Outcome, Texts
 from .gates import Chance, Confidence, Oracle, Saturation, Schedule, Static, rising
 
-PROBABLE = (0.3, 0.5, 0.7, 0.8, 0.88, 0.93, 0.96, 0.98, 0.99)
+PROBABLE = (0.3, 0.5, 0.6, 0.7, 0.77, 0.83, 0.88, 0.92, 0.95, 0.97, 0.985, 0.995)
 THRESHOLDS = {  # of each gate: the points of its curve
     "arla": PROBABLE,
+    "blind": PROBABLE,
     "confidence": PROBABLE,
     "saturation": (0.3, 0.5, 0.6, 0.7, 0.8, 0.87, 0.93, 0.97, 0.99),
     "schedule": (0.3, 0.5, 0.7, 0.9, 1.2, 1.6, 2.4, 4.0),
@@ -49,6 +51,7 @@ THRESHOLDS = {  # of each gate: the points of its curve
 }
 GATES = {
     "m2r2": ("m2r2", "arla"),
+    "m2r2-blind": ("m2r2", "blind"),
     "m2r2-confidence": ("m2r2", "confidence"),
     "m2r2-random": ("m2r2", "chance"),
     "m2r2-oracle": ("m2r2", "oracle"),
@@ -146,6 +149,8 @@ class Method:
                 out = forced(texts, self.levels(threshold))
                 works = self.works(threshold)
                 macs = np.array([w.total for w in works])[out.exit]
+                if self.gate.looks:
+                    macs = macs + out.vain * work.head_macs(self.backbone)
                 readers = np.array([w.readers for w in works])[out.exit] / block
                 blocks = np.array([*self.reader.starts, self.backbone.depth])[out.exit] + readers
             if report:
@@ -186,6 +191,7 @@ def with_gate(
     reader = module.reader
     gates = {
         "arla": lambda: module.gate,
+        "blind": lambda: module.gate.blind(),
         "confidence": Confidence,
         "saturation": Saturation,
         "schedule": lambda: Schedule(backbone.depth, reader.exits),

@@ -4,7 +4,7 @@
 |---|---|
 | `m2r2` | the accelerated residual at several exits, a linear fill, ARLA |
 | `lens` | the slow residual with a layer at each exit, a linear fill, ARLA: what CALM and SkipDecode read |
-| `bare` | the slow residual as it is, and a linear fill: what LayerSkip reads |
+| `bare` | the slow residual as it is, and a linear fill, no router: what LayerSkip reads |
 | `mixture-of-depths` | routers that let tokens pass by blocks |
 | `shallow` | the first blocks alone |
 
@@ -75,8 +75,14 @@ class Exits(nn.Module):
             width = stream.parameter_count() // (2 * backbone.width * len(exits))
             self.reader = LensReader(backbone, LensConfig(exits, width))
         self.fill = LinearFill(self.reader.starts, N, backbone.width, config.fill_rank)
-        self.gate = Arla(backbone.width, ArlaConfig(len(exits), config.latent, config.sees))
+        if config.reader != "bare":
+            self.gate = self.new_gate()
         object.__setattr__(self, "started", False)
+
+    def new_gate(self) -> Arla:
+        """An untrained router."""
+        c = self.config
+        return Arla(self._backbone.width, ArlaConfig(len(c.exits), c.latent, c.sees))
 
     def begin_with(self, stream: AcceleratedStream) -> None:
         """Take the first exit from a trained stream of the same model that has it.
@@ -129,7 +135,12 @@ class Exits(nn.Module):
         )
         both, rate = Pair(self.reader, self.fill), 0.1 if self.started else 0.5
         part(both, lambda m, x, rng: exits_loss(m.reader, x, settings, m.fill, rng), SHARES[1], rate)
-        part(self.gate, lambda m, x, rng: gate_loss(m, self.reader, x, self.fill, rng), SHARES[2], 1)
+        if "gate" in self:
+            part(self.gate, self.router_loss, SHARES[2], 1)
+
+    def router_loss(self, gate: Arla, lesson: Lesson, rng: np.random.Generator) -> mx.array:
+        """What the router is trained by, everything else frozen."""
+        return gate_loss(gate, self.reader, lesson, self.fill, rng)
 
     def needs(self) -> tuple[set[int], set[int]]:
         """Depths of the states and blocks of the keys of which a lesson has to know."""
@@ -176,13 +187,19 @@ def train(
     batch: int = 8,
     report: Callable | None = None,
     seconds: float = math.inf,
+    router_only: bool = False,
 ) -> float:
     """Train a module on rows of text (n, T), in lessons of `batch` rows, for the settings' steps or so many
-    seconds, whichever end first; returns the seconds it took."""
+    seconds, whichever end first; returns the seconds it took. With `router_only` a new router takes the
+    place of the one of a trained `Exits`, and learns for all of the steps."""
     depths, blocks = module.needs() if isinstance(module, Exits) else ({backbone.depth}, set())
     lessons = distillation.lessons(backbone, rows, depths, blocks, batch)
     begun = time.perf_counter()
-    if isinstance(module, Exits):
+    if router_only:
+        mx.random.seed(settings.seed)
+        module.gate = module.new_gate()
+        distil(module.gate, module.router_loss, lessons, settings, report, seconds)
+    elif isinstance(module, Exits):
         module.train_on(lessons, rows[:FIT_ROWS], settings, report, seconds)
     else:
         distil(module, lambda m, x, rng: m.loss(x, settings, rng), lessons, settings, report, seconds)
@@ -205,8 +222,10 @@ def save(module: nn.Module, backbone: Backbone, folder: str | Path, **facts) -> 
     checkpoints.save(module, module.config, backbone.sha256, folder, "exits", **facts)
 
 
-def load(backbone: Backbone, folder: str | Path, kind: str = "m2r2") -> tuple[nn.Module, dict]:
-    """A saved module, and everything that its JSON says.
+def load(
+    backbone: Backbone, folder: str | Path, kind: str = "m2r2", router: bool = True
+) -> tuple[nn.Module, dict]:
+    """A saved module, and everything that its JSON says; without `router`, one that still needs a router.
 
     Raises:
         UserError: there is none, it is of another kind, damaged, or belongs to another model.
@@ -216,5 +235,7 @@ def load(backbone: Backbone, folder: str | Path, kind: str = "m2r2") -> tuple[nn
     if text.get("kind") != made.__name__ or getattr(config, "reader", kind) != kind:
         raise UserError(f"{folder} holds no {kind}; name its own folder.")
     module = made(backbone, config)
-    checkpoints.load_weights(module, text, backbone.sha256, folder, "exits")
+    if not router:
+        module.pop("gate", None)
+    checkpoints.load_weights(module, text, backbone.sha256, folder, "exits", "" if router else "gate.")
     return module, text
