@@ -13,7 +13,7 @@ from m2r2kit import records  # noqa: E402
 from m2r2kit.corpus import KINDS  # noqa: E402
 
 README = ROOT / "data" / "README.md"
-MODELS = ("pocket-dense",)  # and pocket-moe, when its weights lie here
+MODELS = ("pocket-dense", "pocket-moe")
 BEGIN = "<!-- held-out figures of {}: drawn from data/results/pretrain.jsonl by ci/pretrain_table.py -->\n"
 END = "<!-- end of held-out figures -->\n"
 
