@@ -25,7 +25,7 @@ TEXTS, TOKENS = 240, 40  # from which the risk is measured
 TUNING = 4  # prompts of each kind on which exits are chosen
 WAYS = ("wait", "linear")  # of filling skipped blocks, calibrated each by itself
 RESAMPLINGS = 100  # of the promise, each time on half of the texts
-CALIBRATED = ("m2r2", "lens")  # kinds whose gate gives a promise
+CALIBRATED = ("m2r2",)  # kinds whose gate gives `generate` a promise
 
 
 def run(args) -> int:
@@ -50,8 +50,7 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
         use[name] = best_exits(with_gate(name, backbone, module, gate, fill), tuning)
     known, losses, promises = {}, {}, {}
     for way in WAYS if kind in CALIBRATED else ():
-        name = f"{kind}-arla" if kind == "lens" else kind
-        name += "" if way == "wait" else f"-{way}"
+        name = kind if way == "wait" else f"{kind}-{way}"
         method = with_gate(name, backbone, module, "arla", way, use.get(name))
         lost = measure(method, fresh).losses()
         losses[way] = lost.round(4).tolist()
