@@ -30,7 +30,7 @@ from .residency import Counts, Load, Residency
 from .slots import Bank
 from .state_predictors import StatePredictor
 from .store import Store
-from .trace import Pass, Trace
+from .trace import Named, Pass, Trace
 
 CHUNK = 512  # tokens of a prompt that are read at once: each expert is read once a chunk
 
@@ -98,6 +98,10 @@ class ExpertDecoder:
         predictor: None names nothing.
         trace: a trace to add all passes to.
         timeline: a list to add `Event`s to; reads appear when they are used, computing for tokens only.
+
+    Attributes:
+        cut: stop at each router also where all experts are in memory, to measure what the stops cost; it
+            may be changed between texts.
     """
 
     def __init__(
@@ -118,7 +122,10 @@ class ExpertDecoder:
         self.bank_of = {l: banks[residency.pools.index(pool)] for l, pool in residency.pool_of.items()}
         self.switches = {l: self.bank_of[l].switch(model.experts[l]) for l in manifest.blocks}
         looks = isinstance(self.predictor, StatePredictor)
-        self.token_pass = moe.TokenPass(self.backbone, self.switches, self.predictor if looks else None)
+        parts = self.backbone, self.switches, self.predictor if looks else None
+        first = {l: residency.shared * i * manifest.experts for i, l in enumerate(manifest.blocks)}
+        self.cut, self.cut_pass = False, moe.TokenPass(*parts)
+        self.whole_pass = moe.TokenPass(*parts, first) if residency.whole else None
         self.pending: dict[int, Request] = {}  # reads of experts that have not been used since
         self.texts, self.broken = 0, False
         self._out = ExpertGeneration()
@@ -153,7 +160,7 @@ class ExpertDecoder:
         self.broken = True
         out = self._out = ExpertGeneration()
         begun, before = time.perf_counter(), replace(self.residency.counts)
-        self.residency.new_text()
+        self._fill(self.residency.new_text())
         self.predictor.new_text()
         cache = moe.new_cache(self.backbone, len(prompt) + min(limit, FIRST_ROOM))
         last = mx.zeros((1, 1, self.backbone.width))
@@ -162,10 +169,15 @@ class ExpertDecoder:
         out.prefill = self.residency.counts - before
         out.in_time, out.late, out.stall_seconds = 0, 0, 0.0  # of the prompt's passes
         out.prefill_seconds = time.perf_counter() - begun
-        token = prompt[-1]
+        token, self._next = prompt[-1], None
         while len(out.tokens) < limit and out.stopped != "eos":
-            logits, last = self._token(token, cache, last)
-            token = mx.argmax(logits).item() if choose is None else choose(logits)
+            if self.whole_pass and not self.cut:
+                more = choose is None and len(out.tokens) + 1 < limit
+                logits, last, choice = self._flow(token, cache, last, more)
+            else:
+                logits, last = self._token(token, cache, last)
+                choice = mx.argmax(logits)
+            token = choice.item() if choose is None else choose(logits)
             out.tokens.append(token)
             if token in self.backbone.eos:
                 out.stopped = "eos"
@@ -192,27 +204,59 @@ class ExpertDecoder:
         for m, experts in named:
             self._start(residency.speculate(m, experts), urgent=False)
         noted = Pass(self.texts, False, named=[named])
-        steps = self.token_pass.run(token, cache, last)
+        steps = self.cut_pass.run(mx.array([[token]]), cache, last)
         decision = next(steps)
         while decision.l is not None:
             begun = time.perf_counter()
             mx.eval(decision.arrays())
             self._note("compute", decision.l, begun, time.perf_counter())
             l, (wanted,) = decision.l, decision.ids.tolist()
-            named = predictor.at(number, l, wanted)
-            for blocks, experts in decision.named:
-                named = [*named, *zip(blocks, experts.tolist(), strict=True)]
+            named = self._chosen(noted, number, l, wanted, decision.named)
             now, ahead = residency.arrive(l, wanted, named)
             self._start(now, urgent=True)
             self._start(ahead, urgent=False)
-            noted.wanted.append(wanted)
-            noted.named.append(named)
             decision = steps.send(self._ready(l, wanted))
         mx.eval(decision.arrays())
         residency.end()
         if self.trace:
             self.trace.passes.append(noted)
         return decision.logits[0, -1], decision.u
+
+    def _flow(
+        self, token: int, cache: list, last: mx.array, more: bool
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """`_token` where all experts are in memory, so that no block has to stop; and the likeliest token.
+        If there is to be one `more`, its pass is being computed while this one is read."""
+        residency, number, begun = self.residency, self.residency.passes, time.perf_counter()
+        decision = self._next or next(self.whole_pass.run(mx.array([[token]]), cache, last))
+        choice = mx.argmax(decision.logits, axis=-1)  # (1, 1)
+        mx.async_eval(choice, *decision.arrays())
+        self._next = next(self.whole_pass.run(choice, cache, decision.u)) if more else None
+        if more:
+            mx.async_eval(self._next.arrays())
+        mx.eval(choice, *decision.arrays())
+        self._note("compute", residency.blocks[-1], begun, time.perf_counter())
+        residency.begin()
+        named = self.predictor.before(number)
+        for m, experts in named:
+            residency.speculate(m, experts)
+        noted = Pass(self.texts, False, named=[named])
+        for l, wanted in zip(residency.blocks, decision.ids.tolist(), strict=True):
+            at = [each for each in decision.named if each[0] == l]
+            residency.arrive(l, wanted, self._chosen(noted, number, l, wanted, at))
+        residency.end()
+        if self.trace:
+            self.trace.passes.append(noted)
+        return decision.logits[0, -1], decision.u, choice
+
+    def _chosen(self, noted: Pass, number: int, l: int, wanted: list[int], named: list) -> Named:
+        """Block l's router has chosen: what is named at this moment, which is noted with it."""
+        at = self.predictor.at(number, l, wanted)
+        for _, blocks, experts in named:
+            at = [*at, *zip(blocks, experts.tolist(), strict=True)]
+        noted.wanted.append(wanted)
+        noted.named.append(at)
+        return at
 
     def _read(self, tokens: list[int], cache: list) -> mx.array:
         """A chunk of a prompt through all blocks, each expert that it needs read once; the last h_N."""
@@ -256,6 +300,11 @@ class ExpertDecoder:
         return mx.concatenate(parts)[mx.array(order)].reshape(T, k, -1)
 
     # --- reads ---
+
+    def _fill(self, loads: Sequence[Load]) -> None:
+        """Read all experts, where all fit."""
+        self._start(loads, urgent=True)
+        self.reader.wait(self.pending.pop(load.key) for load in loads)
 
     def _start(self, loads: Sequence[Load], urgent: bool) -> None:
         """Ask for records; what they evict will not land any more."""
