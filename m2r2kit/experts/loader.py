@@ -45,7 +45,8 @@ class StreamedModel:
     def __init__(self, model: str | Path, store: str | Path | Store):
         self.store = store if isinstance(store, Store) else Store(store)
         manifest = self.store.manifest
-        self.backbone, self.experts = load_without_experts(model, getattr(mx, manifest.dtype))
+        dtype, sha256 = getattr(mx, manifest.dtype), self.store.model_sha256
+        self.backbone, self.experts = load_without_experts(model, dtype, sha256)
         self.store.belongs_to(self.backbone.sha256)
 
     def residency(self, slots: int, policy: Callable, shared: bool = False) -> Residency:
