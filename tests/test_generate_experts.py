@@ -41,6 +41,7 @@ def test_the_command_streams_what_plain_decoding_says(tmp_path, capsys):
         (["--predictor", "m2r2"], "m2r2kit train predictor"),
         (["--predictor", "direct"], "m2r2kit train predictor"),
         (["--method", "medusa"], "decodes plainly"),
+        (["--method", "m2r2"], "decodes plainly"),
         (["--known", "nowhere.npz"], "no trace nowhere.npz"),
         (["--distance", "9"], "looks 1 to 3 blocks ahead"),
     ],

@@ -104,7 +104,7 @@ def table(figures: dict) -> str:
     else:
         overhead, stops = (figures[f"overhead_{name}"]["median"] for name in ("resident", "stops"))
         lines.append(
-            f"all experts in memory: {overhead:.3f} times plain decoding, and {stops:.3f} times that with stops"
+            f"all experts in memory: {overhead:.3f} times plain decoding; with stops {stops:.3f} times that"
             + ("" if figures["resident_equal"] else "; THE TEXTS DIFFER")
         )
     for budget in figures["budgets"]:

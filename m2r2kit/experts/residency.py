@@ -157,7 +157,9 @@ class Residency:
             pool.policy.new_text()
         if not self.whole or self.counts.filled:
             return []
-        loads = [self.pool_of[l].bring(l * self.experts + e) for l in self.blocks for e in range(self.experts)]
+        loads = [
+            self.pool_of[l].bring(l * self.experts + e) for l in self.blocks for e in range(self.experts)
+        ]
         self.counts.filled = len(loads)
         return loads
 
