@@ -76,18 +76,24 @@ def _figures(out: dict) -> dict:
 def skewness(file: Path) -> dict:
     """How unevenly a run's tokens used the experts, means over blocks: `busier_half`, the share of the uses
     that the more used half of the experts had; `stays`, the share of a token's experts that the token
-    before it had; `stays_by_chance`, what it would be if all were used alike."""
+    before it had; `.._by_chance`, what these would be in a text of this length with experts by lot."""
     from .experts.trace import Trace
 
     trace = Trace.load(file)
     passes = [p.wanted for p in trace.passes if not p.prompt]
     halves, stays = [], []
+
+    def busier_half(chosen) -> float:
+        uses = np.bincount(np.ravel(chosen), minlength=trace.experts)
+        return np.sort(uses)[trace.experts // 2 :].sum() / uses.sum()
+
     for i in range(len(trace.blocks)):
-        uses = np.bincount([e for wanted in passes for e in wanted[i]], minlength=trace.experts)
-        halves.append(np.sort(uses)[trace.experts // 2 :].sum() / uses.sum())
+        halves.append(busier_half([wanted[i] for wanted in passes]))
         stays += [len(set(a[i]) & set(b[i])) / trace.top_k for a, b in pairwise(passes)]
+    lots = np.random.default_rng(0).random((20, len(passes), trace.experts)).argsort(-1)[..., : trace.top_k]
     return {
         "busier_half": float(np.mean(halves)),
+        "busier_half_by_chance": float(np.mean([busier_half(lot) for lot in lots])),
         "stays": float(np.mean(stays)) if stays else None,
         "stays_by_chance": trace.top_k / trace.experts,
     }

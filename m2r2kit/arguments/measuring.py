@@ -139,7 +139,7 @@ def bench_memory(parser):
         metavar="TEXT",
         help="what to continue",
     )
-    parser.add_argument("--max-tokens", type=count, default=32, metavar="N", help="stop here (default: 32)")
+    parser.add_argument("--max-tokens", type=count, default=128, metavar="N", help="stop here (default: 128)")
     parser.add_argument("--record", action="store_true", help="add the result to data/results")
 
 
