@@ -44,7 +44,7 @@ def in_words(figures: dict) -> str:
         )
     lines.append(
         f"routing: the busier half of a block's experts had {routing['busier_half']:.0%} of the uses "
-        f"({routing['busier_half_by_chance']:.0%} by chance); {routing['stays'] or 0:.0%} of a token's experts "
-        f"had been the last token's ({routing['stays_by_chance']:.0%} by chance)"
+        f"({routing['busier_half_by_chance']:.0%} by chance); {routing['stays'] or 0:.0%} of a token's "
+        f"experts had been the last token's ({routing['stays_by_chance']:.0%} by chance)"
     )
     return "\n".join(lines)
