@@ -10,7 +10,7 @@ The router decides, always; a prediction only starts a read. Tokens are those of
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from ..fixed_cache import FIRST_ROOM
 from . import moe
 from .packing import load_without_experts
 from .predictors import Predictor
-from .reader import Reader, Request
+from .reader import AHEAD, PARKED, Reader, Request
 from .residency import Counts, Load, Residency
 from .slots import Bank
 from .state_predictors import StatePredictor
@@ -192,7 +192,7 @@ class ExpertDecoder:
 
     def settle(self) -> None:
         """Wait for what was asked for ahead and not needed, so that it does not meet what is timed next."""
-        self.reader.wait(self.pending.values())
+        self.reader.wait(r for r in self.pending.values() if r.rank != PARKED)
 
     # --- passes ---
 
@@ -204,6 +204,7 @@ class ExpertDecoder:
         named = predictor.before(number)
         for m, experts in named:
             self._start(residency.speculate(m, experts), urgent=False)
+        self._again(named)
         noted = Pass(self.texts, False, named=[named])
         steps = self.cut_pass.run(mx.array([[token]]), cache, last)
         decision = next(steps)
@@ -216,6 +217,7 @@ class ExpertDecoder:
             now, ahead = residency.arrive(l, wanted, named)
             self._start(now, urgent=True)
             self._start(ahead, urgent=False)
+            self._sort(l, wanted, named)
             decision = steps.send(self._ready(l, wanted))
         mx.eval(decision.arrays())
         residency.end()
@@ -316,6 +318,21 @@ class ExpertDecoder:
             l, expert = divmod(key, E)
             bank = self.bank_of[l]
             self.pending[key] = self.reader.submit(l, expert, _into(bank, slot), urgent)
+
+    def _sort(self, l: int, wanted: Sequence[int], named: Named) -> None:
+        """Block l has chosen: what was named for it and is not wanted is parked, or it would be read before
+        what is named rightly; what is named anew goes ahead again."""
+        pending, E = self.pending, self.residency.experts
+        if not pending:
+            return
+        self._again((m, experts) for m, experts in named if m != l)
+        wrong = self.residency.predicted.get(l, set()).difference(l * E + e for e in wanted)
+        self.reader.rank([pending[key] for key in wrong if key in pending], PARKED)
+
+    def _again(self, named: Iterable[tuple[int, Sequence[int]]]) -> None:
+        keys = [m * self.residency.experts + e for m, experts in named for e in experts]
+        requests = [self.pending[key] for key in keys if key in self.pending]
+        self.reader.rank([r for r in requests if r.rank == PARKED], AHEAD)
 
     def _ready(self, l: int, experts: Sequence[int]) -> list[int]:
         """The slots of these experts, when all of them are there."""
