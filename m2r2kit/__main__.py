@@ -65,6 +65,8 @@ def parser() -> Parser:
     arguments.bench_exits(add(bench, "exits", _runs("bench_exits"), about))
     about = "compare ways of reading experts from disk, interleaved, output checked first; or plan on paper"
     arguments.bench_experts(add(bench, "experts", _runs("bench_experts"), about))
+    about = "decode with experts on disk in a fresh process, and say the most memory that it had"
+    arguments.bench_memory(add(bench, "memory", _runs("bench_memory"), about))
 
     train = commands.add_parser("train", help="train a pocket model, or what drafts for a model")
     train = train.add_subparsers(dest="subject", metavar="WHAT", required=True)
@@ -90,6 +92,8 @@ def parser() -> Parser:
 
     about = "choose the exits of what was trained for them, and measure what each threshold risks"
     arguments.calibrate(add(commands, "calibrate", _runs("calibrate"), about))
+    about = "write a mixture of experts of random weights, as large as asked, to try its size on this machine"
+    arguments.make_moe(add(commands, "make-moe", _runs("make_moe"), about))
     about = "write the experts of a model as records that can be read one at a time, or check them"
     arguments.pack(add(commands, "pack", _runs("pack"), about))
 

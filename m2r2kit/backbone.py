@@ -62,7 +62,11 @@ class Backbone:
 
     @classmethod
     def load(
-        cls, path_or_repo: str | Path, dtype: mx.Dtype | None = None, take_out: Callable | None = None
+        cls,
+        path_or_repo: str | Path,
+        dtype: mx.Dtype | None = None,
+        take_out: Callable | None = None,
+        sha256: Callable | None = None,
     ) -> "Backbone":
         """Load a Hugging Face folder or repository with mlx-lm.
 
@@ -70,6 +74,7 @@ class Backbone:
             dtype: arithmetic of the weights; by default float32 on a CPU, as stored elsewhere.
             take_out: called with the model before its weights are read; what it takes out of the
                 model is never read.
+            sha256: folder -> the hash of its weights; by default `weights_sha256`, which reads them all.
 
         Raises:
             UserError: the folder is missing, incomplete, or of a family that is not served.
@@ -92,7 +97,7 @@ class Backbone:
             raise UserError(
                 f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole."
             ) from error
-        return cls(model, tokenizer, config, weights_sha256(folder))
+        return cls(model, tokenizer, config, (sha256 or weights_sha256)(folder))
 
     # --- sizes ---
 

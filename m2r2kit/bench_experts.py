@@ -3,19 +3,18 @@
 All arms of a budget have the same slots and decode the same prompts in turn (A B C A B C ..); when an
 arm comes back to a prompt it has decoded all others since. What a token takes is held against
 
-    C            one token with all experts in memory
+    C            computing one token: with all experts in memory, where they fit (`bench_resident.py`)
     I            the bytes that the LRU arm reads for a token, at the disk's own speed
     bound        (C + I) / max(C, I): no overlap of these two can gain more over that arm
     predicted    C + I on demand, and max(C + I_missed, I_all) where reads are asked for ahead
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from .backbone import Backbone
 from .bench import ratios
+from .bench_resident import Disk, disk_speed, in_memory, streamed
 from .errors import UserError
 from .experts import methods, trained
 from .experts.loader import ExpertDecoder, ExpertGeneration, StreamedModel
@@ -34,16 +33,6 @@ ARMS = {  # name -> policy, predictor
     "m2r2-r1": ("lru", "m2r2-r1"),
     "oracle": ("lru", "oracle"),
 }
-SAMPLE = 400  # records read to measure the disk
-
-
-@dataclass
-class Disk:
-    """How records are read: as `Reader` takes it."""
-
-    mode: str = "direct"
-    threads: int = 2
-    link: float | None = None
 
 
 @dataclass
@@ -106,38 +95,6 @@ def predictor_of(name: str, model: StreamedModel, folder, distance: int, width: 
         raise
 
 
-def routes(model: StreamedModel, disk: Disk, prompts: list[list[int]], max_tokens: int):
-    """With all experts in memory: (token ids and routing of each prompt, seconds of a token)."""
-    manifest = model.store.manifest
-    with Reader(model.store, disk.mode, disk.threads) as reader:
-        make = methods.policy("lru", manifest.experts)
-        decoder = ExpertDecoder(model, model.residency(manifest.experts, make), reader)
-        tokens, traces, seconds, count = [], [], 0.0, 0
-        for timed in (False, True):  # the first time brings the experts in
-            for prompt in prompts:
-                decoder.trace = Trace(manifest.blocks, manifest.experts, manifest.top_k)
-                out = decoder.generate(prompt, max_tokens)
-                if timed:
-                    tokens.append(out.tokens)
-                    traces.append(decoder.trace)
-                    seconds += out.seconds - out.prefill_seconds
-                    count += len(out.tokens)
-    return tokens, traces, seconds / count
-
-
-def disk_speed(model: StreamedModel, disk: Disk, sample: int = SAMPLE) -> float:
-    """Bytes/s of records in random order, as many at once as there are threads."""
-    manifest = model.store.manifest
-    all_of_them = [(l, e) for l in manifest.blocks for e in range(manifest.experts)]
-    order = np.random.default_rng(0).permutation(len(all_of_them))[:sample]
-    with Reader(model.store, disk.mode, disk.threads, disk.link) as reader:
-        for _ in range(2):  # checksums are compared the first time
-            begun = time.perf_counter()
-            reader.wait([reader.submit(*all_of_them[i], lambda record: None, True) for i in order])
-            seconds = time.perf_counter() - begun
-    return len(order) * manifest.record_bytes / seconds
-
-
 # --- the whole ------------------------------------------------------------------------------
 
 
@@ -151,7 +108,7 @@ def compare(
     repeats: int = 5,
     distance: int = 2,
     width: int | None = None,
-    right: list[list[int]] | None = None,
+    whole: Backbone | None = None,
     report: Callable | None = None,
     say: Callable = print,
 ) -> dict:
@@ -160,42 +117,46 @@ def compare(
     Args:
         folder: the model's, with its trained predictors.
         shares: of all experts, that fit the memory: the budgets.
-        right: what the model in memory answers; by default what this wing answers with all experts.
+        whole: the model with its experts, if it fits the memory: what it says is right. Otherwise what an
+            LRU cache of the largest budget says is, so that the arms are compared with each other.
         report: called after each text.
         say: told what an arm lacks.
 
     An arm whose texts differ gets no speed.
     """
-    tokens, traces, C = routes(model, disk, prompts, max_tokens)
-    right = tokens if right is None else right
-    speed = disk_speed(model, disk)
+    manifest = model.store.manifest
+    if whole is not None:
+        right = in_memory(model, whole, disk, prompts, max_tokens, repeats)
+    else:
+        right = streamed(model, round(max(shares) * manifest.experts), disk, prompts, max_tokens, repeats)
+    C, speed = right.figures["compute_seconds"], disk_speed(model, disk)
     figures = {
-        "compute_seconds": C,
+        **right.figures,
         "disk_bytes_per_second": speed,
         "simulated": disk.link is not None,
-        "resident_equal": tokens == right,
+        "resident_equal": right.equal,
         "budgets": [],
     }
     for share in shares:
         arms, readers = [], []
-        slots = round(share * model.store.manifest.experts)
+        slots = round(share * manifest.experts)
         try:
             for name, (policy, predictor) in ARMS.items():
-                who = predictor_of(predictor, model, folder, distance, width, traces[0])
+                who = predictor_of(predictor, model, folder, distance, width, right.traces[0])
                 if isinstance(who, str):
                     if share == shares[0]:
                         say(f"Left out: {name}. {who}")
                     continue
                 readers.append(Reader(model.store, disk.mode, disk.threads, disk.link))
-                make = methods.policy(policy, model.store.manifest.experts)
+                make = methods.policy(policy, manifest.experts)
                 decoder = ExpertDecoder(model, model.residency(slots, make), readers[-1], who)
-                arms.append(ExpertArm(name, decoder, known=traces))
-            _equality(arms, prompts, right, max_tokens, report)
+                arms.append(ExpertArm(name, decoder, known=right.traces))
+            _equality(arms, prompts, right.tokens, max_tokens, report)
             _time(arms, prompts, max_tokens, repeats, report)
         finally:
             for reader in readers:
                 reader.close()
-        figures["budgets"].append(_budget(arms, share, slots, C, speed, model.store.manifest.record_bytes))
+        figures["budgets"].append(_budget(arms, share, slots, C, speed, manifest.record_bytes))
     return figures
 
 

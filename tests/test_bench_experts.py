@@ -57,9 +57,30 @@ def test_an_arm_whose_text_differs_gets_no_speed(monkeypatch):
 
 
 def test_a_resident_model_that_says_otherwise_is_noticed():
-    found = figures(right=[[1], [2]])
-    assert not found["resident_equal"]
+    found = figures(whole=tiny_experts.resident("olmoe"))
+    assert found["resident_equal"] is False
     assert not any(arm["equal"] for arm in found["budgets"][0]["arms"].values())
+
+
+def test_with_the_model_in_memory_its_overhead_is_measured():
+    found = figures(whole=tiny_experts.resident("mixtral"))
+    assert found["resident_equal"] and all(arm["equal"] for arm in found["budgets"][0]["arms"].values())
+    for name, more, less in (("resident", "whole", "plain"), ("stops", "compute", "whole")):
+        ratio = found[f"overhead_{name}"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert ratio["min"] <= found[f"{more}_seconds"] / found[f"{less}_seconds"] <= ratio["max"]
+
+
+def test_without_it_the_arms_are_compared_with_each_other_and_less_is_held(monkeypatch):
+    held, real = [], StreamedModel.residency
+    monkeypatch.setattr(
+        StreamedModel, "residency", lambda self, slots, *more: held.append(slots) or real(self, slots, *more)
+    )
+    found = figures(shares=[0.25, 0.5])
+    assert found["resident_equal"] is found["overhead_resident"] is None
+    assert found["compute_seconds"] > 0 and "4 slots a block" in found["compute_from"]
+    assert max(held) == 4  # never more than the largest budget
+    assert all(arm["equal"] for budget in found["budgets"] for arm in budget["arms"].values())
 
 
 def test_the_command_prints_a_table_and_records_it(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ COMMANDS = (
     ("bench", "map"),
     ("bench", "exits"),
     ("bench", "experts"),
+    ("bench", "memory"),
     ("train",),
     ("train", "backbone"),
     ("train", "stream"),
@@ -24,6 +25,7 @@ COMMANDS = (
     ("train", "exits"),
     ("train", "predictor"),
     ("calibrate",),
+    ("make-moe",),
     ("pack",),
     ("report",),
 )
@@ -71,7 +73,11 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, sentence, capsys)
 
 def test_defaults_are_those_that_programs_rely_on():
     generate = cli.parser().parse_args(["generate", "--prompt", "a"])
-    assert (generate.method, generate.max_tokens, generate.temp) == ("m2r2", 128, 0.0)
+    assert (generate.method, generate.max_tokens, generate.temp) == (
+        None,
+        128,
+        0.0,
+    )  # m2r2, with --experts plain
     assert generate.model.endswith("data/pocket-dense")
     bench = cli.parser().parse_args(["bench", "speculation", "--methods", "plain, m2r2"])
     assert (bench.methods, bench.repeats, bench.max_tokens) == (["plain", "m2r2"], 5, 128)

@@ -17,7 +17,7 @@ from m2r2kit.experts import methods, moe
 from m2r2kit.experts import reader as reading
 from m2r2kit.experts.loader import ExpertDecoder, StreamedModel
 from m2r2kit.experts.predictors import Predictor, Random, Recorded
-from m2r2kit.experts.reader import Reader
+from m2r2kit.experts.reader import PARKED, Reader
 from m2r2kit.experts.replay import replay
 from m2r2kit.experts.slots import Bank, budget_of_share, slots_of_budget
 from m2r2kit.experts.state_predictors import DirectMap, NextRouter, StreamPredictor, router
@@ -163,6 +163,20 @@ def test_reads_that_nobody_wants_any_more_do_not_land_over_others():
     slow = Reader(model.store, "buffered", threads=1, link=20e6)
     tokens, residency, _ = run(model, predictor=guess, slots=K, reader=slow)
     assert tokens == right() and residency.counts.unused > 100
+
+
+def test_wrong_guesses_do_not_take_the_disk_from_right_ones():
+    """What was named for a block that has passed, and waits still, is not read."""
+    model = streamed()
+    guess = Random(model.store.manifest.blocks, 1, E, 4)
+    with Reader(model.store, "buffered", threads=1, link=2e6) as r:
+        residency = model.residency(6, methods.policy("lru", E))
+        decoder = ExpertDecoder(model, residency, r, guess)
+        out = decoder.generate(PROMPTS[1], 6)
+        asked = residency.counts.reads
+        decoder.settle()
+        assert out.tokens == right()[1][:6] and r.reads < asked
+        assert any(request.rank == PARKED and not request.done for request in decoder.pending.values())
 
 
 def test_a_long_prompt_is_read_in_chunks(monkeypatch):

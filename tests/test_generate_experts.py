@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -41,6 +43,7 @@ def test_the_command_streams_what_plain_decoding_says(tmp_path, capsys):
         (["--predictor", "m2r2"], "m2r2kit train predictor"),
         (["--predictor", "direct"], "m2r2kit train predictor"),
         (["--method", "medusa"], "decodes plainly"),
+        (["--method", "m2r2"], "decodes plainly"),
         (["--known", "nowhere.npz"], "no trace nowhere.npz"),
         (["--distance", "9"], "looks 1 to 3 blocks ahead"),
     ],
@@ -62,6 +65,18 @@ def test_what_cannot_be_is_one_sentence(more, sentence, capsys):
     assert main([*base, *more]) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
+
+
+def test_a_damaged_store_gives_no_wrong_token(tmp_path, capsys):
+    store = Path(shutil.copytree(tiny_experts.store().folder, tmp_path / "store"))
+    last = store / f"block-{tiny.BLOCKS - 1:02d}.bin"
+    content, record = bytearray(last.read_bytes()), tiny_experts.store().manifest.record_bytes
+    content[::record] = bytes(byte ^ 1 for byte in content[::record])  # a bit of each expert of a block
+    last.write_bytes(content)
+    asked = ["generate", "--model", str(tiny_experts.model()), "--experts", str(store), "--prompt", "hello"]
+    assert main([*asked, "--raw", "--json", "--reads", "buffered"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "checksum is wrong" in err and err.count("\n") == 1
 
 
 def test_budgets_are_sizes_or_shares():

@@ -12,7 +12,7 @@ import tiny_experts
 
 from m2r2kit.errors import UserError
 from m2r2kit.experts import reader as reading
-from m2r2kit.experts.reader import Link, Reader, system_read_bytes
+from m2r2kit.experts.reader import AHEAD, PARKED, Link, Reader, system_read_bytes
 from m2r2kit.experts.store import Store
 
 
@@ -85,6 +85,24 @@ def test_one_asked_for_ahead_and_needed_now_goes_first():
         waiter.join()
         r.wait([first, *later])
     assert order == [3, 1, 2]
+
+
+def test_what_is_parked_is_not_read_until_it_is_wanted_again():
+    landed, gate, started = Landed(), threading.Event(), threading.Event()
+    with Reader(tiny_experts.store(), "buffered", threads=1) as r:
+        busy = r.submit(0, 0, lambda record: (started.set(), gate.wait()), True)
+        started.wait()
+        queued = [r.submit(0, e, landed.at(0, e), False) for e in (1, 2, 3, 4)]
+        r.rank(queued[:3], PARKED)
+        r.rank(queued[:1], AHEAD)
+        gate.set()
+        r.wait([busy, queued[3]])
+        r.wait([queued[0]])
+        assert set(landed) == {(0, 1), (0, 4)} and r.reads == 3
+        r.wait([queued[1]])  # needed after all
+        assert set(landed) == {(0, 1), (0, 2), (0, 4)}
+        r.rank(queued, PARKED)  # what is there stays there
+        assert queued[1].done and not queued[2].done
 
 
 def test_what_was_cancelled_does_not_land():

@@ -1,6 +1,7 @@
 """The store: what is packed is what the model has, whole or not there at all."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from m2r2kit.__main__ import main
 from m2r2kit.backbone import Backbone
 from m2r2kit.errors import UserError
 from m2r2kit.experts import packing
+from m2r2kit.experts import store as store_module
+from m2r2kit.experts.loader import StreamedModel
 from m2r2kit.experts.store import PAGE, Store
 
 
@@ -133,7 +136,7 @@ def test_what_another_model_left_is_not_gone_on_with(tmp_path):
     (partial / packing.PROGRESS).write_text(json.dumps({"facts": facts, "sha256": sums}))
     (partial / "block-99.bin").write_bytes(b"of a deeper model")
     packing.pack(tiny_experts.model("olmoe"), out)
-    assert not Store(out).damaged() and len(list(out.iterdir())) == 1 + tiny.BLOCKS
+    assert not Store(out).damaged() and len(list(out.iterdir())) == 2 + tiny.BLOCKS
 
 
 # --- what is not whole ----------------------------------------------------------------------
@@ -183,3 +186,27 @@ def test_the_command_packs_and_verifies(tmp_path, capsys):
     flip(tmp_path / "store" / "block-00.bin", 0)
     assert main(["pack", model, out, "--verify"]) == 1
     assert "Expert 0 of block 0 in" in capsys.readouterr().out
+
+
+# --- which model a store belongs to ---------------------------------------------------------
+
+
+def test_a_models_hash_is_read_again_only_when_its_files_have_changed(tmp_path, monkeypatch):
+    model = Path(shutil.copytree(tiny_experts.model(), tmp_path / "model"))
+    packing.pack(model, tmp_path / "store")
+    hashed, real = [], store_module.weights_sha256
+    monkeypatch.setattr(store_module, "weights_sha256", lambda folder: hashed.append(1) or real(folder))
+    StreamedModel(model, tmp_path / "store")
+    assert not hashed
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    for _ in range(2):  # the same weights elsewhere: once
+        StreamedModel(moved, tmp_path / "store")
+    assert len(hashed) == 1
+    weights = moved / "model.safetensors"
+    before = weights.stat()
+    flip(weights, before.st_size - 1)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # size and time say nothing
+    with pytest.raises(UserError, match="packed from another model"):
+        StreamedModel(moved, tmp_path / "store")
+    (tmp_path / "store" / "model.json").write_text("{")
+    StreamedModel(model, tmp_path / "store")

@@ -1,11 +1,12 @@
 """The arguments of the command line: one function for each command, called with its parser."""
 
 from .decoding import generate
-from .measuring import bench_exits, bench_experts, bench_map, bench_speculation
+from .measuring import bench_exits, bench_experts, bench_map, bench_memory, bench_speculation
 from .names import EXIT_KINDS, EXIT_METHODS, FORMS, METHODS, MODEL, PEERS, POLICIES, PREDICTORS, TRAINED
 from .shared import drafters, model, stream
 from .training import (
     calibrate,
+    make_moe,
     pack,
     train_backbone,
     train_drafter,
@@ -28,11 +29,13 @@ __all__ = [
     "bench_exits",
     "bench_experts",
     "bench_map",
+    "bench_memory",
     "bench_speculation",
     "budget",
     "calibrate",
     "drafters",
     "generate",
+    "make_moe",
     "model",
     "pack",
     "stream",

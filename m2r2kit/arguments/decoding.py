@@ -10,7 +10,7 @@ from .values import counts, natural, number
 def generate(parser):
     model(parser)
     parser.add_argument(
-        "--method", choices=(*METHODS, "exits"), default="m2r2", help="how to decode (default: m2r2)"
+        "--method", choices=(*METHODS, "exits"), help="how to decode (default: m2r2, with --experts plain)"
     )
     drafting(parser)
     parser.add_argument(

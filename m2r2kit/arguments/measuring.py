@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .names import EXIT_METHODS, METHODS
 from .shared import drafting, exits, model, stream, streaming
-from .values import count, counts, natural, number, shares, some_of
+from .values import budget, count, counts, natural, number, shares, size, some_of
 
 
 def bench_speculation(parser):
@@ -97,6 +97,50 @@ def bench_experts(parser):
         metavar="MODEL",
         help="compute what streaming would give a known model (default: all of them), without running it",
     )
+
+
+def bench_memory(parser):
+    model(parser)
+    parser.add_argument(
+        "--experts", type=Path, required=True, metavar="STORE", help="the packed experts of the model"
+    )
+    parser.add_argument(
+        "--budget",
+        type=budget,
+        default=0.1,
+        metavar="SIZE",
+        help="memory for experts: 64MB, 25%% (default: 10%%)",
+    )
+    parser.add_argument(
+        "--most",
+        type=size,
+        default=10**9,
+        metavar="SIZE",
+        help="what the process may take in all, or the command fails (default: 1GB)",
+    )
+    parser.add_argument(
+        "--predictor",
+        choices=("nothing", "previous", "next-router"),
+        default="next-router",
+        help="who names experts ahead of time (default: next-router)",
+    )
+    parser.add_argument(
+        "--reads",
+        choices=("direct", "buffered"),
+        default="direct",
+        help="past the page cache (default), or not",
+    )
+    parser.add_argument(
+        "--threads", type=count, default=2, metavar="N", help="that read at once (default: 2)"
+    )
+    parser.add_argument(
+        "--prompt",
+        default="The sea was calm, and the ship lay at anchor near the old harbour.",
+        metavar="TEXT",
+        help="what to continue",
+    )
+    parser.add_argument("--max-tokens", type=count, default=128, metavar="N", help="stop here (default: 128)")
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
 
 
 def bench_map(parser):

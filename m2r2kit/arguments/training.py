@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .names import EXIT_KINDS, FORMS, PEERS, TRAINED
 from .shared import corpus, lessons, minutes, model, processes, seed, tuning
-from .values import count, counts, natural, number, some_of
+from .values import count, counts, natural, number, size, some_of
 
 
 def train_backbone(parser):
@@ -203,6 +203,21 @@ def calibrate(parser):
         help="where it was trained (default: 'exits/KIND' inside the model's folder)",
     )
     corpus(parser)
+    seed(parser)
+
+
+def make_moe(parser):
+    parser.add_argument("out", type=Path, metavar="DIR", help="folder of the model")
+    parser.add_argument(
+        "--size", type=size, default=4_500_000_000, metavar="SIZE", help="at least so large (default: 4.5GB)"
+    )
+    parser.add_argument(
+        "--width",
+        type=number(int, 8),
+        default=512,
+        metavar="D",
+        help="of the stream and of an expert, a multiple of 8; an expert has 12 D^2 bytes (default: 512)",
+    )
     seed(parser)
 
 

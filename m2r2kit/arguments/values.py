@@ -3,6 +3,14 @@
 import argparse
 
 
+def size(text):
+    """A type for argparse: bytes, such as 64MB."""
+    value = budget(text)
+    if isinstance(value, float):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 64MB")
+    return value
+
+
 def number(kind, least, most=None, above=False):
     """A type for argparse: an int or float from `least` (or above it) to `most`."""
 

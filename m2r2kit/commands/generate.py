@@ -4,6 +4,7 @@ import json
 import sys
 
 from ..backbone import Backbone
+from ..memory import peak_bytes
 from ..prompts import Prompt, read
 from ..speculation import Sampler, generate
 from ..speculation.loop import Generation
@@ -18,6 +19,7 @@ def run(args) -> int:
         from . import generate_experts
 
         return generate_experts.run(args, prompts)
+    args.method = args.method or "m2r2"
     backbone = Backbone.load(args.model)
     ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first
     if args.method == "exits":
@@ -51,7 +53,9 @@ def as_json(backbone: Backbone, id: str, method: str, out: Generation) -> dict:
         "steps": out.steps,
         "accepted": out.accepted,
         "seconds": round(out.seconds, 6),
+        "prefill_seconds": round(out.prefill_seconds, 6),
         "stopped": out.stopped,
+        "peak_bytes": peak_bytes(),
     }
 
 

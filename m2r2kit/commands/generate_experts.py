@@ -13,13 +13,14 @@ from ..experts.predictors import Predictor
 from ..experts.reader import Reader
 from ..experts.slots import budget_of_share, slots_of_budget
 from ..experts.trace import Trace
+from ..memory import peak_bytes
 from ..speculation import Sampler
 from .generate import Stream
 
 
 def run(args, prompts) -> int:
     """Answer the prompts; `--json` prints one object each."""
-    if args.method not in ("m2r2", "plain"):
+    if args.method not in (None, "plain"):
         raise UserError(f"--experts decodes plainly, without --method {args.method}; leave one of them out.")
     model = StreamedModel(args.model, args.experts)
     backbone, manifest = model.backbone, model.store.manifest
@@ -82,6 +83,7 @@ def as_json(backbone, id: str, out: ExpertGeneration, record_bytes: int) -> dict
         "in_time": out.in_time,
         "late": out.late,
         "bytes_asked_for": out.counts.reads * record_bytes,
+        "peak_bytes": peak_bytes(),
     }
 
 

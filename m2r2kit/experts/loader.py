@@ -10,7 +10,7 @@ The router decides, always; a prediction only starts a read. Tokens are those of
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +25,12 @@ from ..fixed_cache import FIRST_ROOM
 from . import moe
 from .packing import load_without_experts
 from .predictors import Predictor
-from .reader import Reader, Request
+from .reader import AHEAD, PARKED, Reader, Request
 from .residency import Counts, Load, Residency
 from .slots import Bank
 from .state_predictors import StatePredictor
 from .store import Store
-from .trace import Pass, Trace
+from .trace import Named, Pass, Trace
 
 CHUNK = 512  # tokens of a prompt that are read at once: each expert is read once a chunk
 
@@ -45,7 +45,8 @@ class StreamedModel:
     def __init__(self, model: str | Path, store: str | Path | Store):
         self.store = store if isinstance(store, Store) else Store(store)
         manifest = self.store.manifest
-        self.backbone, self.experts = load_without_experts(model, getattr(mx, manifest.dtype))
+        dtype, sha256 = getattr(mx, manifest.dtype), self.store.model_sha256
+        self.backbone, self.experts = load_without_experts(model, dtype, sha256)
         self.store.belongs_to(self.backbone.sha256)
 
     def residency(self, slots: int, policy: Callable, shared: bool = False) -> Residency:
@@ -98,6 +99,10 @@ class ExpertDecoder:
         predictor: None names nothing.
         trace: a trace to add all passes to.
         timeline: a list to add `Event`s to; reads appear when they are used, computing for tokens only.
+
+    Attributes:
+        cut: stop at each router also where all experts are in memory, to measure what the stops cost; it
+            may be changed between texts.
     """
 
     def __init__(
@@ -118,7 +123,10 @@ class ExpertDecoder:
         self.bank_of = {l: banks[residency.pools.index(pool)] for l, pool in residency.pool_of.items()}
         self.switches = {l: self.bank_of[l].switch(model.experts[l]) for l in manifest.blocks}
         looks = isinstance(self.predictor, StatePredictor)
-        self.token_pass = moe.TokenPass(self.backbone, self.switches, self.predictor if looks else None)
+        parts = self.backbone, self.switches, self.predictor if looks else None
+        first = {l: residency.shared * i * manifest.experts for i, l in enumerate(manifest.blocks)}
+        self.cut, self.cut_pass = False, moe.TokenPass(*parts)
+        self.whole_pass = moe.TokenPass(*parts, first) if residency.whole else None
         self.pending: dict[int, Request] = {}  # reads of experts that have not been used since
         self.texts, self.broken = 0, False
         self._out = ExpertGeneration()
@@ -153,7 +161,7 @@ class ExpertDecoder:
         self.broken = True
         out = self._out = ExpertGeneration()
         begun, before = time.perf_counter(), replace(self.residency.counts)
-        self.residency.new_text()
+        self._fill(self.residency.new_text())
         self.predictor.new_text()
         cache = moe.new_cache(self.backbone, len(prompt) + min(limit, FIRST_ROOM))
         last = mx.zeros((1, 1, self.backbone.width))
@@ -162,10 +170,15 @@ class ExpertDecoder:
         out.prefill = self.residency.counts - before
         out.in_time, out.late, out.stall_seconds = 0, 0, 0.0  # of the prompt's passes
         out.prefill_seconds = time.perf_counter() - begun
-        token = prompt[-1]
+        token, self._next = prompt[-1], None
         while len(out.tokens) < limit and out.stopped != "eos":
-            logits, last = self._token(token, cache, last)
-            token = mx.argmax(logits).item() if choose is None else choose(logits)
+            if self.whole_pass and not self.cut:
+                more = choose is None and len(out.tokens) + 1 < limit
+                logits, last, choice = self._flow(token, cache, last, more)
+            else:
+                logits, last = self._token(token, cache, last)
+                choice = mx.argmax(logits)
+            token = choice.item() if choose is None else choose(logits)
             out.tokens.append(token)
             if token in self.backbone.eos:
                 out.stopped = "eos"
@@ -179,7 +192,7 @@ class ExpertDecoder:
 
     def settle(self) -> None:
         """Wait for what was asked for ahead and not needed, so that it does not meet what is timed next."""
-        self.reader.wait(self.pending.values())
+        self.reader.wait(r for r in self.pending.values() if r.rank != PARKED)
 
     # --- passes ---
 
@@ -191,28 +204,62 @@ class ExpertDecoder:
         named = predictor.before(number)
         for m, experts in named:
             self._start(residency.speculate(m, experts), urgent=False)
+        self._again(named)
         noted = Pass(self.texts, False, named=[named])
-        steps = self.token_pass.run(token, cache, last)
+        steps = self.cut_pass.run(mx.array([[token]]), cache, last)
         decision = next(steps)
         while decision.l is not None:
             begun = time.perf_counter()
             mx.eval(decision.arrays())
             self._note("compute", decision.l, begun, time.perf_counter())
             l, (wanted,) = decision.l, decision.ids.tolist()
-            named = predictor.at(number, l, wanted)
-            for blocks, experts in decision.named:
-                named = [*named, *zip(blocks, experts.tolist(), strict=True)]
+            named = self._chosen(noted, number, l, wanted, decision.named)
             now, ahead = residency.arrive(l, wanted, named)
             self._start(now, urgent=True)
             self._start(ahead, urgent=False)
-            noted.wanted.append(wanted)
-            noted.named.append(named)
+            self._sort(l, wanted, named)
             decision = steps.send(self._ready(l, wanted))
         mx.eval(decision.arrays())
         residency.end()
         if self.trace:
             self.trace.passes.append(noted)
         return decision.logits[0, -1], decision.u
+
+    def _flow(
+        self, token: int, cache: list, last: mx.array, more: bool
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """`_token` where all experts are in memory, so that no block has to stop; and the likeliest token.
+        If there is to be one `more`, its pass is being computed while this one is read."""
+        residency, number, begun = self.residency, self.residency.passes, time.perf_counter()
+        decision = self._next or next(self.whole_pass.run(mx.array([[token]]), cache, last))
+        choice = mx.argmax(decision.logits, axis=-1)  # (1, 1)
+        mx.async_eval(choice, *decision.arrays())
+        self._next = next(self.whole_pass.run(choice, cache, decision.u)) if more else None
+        if more:
+            mx.async_eval(self._next.arrays())
+        mx.eval(choice, *decision.arrays())
+        self._note("compute", residency.blocks[-1], begun, time.perf_counter())
+        residency.begin()
+        named = self.predictor.before(number)
+        for m, experts in named:
+            residency.speculate(m, experts)
+        noted = Pass(self.texts, False, named=[named])
+        for l, wanted in zip(residency.blocks, decision.ids.tolist(), strict=True):
+            at = [each for each in decision.named if each[0] == l]
+            residency.arrive(l, wanted, self._chosen(noted, number, l, wanted, at))
+        residency.end()
+        if self.trace:
+            self.trace.passes.append(noted)
+        return decision.logits[0, -1], decision.u, choice
+
+    def _chosen(self, noted: Pass, number: int, l: int, wanted: list[int], named: list) -> Named:
+        """Block l's router has chosen: what is named at this moment, which is noted with it."""
+        at = self.predictor.at(number, l, wanted)
+        for _, blocks, experts in named:
+            at = [*at, *zip(blocks, experts.tolist(), strict=True)]
+        noted.wanted.append(wanted)
+        noted.named.append(at)
+        return at
 
     def _read(self, tokens: list[int], cache: list) -> mx.array:
         """A chunk of a prompt through all blocks, each expert that it needs read once; the last h_N."""
@@ -257,6 +304,11 @@ class ExpertDecoder:
 
     # --- reads ---
 
+    def _fill(self, loads: Sequence[Load]) -> None:
+        """Read all experts, where all fit."""
+        self._start(loads, urgent=True)
+        self.reader.wait(self.pending.pop(load.key) for load in loads)
+
     def _start(self, loads: Sequence[Load], urgent: bool) -> None:
         """Ask for records; what they evict will not land any more."""
         E = self.residency.experts
@@ -266,6 +318,21 @@ class ExpertDecoder:
             l, expert = divmod(key, E)
             bank = self.bank_of[l]
             self.pending[key] = self.reader.submit(l, expert, _into(bank, slot), urgent)
+
+    def _sort(self, l: int, wanted: Sequence[int], named: Named) -> None:
+        """Block l has chosen: what was named for it and is not wanted is parked, or it would be read before
+        what is named rightly; what is named anew goes ahead again."""
+        pending, E = self.pending, self.residency.experts
+        if not pending:
+            return
+        self._again((m, experts) for m, experts in named if m != l)
+        wrong = self.residency.predicted.get(l, set()).difference(l * E + e for e in wanted)
+        self.reader.rank([pending[key] for key in wrong if key in pending], PARKED)
+
+    def _again(self, named: Iterable[tuple[int, Sequence[int]]]) -> None:
+        keys = [m * self.residency.experts + e for m, experts in named for e in experts]
+        requests = [self.pending[key] for key in keys if key in self.pending]
+        self.reader.rank([r for r in requests if r.rank == PARKED], AHEAD)
 
     def _ready(self, l: int, experts: Sequence[int]) -> list[int]:
         """The slots of these experts, when all of them are there."""

@@ -4,9 +4,10 @@
     .. the experts are brought into slots ..
     segment    [these experts] .. the next attention, router           -> ..
 
-Each segment is one compiled pass (`fixed_cache.Traced`) from one router's decision to the next. The
-families differ in how they route; their own code is asked, with something else in the place of the
-experts, so nothing of it is written here a second time.
+Each segment is one compiled pass (`fixed_cache.Traced`) from one router's decision to the next. Where
+all experts are in slots already, nothing has to be brought and one segment spans all blocks. The families
+differ in how they route; their own code is asked, with something else in the place of the experts, so nothing
+of it is written here a second time.
 """
 
 from collections.abc import Iterator
@@ -79,6 +80,22 @@ def dense(backbone: Backbone, l: int, u: mx.array) -> mx.array:
     return u + block[parts.ffn](block[parts.ffn_norm](u))
 
 
+def through(
+    backbone: Backbone, l: int, u: mx.array, switch: nn.Module, first: int
+) -> tuple[mx.array, mx.array]:
+    """Block l from u_l on by its own code, with all its experts in slots from `first` on: h_{l+1}, and the
+    ids (1, k) that its router chose; T = 1."""
+    noted = []
+
+    def experts(x, ids):
+        noted.append(ids)
+        return switch(x, ids + first if first else ids)
+
+    with replaced(backbone.blocks[l][backbone.parts.ffn], EXPERTS, experts):
+        h = dense(backbone, l, u)
+    return h, noted[0].reshape(1, -1)
+
+
 def new_cache(backbone: Backbone, room: int) -> list:
     """`Backbone.new_cache` for a model whose experts are taken out: it asks the model for shapes only."""
 
@@ -101,10 +118,11 @@ class Decision:
 
     Attributes:
         u: the state after block l's attention, (1, 1, D); at the end h_N.
-        x, ids, weights: as `route` gives them, T = 1.
+        x, ids, weights: as `route` gives them, T = 1; at the end `ids` (blocks, k) of the blocks that were
+            passed without a stop, if any were.
         p: what the predictor hands on.
-        named: for each block of the segment that the predictor was asked at, its targets and their
-            experts (targets, width).
+        named: each time the predictor was asked in the segment: the block with experts whose decision
+            came next, the targets, and their experts (targets, width).
         logits: at the end, (1, 1, V).
     """
 
@@ -114,13 +132,13 @@ class Decision:
     ids: mx.array | None = None
     weights: mx.array | None = None
     p: mx.array | None = None
-    named: list[tuple[list[int], mx.array]] = field(default_factory=list)
+    named: list[tuple[int, list[int], mx.array]] = field(default_factory=list)
     logits: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
         """All that has to be computed before the experts can be brought."""
         given = (self.u, self.x, self.ids, self.weights, self.p, self.logits)
-        return [a for a in given if a is not None] + [experts for _, experts in self.named]
+        return [a for a in given if a is not None] + [experts for *_, experts in self.named]
 
 
 class TokenPass:
@@ -129,20 +147,27 @@ class TokenPass:
     Args:
         switches: for each block with experts, what computes from slots (`slots.Bank.switch`).
         predictor: that looks at states; None where nothing does.
+        first: where all experts are in slots and stay, the slot of each block's first one: no stops then.
     """
 
     def __init__(
-        self, backbone: Backbone, switches: dict[int, nn.Module], predictor: StatePredictor | None = None
+        self,
+        backbone: Backbone,
+        switches: dict[int, nn.Module],
+        predictor: StatePredictor | None = None,
+        first: dict[int, int] | None = None,
     ):
         self.backbone, self.switches, self.predictor = backbone, switches, predictor
+        self.first = first or {}
         if predictor is not None:
             mx.eval(predictor.parameters())  # or the compiled passes would make them anew each time
-        self.stops = [*sorted(switches), None]
+        self.stops = [*(l for l in sorted(switches) if l not in self.first), None]
         self.segments: list[Traced] = []
-        self.targets: list[list[list[int]]] = []  # of each segment, at each block where something is named
+        self.targets: list[list[tuple[int, list[int]]]] = []  # of each segment: as in `Decision.named`
         for last, stop in zip([None, *self.stops], self.stops):
-            named = [predictor.targets(l) for l in self._range(last, stop)] if predictor is not None else []
-            self.targets.append([blocks for blocks in named if blocks])
+            asked = self._range(last, stop) if predictor is not None else ()
+            named = [(l, predictor.targets(l)) for l in asked]
+            self.targets.append([(self._next(l), blocks) for l, blocks in named if blocks])
             writes = self._range(last, stop)
             reads = predictor.reads if predictor is not None else ()
             self.segments.append(Traced(self._body(last, stop), backbone.depth, writes, reads))
@@ -151,6 +176,10 @@ class TokenPass:
         """Blocks whose attention a segment runs."""
         first = 0 if last is None else last + 1
         return range(first, self.backbone.depth if stop is None else stop + 1)
+
+    def _next(self, l: int) -> int:
+        """The first block with experts from l on."""
+        return min(m for m in self.switches if m >= l)
 
     def _body(self, last: int | None, stop: int | None):
         backbone, predictor = self.backbone, self.predictor
@@ -162,7 +191,7 @@ class TokenPass:
             else:
                 rows, weights, slots, p = more
                 h = combine(x, self.switches[last](rows, slots), weights)
-            u, named = h, []
+            u, named, passed = h, [], []
             for l in self._range(last, stop):
                 mask = entries[l].make_mask(1)
                 u = attend(backbone, l, h, mask, entries[l])
@@ -170,25 +199,29 @@ class TokenPass:
                     p, states = predictor.ahead(l, h, u, p, entries, mask, before)
                     if states:
                         named.append(predictor.named(l, states))
-                if l != stop:
+                if l in self.first:
+                    h, ids = through(backbone, l, u, self.switches[l], self.first[l])
+                    passed.append(ids)
+                elif l != stop:
                     h = dense(backbone, l, u)
             if stop is None:
-                return h, backbone.head(h)
+                return (h, backbone.head(h), mx.concatenate(passed) if passed else None, *named)
             return (u, *route(backbone, stop, u), p, *named)
 
         return body
 
-    def run(self, token: int, cache: list, before: mx.array) -> Iterator[Decision]:
-        """The decisions of a token's pass, the last one with the logits. Send in the slots of the chosen
-        experts, (k,), for each decision but the last."""
-        x, more = mx.array([[token]]), ()
+    def run(self, x: mx.array, cache: list, before: mx.array) -> Iterator[Decision]:
+        """The decisions of the pass of a token x (1, 1), the last one with the logits. Send in the slots of
+        the chosen experts, (k,), for each decision but the last."""
+        more = ()
         for stop, segment, targets in zip(self.stops, self.segments, self.targets):
             out = segment(cache, x, before, *more)
             if stop is None:
-                h, logits = out
-                yield Decision(None, h, logits=logits)
+                h, logits, ids, *named = out
+                named = [(*t, experts) for t, experts in zip(targets, named, strict=True)]
+                yield Decision(None, h, ids=ids, named=named, logits=logits)
                 return
             u, rows, ids, weights, p, *named = out
-            named = list(zip(targets, named, strict=True))
+            named = [(*t, experts) for t, experts in zip(targets, named, strict=True)]
             slots = yield Decision(stop, u, rows, ids, weights, p, named)
             x, more = u, (rows, weights, mx.array([slots]), p)

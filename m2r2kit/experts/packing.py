@@ -17,9 +17,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..backbone import PARTS, Backbone, Parts
+from ..backbone import PARTS, Backbone, Parts, model_folder
 from ..errors import UserError
-from .store import MANIFEST, PAGE, Manifest, Piece, file_name
+from .store import MANIFEST, PAGE, STAMPS, Manifest, Piece, file_name, stamps
 
 SPARE = 16 << 20  # bytes that packing leaves free on the disk
 ORDER = ("gate_proj", "up_proj", "down_proj")  # as they are needed
@@ -38,7 +38,7 @@ def take_experts(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def load_without_experts(
-    model: str | Path, dtype: mx.Dtype | None = None
+    model: str | Path, dtype: mx.Dtype | None = None, sha256: Callable | None = None
 ) -> tuple[Backbone, dict[int, nn.Module]]:
     """The view of a model without its experts, and these, not read yet, as `take_experts` gives them.
 
@@ -46,7 +46,7 @@ def load_without_experts(
         UserError: the model cannot be loaded, or has no experts.
     """
     experts: dict[int, nn.Module] = {}
-    backbone = Backbone.load(model, dtype, lambda m: experts.update(take_experts(m)))
+    backbone = Backbone.load(model, dtype, lambda m: experts.update(take_experts(m)), sha256)
     if not experts:
         raise UserError(f"{model} is no mixture of experts; there is nothing to pack or to stream.")
     return backbone, experts
@@ -86,6 +86,7 @@ def pack(model: str | Path, out: str | Path, report: Callable | None = None) -> 
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already; delete it, or give another folder.")
+    seen = stamps(model_folder(model))  # before its hash is taken
     backbone, experts = load_without_experts(model)
     dtype = arithmetic(backbone)
     for each in experts.values():
@@ -109,7 +110,7 @@ def pack(model: str | Path, out: str | Path, report: Callable | None = None) -> 
     del backbone
     partial = out.with_name(out.name + ".partial")
     try:
-        return _write(experts, facts, partial, out, report)
+        return _write(experts, facts, partial, out, report, seen)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
@@ -117,7 +118,7 @@ def pack(model: str | Path, out: str | Path, report: Callable | None = None) -> 
         ) from error
 
 
-def _write(experts: dict, facts: dict, partial: Path, out: Path, report) -> Manifest:
+def _write(experts: dict, facts: dict, partial: Path, out: Path, report, seen: list) -> Manifest:
     E, record = facts["experts"], facts["record_bytes"]
     partial.mkdir(parents=True, exist_ok=True)
     done = _finished(partial, facts)
@@ -140,6 +141,7 @@ def _write(experts: dict, facts: dict, partial: Path, out: Path, report) -> Mani
             report(E * record, len(facts["blocks"]) * E * record)
     manifest = Manifest(**facts, sha256=tuple(tuple(done[l]) for l in facts["blocks"]))
     _replace(partial / MANIFEST, manifest.to_json().encode())
+    _replace(partial / STAMPS, json.dumps(seen).encode())
     (partial / PROGRESS).unlink()
     partial.rename(out)
     return manifest

@@ -23,6 +23,7 @@ from .store import Store
 
 MODES = ("direct", "buffered")
 QUEUED, READING, LANDING, DONE, CANCELLED = range(5)
+NOW, AHEAD, PARKED = range(3)  # needed now; may be needed; was not when it was expected to be
 
 
 class Link:
@@ -49,16 +50,19 @@ class Request:
 
     Attributes:
         land: called with the record (uint8, read-only in spirit) when it is there, in a reader's thread.
-        urgent: needed now.
+        urgent: asked for when it was needed.
+        rank: NOW and AHEAD are the queues in which it waits; PARKED is not read until it gets another.
         issued, begun, finished: perf_counter; 0 until then.
         error: why it failed, one sentence.
     """
 
-    __slots__ = ("begun", "block", "error", "expert", "finished", "issued", "land", "state", "urgent")
+    __slots__ = (
+        "begun", "block", "error", "expert", "finished", "issued", "land", "rank", "state", "urgent",
+    )  # fmt: skip
 
     def __init__(self, block: int, expert: int, land: Callable[[np.ndarray], None], urgent: bool):
         self.block, self.expert, self.land, self.urgent = block, expert, land, urgent
-        self.state, self.error = QUEUED, None
+        self.rank, self.state, self.error = NOW if urgent else AHEAD, QUEUED, None
         self.issued, self.begun, self.finished = time.perf_counter(), 0.0, 0.0
 
     @property
@@ -87,7 +91,7 @@ class Reader:
         self.size = store.manifest.record_bytes
         self.bytes_read = self.reads = self.retries = 0
         self._changed = threading.Condition()
-        self._queues: tuple[deque[Request], deque[Request]] = deque(), deque()  # urgent, ahead
+        self._queues: tuple[deque[Request], deque[Request]] = deque(), deque()  # NOW, AHEAD
         self._closed = False
         self._files: dict[int, int] = {}
         try:
@@ -111,9 +115,22 @@ class Reader:
         """Ask for a record."""
         request = Request(block, expert, land, urgent)
         with self._changed:
-            self._queues[0 if urgent else 1].append(request)
+            self._queues[request.rank].append(request)
             self._changed.notify_all()
         return request
+
+    def rank(self, requests: Iterable[Request], rank: int) -> None:
+        """Give another rank to requests whose reading has not begun."""
+        with self._changed:
+            for request in requests:
+                self._move(request, rank)
+
+    def _move(self, request: Request, rank: int) -> None:
+        if request.state == QUEUED and request.rank != rank:
+            request.rank = rank  # its place in the other queue is skipped later
+            if rank != PARKED:
+                self._queues[rank].append(request)
+                self._changed.notify_all()
 
     def cancel(self, request: Request) -> None:
         """A record is not wanted any more; when this returns it has landed or never will."""
@@ -132,9 +149,7 @@ class Reader:
         requests = list(requests)
         with self._changed:
             for request in requests:
-                if request.state == QUEUED and not request.urgent:
-                    self._queues[0].append(request)  # its place in the other queue is skipped later
-                    self._changed.notify_all()
+                self._move(request, NOW)
             for request in requests:
                 while request.state != DONE:
                     self._changed.wait()
@@ -172,8 +187,9 @@ class Reader:
                     self._changed.wait()
                 if self._closed:
                     return
-                request = self._queues[0 if self._queues[0] else 1].popleft()
-                if request.state != QUEUED:
+                rank = NOW if self._queues[NOW] else AHEAD
+                request = self._queues[rank].popleft()
+                if request.state != QUEUED or request.rank != rank:
                     continue
                 request.state, request.begun = READING, time.perf_counter()
             error = self._bring(request, buffer)

@@ -4,6 +4,7 @@ The live decoder and the replay of a trace both run this code, so that their cou
 that, nothing here depends on time: a slot belongs to an expert from the moment its read is asked for.
 Only whether a read that was asked for ahead came `in time` or `late` is the live run's to say.
 
+    new_text()                a text begins: at the first, where all experts fit, reads of all of them
     begin()                   a pass begins
     speculate(m, experts)     block m may need these: reads to start; they stay until m has chosen
     demand(l, experts)        block l needs these now: reads to start at once; they stay until ..
@@ -40,6 +41,7 @@ class Counts:
         missed: it was read on demand.
         speculated: reads asked for ahead.
         unused: those of them that were evicted before any use.
+        filled: reads at the beginning of the first text, where all experts fit.
         refused: predictions for which there was no slot that might go.
         predicted: accesses in blocks for which something had been predicted; `right` of them rightly.
     """
@@ -49,6 +51,7 @@ class Counts:
     missed: int = 0
     speculated: int = 0
     unused: int = 0
+    filled: int = 0
     refused: int = 0
     predicted: int = 0
     right: int = 0
@@ -60,7 +63,7 @@ class Counts:
     @property
     def reads(self) -> int:
         """Records asked for, in all."""
-        return self.missed + self.speculated
+        return self.missed + self.speculated + self.filled
 
     @property
     def recall(self) -> float | None:
@@ -117,6 +120,10 @@ class Residency:
         policy: makes the policy of a pool of so many slots.
         shared: one pool for all blocks, in the place of one each.
 
+    Attributes:
+        whole: all experts fit and stay: they are read when the first text begins, expert e of the i-th
+            block of a pool into slot i * E + e, and from then on nothing moves.
+
     Raises:
         UserError: too few slots for one token.
     """
@@ -142,11 +149,19 @@ class Residency:
         self.predicted: dict[int, set[int]] = {}  # block -> keys predicted for it in this pass
         self.running: tuple[int, Sequence[int]] | None = None  # what is not released yet
         self.passes = 0
+        self.whole = self.pools[0].policy.keeps and slots >= experts * (len(self.blocks) if shared else 1)
 
-    def new_text(self) -> None:
-        """A new text begins; what is in memory stays."""
+    def new_text(self) -> list[Load]:
+        """A new text begins, what is in memory stays: the reads that this takes."""
         for pool in self.pools:
             pool.policy.new_text()
+        if not self.whole or self.counts.filled:
+            return []
+        loads = [
+            self.pool_of[l].bring(l * self.experts + e) for l in self.blocks for e in range(self.experts)
+        ]
+        self.counts.filled = len(loads)
+        return loads
 
     def begin(self) -> None:
         """A pass begins."""

@@ -2,6 +2,7 @@
 
     STORE/manifest.json     what is in it, and the SHA-256 of each record
     STORE/block-07.bin      the experts of block 7, one record after the other
+    STORE/model.json        the model's weight files as they were when their hash was last taken
 
 A record holds gate, up and down of one expert, one after the other, padded to whole pages of 4 KiB:
 reads that go past the page cache must begin and end at such a page.
@@ -15,11 +16,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..backbone import weights_sha256
 from ..errors import UserError
 
 FORMAT = 1
 PAGE = 4096  # bytes
-MANIFEST = "manifest.json"
+MANIFEST, STAMPS = "manifest.json", "model.json"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,13 @@ def file_name(block: int) -> str:
     return f"block-{block:02d}.bin"
 
 
+def stamps(model: Path) -> list[list]:
+    """Of each weight file of a model's folder: name, bytes, times of change, and the file's number. A file
+    that was written again has others, even where somebody set its time back."""
+    files = [(path.name, path.stat()) for path in sorted(model.glob("model*.safetensors"))]
+    return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for name, s in files]
+
+
 class Store:
     """A store on disk. Opening it reads the manifest and looks at the sizes of the files, not into them.
 
@@ -154,6 +163,25 @@ class Store:
                     if report:
                         report(size)
         return found
+
+    def model_sha256(self, model: Path) -> str:
+        """`weights_sha256` of a model's folder, read anew only if its files are not those that the store was
+        packed from, or last seen with: of a large model that takes minutes."""
+        file, now = self.folder / STAMPS, stamps(model)
+        try:
+            if json.loads(file.read_text()) == now:
+                return self.manifest.model_sha256
+        except (OSError, ValueError):
+            pass  # it only spares time
+        sha256 = weights_sha256(model)
+        if sha256 == self.manifest.model_sha256:
+            try:
+                temporary = file.with_name(file.name + ".new")
+                temporary.write_text(json.dumps(now))
+                temporary.replace(file)
+            except OSError:
+                pass  # a store that may not be written, or a full disk
+        return sha256
 
     def belongs_to(self, model_sha256: str) -> None:
         """Refuse, in one sentence, a model that this store was not packed from."""
