@@ -19,7 +19,14 @@ from m2r2kit.experts import learn, methods, trained
 from m2r2kit.experts.loader import ExpertDecoder, StreamedModel
 from m2r2kit.experts.packing import pack
 from m2r2kit.experts.reader import Reader
-from m2r2kit.experts.state_predictors import DirectConfig, DirectMap, NextRouter, StreamPredictor, router
+from m2r2kit.experts.state_predictors import (
+    DirectConfig,
+    DirectMap,
+    NextRouter,
+    StreamPredictor,
+    router,
+    turns,
+)
 from m2r2kit.experts.trace import Trace
 from m2r2kit.residuals import AcceleratedStream, StreamConfig, load_stream
 from m2r2kit.training import DistilConfig
@@ -129,9 +136,15 @@ def test_trained_predictors_come_back_from_disk_and_know_their_model(tmp_path):
         trained.direct(tiny_experts.resident("olmoe"), folder)
 
 
-def test_intervals_by_default_reach_the_last_block():
-    assert learn.default_exits(12) == (3, 6, 9, 11) and learn.default_exits(16) == (4, 8, 12, 15)
+def test_intervals_by_default_look_two_blocks_ahead_and_reach_the_last_block():
     assert learn.default_exits(4) == (1, 2, 3)
+    blocks = range(12)
+    found = turns(StreamConfig(exits=learn.default_exits(12), rate=2.0), 12, blocks)
+    assert found[0].by_u == (1,) and all(turn.by_u == () for l, turn in found.items() if l)
+    assert {l: turn.by_p for l, turn in found.items()} == {l: (l + 2,) for l in range(10)}
+    longer = turns(StreamConfig(exits=(3, 6), rate=2.0), 12, blocks)
+    assert [longer[l].by_p for l in range(6)] == [(2, 3), (4, 5), (6,), (5, 6), (7, 8), (9, 10)]
+    assert [l for l in longer if longer[l].by_u] == [0]
     stream = learn.new_stream(view(), 1.0)
     named = {m for l in range(tiny.BLOCKS) for m in StreamPredictor(stream).targets(l)}
     assert named == set(range(1, tiny.BLOCKS)) == {m for _, m in NextRouter(view(), 1).pairs()}

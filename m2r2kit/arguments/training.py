@@ -170,7 +170,7 @@ def train_predictor(parser):
         "--exits",
         type=counts,
         metavar="E,F,..",
-        help="where the stream's intervals end (default: four)",
+        help="where the stream's intervals end (default: after every block)",
     )
     parser.add_argument(
         "--rate",
@@ -179,9 +179,9 @@ def train_predictor(parser):
         metavar="R",
         help="how fast the stream m2r2 runs ahead, and the blocks that the direct map names (default: 2)",
     )
-    parser.add_argument("--rank", type=natural, default=8, metavar="R", help="of its changes (default: 8)")
+    parser.add_argument("--rank", type=natural, default=16, metavar="R", help="of its changes (default: 16)")
     parser.add_argument(
-        "--ffn-width", type=count, default=64, metavar="W", help="of its own FFN in each block (default: 64)"
+        "--ffn-width", type=count, default=128, metavar="W", help="of its own FFN in each block (default: 128)"
     )
     lessons(parser)
     parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model

@@ -54,12 +54,13 @@ def teach(backbone: Backbone, rows: np.ndarray) -> RouterLesson:
 
 
 def default_exits(depth: int) -> tuple[int, ...]:
-    """Four intervals of about equal length; the last ends before the last block, which ends the model."""
-    return tuple(sorted({max(1, round(depth * j / 4)) for j in (1, 2, 3)} | {depth - 1}))
+    """Intervals of one block each, so that every p begins at what the model really knows: at a rate of 2 each
+    looks two blocks ahead."""
+    return tuple(range(1, max(2, depth)))
 
 
 def new_stream(
-    backbone: Backbone, rate: float, exits: tuple[int, ...] | None = None, rank: int = 8, ffn_width: int = 64
+    backbone: Backbone, rate: float, exits: tuple[int, ...] | None = None, rank: int = 16, ffn_width: int = 128
 ) -> AcceleratedStream:
     """An untrained stream for naming experts: shared-KV attention and a small FFN in each block."""
     config = StreamConfig(

@@ -111,18 +111,23 @@ class Turn:
 
 def turns(config: StreamConfig, depth: int, with_experts: Sequence[int]) -> dict[int, Turn]:
     """What a stream names at each block: p_{l+1}, known when block l's attention is through, stands for
-    h_tau(l+1), and names the experts of the blocks from there to tau(l+2)."""
-    found = {}
-    for a, b in intervals(config):
-        at = {l: tau(l, a, b, depth, config.rate) for l in range(a, b + 1)}
-        at[b + 1] = 2 * at[b] - at[b - 1]  # as far again
-
-        def between(first, end):
-            return tuple(m for m in with_experts if first <= m < end)
-
-        for l in range(a, b):
-            by_p = between(at[l + 1], max(at[l + 2], at[l + 1] + 1))
-            found[l] = Turn(l == a, between(a + 1, at[a + 1]) if l == a else (), by_p)
+    h_tau(l+1), and names the experts of the blocks from there to where its next state stands. What no p has
+    named before it runs, u names at the beginning of an interval."""
+    steps = [
+        (l, a, tau(l + 1, a, b, depth, config.rate), tau(l, a, b, depth, config.rate))
+        for a, b in intervals(config)
+        for l in range(a, b)
+    ]
+    found, named = {}, set()
+    ends = [at for _, _, at, _ in steps[1:]]
+    ends += [2 * at - before for _, _, at, before in steps[-1:]]  # the last one: as far again
+    for (l, a, at, _), end in zip(steps, ends, strict=True):
+        by_u = tuple(m for m in with_experts if l == a and l < m < at and m not in named)
+        by_p = tuple(m for m in with_experts if at <= m < max(end, at + 1))
+        named |= {*by_u, *by_p}
+        found[l] = Turn(l == a, by_u, by_p)
+    while found and not (found[max(found)].by_u or found[max(found)].by_p):
+        del found[max(found)]  # where nothing is left to name, p need not be computed
     return found
 
 
@@ -176,7 +181,7 @@ class StreamPredictor(StatePredictor):
         found = {}
         for a, b in intervals(self._stream.config):
             p = self._stream(states, cache, exit=b)
-            for l in range(a, b):
+            for l in (l for l in range(a, b) if l in self._turns):
                 turn = self._turns[l]
                 found |= {(l, m): after[l] for m in turn.by_u}
                 found |= {(l, m): p[l - a + 1] for m in turn.by_p}
