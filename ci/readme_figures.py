@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from m2r2kit import records  # noqa: E402
-from m2r2kit.commands import bench_exits  # noqa: E402
+from m2r2kit.commands import bench_exits, bench_experts  # noqa: E402
 from m2r2kit.commands.bench import table  # noqa: E402
 
 README = ROOT / "README.md"
@@ -66,6 +66,29 @@ def figures() -> str:
             f"`{record['command']}`):",
             "",
             *(f"    {line}".rstrip() for line in shown.splitlines()),
+            "",
+        ]
+    real = [r for r in records.read("experts") if not r["figures"]["simulated"]]
+    if real:
+        record = real[-1]
+        s, m = record["settings"], record["machine"]
+        cores = f"{m['cores']} core{'s' * (m['cores'] != 1)}"
+        lines += [
+            f"Experts read from a real disk ({s['model']}, {s['prompts']} of the kit's prompts, {cores} of "
+            f"{m['chip']}, {record['date'][:10]}, `{record['command']}`):",
+            "",
+            *(f"    {line}".rstrip() for line in bench_experts.table(record["figures"]).splitlines()),
+            "",
+        ]
+    if record := records.latest("experts-large"):
+        f, s = record["figures"], record["settings"]
+        same = "the same tokens as" if f["equal"] else "OTHER TOKENS THAN"
+        lines += [
+            f"A model of {f['model_bytes'] / 1e9:.2f} GB, of random weights, in a process whose peak the "
+            f"system gives as {f['streamed']['peak_bytes'] / 1e9:.2f} GB (the whole model in memory: "
+            f"{f['whole']['peak_bytes'] / 1e9:.2f} GB): {same} without a budget, "
+            f"{f['streamed']['tokens_per_second']:.1f} and {f['whole']['tokens_per_second']:.1f} tokens/s "
+            f"({record['date'][:10]}, `{record['command']}`).",
             "",
         ]
     return "\n".join(lines) if lines else "Not measured yet.\n"
