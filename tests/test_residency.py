@@ -205,6 +205,16 @@ def test_an_oracle_is_right_always_and_leaves_no_miss_where_there_is_room():
     assert replay(TRACE, memory("none", 6), Oracle(TRACE, 2)).ahead == TRACE.accesses
 
 
+def test_what_is_named_and_here_does_not_go_for_what_is_named_and_missing():
+    pool = memory(slots=3, trace=Trace((0, 1), 12, 2))
+    pool.begin()
+    for expert in (1, 2, 3):  # 1 is the oldest
+        pool.demand(0, [expert])
+        pool.release(0, [expert])
+    assert [(load.key, load.evicted) for load in pool.speculate(0, [9, 1, 9])] == [(9, 2)]
+    assert pool.counts.speculated == 1 and not pool.demand(0, [9, 1])
+
+
 def test_random_guesses_are_right_as_often_as_chance():
     long = sticky(blocks=2, experts=12, top_k=3, passes=2000, seed=5)
     counts = replay(long, memory(trace=long), Random(long.blocks, 1, 12, 3))

@@ -195,23 +195,27 @@ class Residency:
     def speculate(self, block: int, experts: Sequence[int]) -> list[Load]:
         """Experts that a block may need in this pass, best first: the reads that this takes."""
         pool, counts, loads = self.pool_of[block], self.counts, []
-        base, pinned = block * self.experts, pool.pinned
-        named = self.predicted.setdefault(block, set())
-        for expert in experts:
-            key = base + expert
-            named.add(key)
-            if key not in pool.held:
-                room = pool.slots - len(pinned) > pool.reserve
-                load = pool.bring(key) if room else None
-                if load is None:
-                    counts.refused += 1
-                    continue
-                self._gone(pool, load)
-                pool.unused.add(key)
-                counts.speculated += 1
-                loads.append(load)
-            elif key not in pinned and pool.slots - len(pinned) <= pool.reserve:
+        base, pinned, held = block * self.experts, pool.pinned, pool.held
+        keys = [base + expert for expert in experts]
+        self.predicted.setdefault(block, set()).update(keys)
+        missing = []
+        for key in keys:  # those that are here are kept first, or one of them might go for another
+            if key not in held:
+                missing.append(key)
+            elif key in pinned or pool.slots - len(pinned) > pool.reserve:
+                pinned.add(key)
+        for key in missing:
+            if key in held:  # named twice
                 continue
+            room = pool.slots - len(pinned) > pool.reserve
+            load = pool.bring(key) if room else None
+            if load is None:
+                counts.refused += 1
+                continue
+            self._gone(pool, load)
+            pool.unused.add(key)
+            counts.speculated += 1
+            loads.append(load)
             pinned.add(key)
         return loads
 
