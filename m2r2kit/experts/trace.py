@@ -134,6 +134,21 @@ def sticky(
     return trace
 
 
+def distances(trace: Trace) -> list[int]:
+    """For each use of an expert but its first: how many others of its block ran since the last one."""
+    found, recent = [], {l: [] for l in trace.blocks}  # of each block, the newest last
+    for p in trace.passes:
+        for l, wanted in zip(trace.blocks, p.wanted):
+            order = recent[l]
+            known = {expert: len(order) - 1 - order.index(expert) for expert in wanted if expert in order}
+            found += known.values()
+            for expert in wanted:
+                if expert in known:
+                    order.remove(expert)
+                order.append(expert)
+    return found
+
+
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
     """Experts in both over experts in either."""
     a, b = set(one), set(other)

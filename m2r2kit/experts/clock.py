@@ -1,0 +1,171 @@
+"""What a recorded routing would take on another disk: the books of `residency.py` on a simulated clock.
+
+    computing   so many seconds up to each router, and behind the last one
+    reads       one after the other, so many seconds each; what is needed now overtakes what may be
+
+The live decoder keeps the same books, so the counts are the same. The clock is kinder in one thing: what
+is neither computing nor reading takes no time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from .loader import Event
+from .predictors import Predictor
+from .residency import Counts, Load, Residency
+from .trace import Trace
+
+
+@dataclass
+class Clocked:
+    """What came out. Prompts are read beforehand and take no time here.
+
+    Attributes:
+        tokens: the events of each token, as a live run's `timeline` has them.
+        seconds, stall_seconds: of all tokens, and of these spent waiting.
+        counts, in_time, late: as `ExpertGeneration` has them.
+    """
+
+    tokens: list[list[Event]] = field(default_factory=list)
+    seconds: float = 0.0
+    stall_seconds: float = 0.0
+    counts: Counts = field(default_factory=Counts)
+    in_time: int = 0
+    late: int = 0
+
+
+@dataclass(eq=False)
+class Read:
+    """A record on its way; `begun` is None until its turn comes."""
+
+    issued: float
+    urgent: bool
+    begun: float | None = None
+    finished: float = 0.0
+
+
+class Line:
+    """Reads one after the other, each of `seconds`."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.free = seconds, 0.0
+        self.now_needed: list[Read] = []
+        self.ahead: list[Read] = []
+        self.pending: dict[int, Read] = {}  # reads of experts that have not been used since
+
+    def ask(self, loads: Sequence[Load], now: float, urgent: bool) -> None:
+        """Reads to be done from now on; what they evict is not brought any more."""
+        self.serve(now)
+        for key, _, evicted in loads:
+            self.drop(evicted)
+            self.pending[key] = read = Read(now, urgent)
+            (self.now_needed if urgent else self.ahead).append(read)
+
+    def drop(self, key: int | None) -> None:
+        """This expert is not wanted any more."""
+        gone = self.pending.pop(key, None)
+        if gone in self.ahead:
+            self.ahead.remove(gone)
+
+    def serve(self, until: float) -> None:
+        """All reads that begin before a moment."""
+        while queue := self.now_needed or self.ahead:
+            begun = max(self.free, queue[0].issued)
+            if begun >= until:
+                return
+            read = queue.pop(0)
+            read.begun, read.finished = begun, begun + self.seconds
+            self.free = read.finished
+
+    def bring(self, reads: Sequence[Read], now: float) -> float:
+        """When all of these are there; those that were asked for ahead are needed now."""
+        self.serve(now)
+        for read in reads:
+            if read in self.ahead:
+                self.ahead.remove(read)
+                self.now_needed.append(read)
+        while self.now_needed:
+            self.serve(max(self.free, now) + self.seconds / 2)
+        return max([now, *(read.finished for read in reads)])
+
+
+class Clock:
+    """Lets a recorded run pass again.
+
+    Args:
+        residency: an empty one, of any size and policy.
+        predictor: one that needs no model; None names nothing.
+        compute: seconds up to each block's router, and for the rest: one more than there are blocks.
+        read: seconds of a record: its bytes over the disk's bytes/s.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        predictor: Predictor | None,
+        compute: Sequence[float],
+        read: float,
+    ):
+        self.residency, self.predictor = residency, predictor or Predictor()
+        self.compute, self.line, self.now = compute, Line(read), 0.0
+        self.out = Clocked()
+
+    def run(self, trace: Trace) -> Clocked:
+        """All passes of a trace, one after the other."""
+        residency, text, prompts = self.residency, None, Counts()
+        for number, p in enumerate(trace.passes):
+            if p.text != text:
+                text = p.text
+                residency.new_text()
+                self.predictor.new_text()
+            residency.begin()
+            if p.prompt:
+                before = replace(residency.counts)
+                self._prompt(trace.blocks, p.wanted)
+                prompts = prompts + (residency.counts - before)
+            else:
+                self._token(trace, number, p.wanted)
+            residency.end()
+        self.out.seconds, self.out.counts = self.now, residency.counts - prompts
+        return self.out
+
+    def _prompt(self, blocks: Sequence[int], chosen: Sequence[Sequence[int]]) -> None:
+        for l, wanted in zip(blocks, chosen):
+            for group in self.residency.groups(l, wanted):
+                for load in self.residency.demand(l, group):
+                    self.line.drop(load.evicted)
+                self.residency.release(l, group)
+
+    def _token(self, trace: Trace, number: int, chosen: Sequence[Sequence[int]]) -> None:
+        residency, line, events = self.residency, self.line, []
+        for m, experts in self.predictor.before(number):
+            line.ask(residency.speculate(m, experts), self.now, False)
+        for l, wanted, seconds in zip(trace.blocks, chosen, self.compute):
+            events.append(Event("compute", l, self.now, self.now + seconds))
+            self.now += seconds
+            loads, ahead = residency.arrive(l, wanted, self.predictor.at(number, l, wanted))
+            line.ask(loads, self.now, True)
+            line.ask(ahead, self.now, False)
+            self._wait(l, [l * trace.experts + expert for expert in wanted], events)
+        events.append(Event("compute", trace.blocks[-1] + 1, self.now, self.now + self.compute[-1]))
+        self.now += self.compute[-1]
+        self.out.tokens.append(events)
+
+    def _wait(self, l: int, keys: Sequence[int], events: list[Event]) -> None:
+        """Until these experts are there."""
+        line, out, E = self.line, self.out, self.residency.experts
+        reads = {key: line.pending.pop(key) for key in keys if key in line.pending}
+        if not reads:
+            return
+        then = line.bring(list(reads.values()), self.now)
+        for read in reads.values():
+            if not read.urgent:
+                out.in_time += read.finished <= self.now
+                out.late += read.finished > self.now
+        if then > self.now:
+            events.append(Event("wait", l, self.now, then))
+        for key, read in reads.items():
+            kind = "demand" if read.urgent else "ahead"
+            events.append(Event(kind, l, read.begun, read.finished, key % E))
+        out.stall_seconds += then - self.now
+        self.now = then
