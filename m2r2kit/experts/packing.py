@@ -17,9 +17,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..backbone import PARTS, Backbone, Parts, model_folder
+from ..backbone import PARTS, Backbone, Parts, model_folder, weights_sha256
 from ..errors import UserError
-from .store import MANIFEST, PAGE, STAMPS, Manifest, Piece, file_name, stamps
+from ..paths import cache_dir
+from .store import MANIFEST, PAGE, STAMPS, Manifest, Piece, Store, file_name, stamps
 
 SPARE = 16 << 20  # bytes that packing leaves free on the disk
 ORDER = ("gate_proj", "up_proj", "down_proj")  # as they are needed
@@ -116,6 +117,15 @@ def pack(model: str | Path, out: str | Path, report: Callable | None = None) -> 
         raise UserError(
             f"{out} could not be written ({reason}); make room, and the same command goes on from there."
         ) from error
+
+
+def kept(model: str | Path) -> Store:
+    """A model's store in the cache folder; packed on the first call. Raises UserError as `pack` does."""
+    folder = model_folder(model)
+    out = cache_dir() / "experts" / f"{folder.name}-{weights_sha256(folder)[:12]}"
+    if not out.exists():
+        pack(folder, out)
+    return Store(out)
 
 
 def _write(experts: dict, facts: dict, partial: Path, out: Path, report, seen: list) -> Manifest:
