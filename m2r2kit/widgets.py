@@ -31,6 +31,11 @@ def choice(description: str, options, value, tooltip: str):
     return ipywidgets.Dropdown(options=list(options), value=value, **_look(description, tooltip))
 
 
+def steps(description: str, values, value, tooltip: str):
+    """One of several in a row, as numbers that grow by factors: a list of them, or of (name, value)."""
+    return ipywidgets.SelectionSlider(options=list(values), value=value, **_look(description, tooltip))
+
+
 def switch(description: str, value: bool, tooltip: str):
     """On or off, with the space bar."""
     return ipywidgets.Checkbox(value=value, indent=False, **_look(description, tooltip))
@@ -67,7 +72,7 @@ def explore(draw, **controls) -> Controls:
         draw: called with the controls' values, as `draw(exit=3, kind="code")`; returns
             (figure, sentence). It should take less than 100 ms: read a table, move what is drawn,
             and return the same figure each time.
-        controls: made by `slider`, `choice` and `switch`; names as `draw` takes them. Any ipywidget
+        controls: made by `slider`, `steps`, `choice` and `switch`; names as `draw` takes them. Any ipywidget
             with a description and a tooltip will do.
 
     Raises:

@@ -76,6 +76,16 @@ def kinds():
     return widgets.choice("kind", ["code", "shell"], "code", "Which prompts")
 
 
+def test_every_step_of_uneven_steps_is_tried(page):
+    figure, _ = figures.new_figure()
+    seen = []
+    rates = widgets.steps("disk", [("slow", 1e6), ("fast", 1e9)], 1e6, "Bytes a second")
+    widgets.explore(lambda rate: (figure, str(seen.append(rate))), rate=rates)
+    assert {1e6, 1e9} <= set(seen)
+    rates.value = 1e9
+    assert seen[-1] == 1e9
+
+
 def test_a_control_without_a_tooltip_is_refused(page):
     with pytest.raises(ValueError, match="tooltip"):
         widgets.explore(lambda exit: None, exit=widgets.slider("exit", 1, 3, 1, ""))
