@@ -99,7 +99,10 @@ def draw_plan(ax, plans: list, at: int, room: float) -> str:
     ax.set(
         xlabel="share of the experts in memory", ylabel="tokens/s at most", yscale="log", xlim=(-0.01, 1.01)
     )
+    low, high = ax.get_ylim()
+    ax.set_yticks([t for t in (m * 10**e for e in range(-3, 5) for m in (1, 2, 5)) if low <= t <= high])
     ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return (
         f"With {p.share:.0%} of the experts in memory: C {1e3 * p.compute:.1f} ms, I {1e3 * p.read:.1f} ms, "

@@ -74,9 +74,11 @@ def verdict(claim: dict, ours, baseline) -> str:
 def _row(claim: dict) -> dict:
     record, reason = None, claim["reason"]
     if "subject" in claim:
-        wanted = claim.get("settings", {}).items()
+        wanted = {k: None if v == "none" else v for k, v in claim.get("settings", {}).items()}
         runs = [
-            r for r in records.read(claim["subject"]) if all(r["settings"].get(k) == v for k, v in wanted)
+            r
+            for r in records.read(claim["subject"])
+            if all(r["settings"].get(k) == v for k, v in wanted.items())
         ]
 
         def newest(*names):

@@ -174,6 +174,29 @@ def test_alignment_is_judged_against_its_controls():
     assert row("velocity")["verdict"] == "differs"  # better by less than the margin
 
 
+def experts(m2r2=2.5, direct=1.4, equal=True):
+    def arm(speed, recall):
+        spread = {"median": speed, "min": speed - 0.1, "max": speed + 0.1}
+        return {"equal": equal, "seconds": [1.0] * 5, "recall": recall, "speedup_vs_on_demand": spread,
+                "speedup_vs_lru": spread}  # fmt: skip
+
+    arms = {"m2r2": arm(m2r2, 0.9), "direct": arm(direct, 0.8)}
+    return {"budgets": [{"share": share, "arms": arms} for share in (0.125, 0.25, 0.5)]}
+
+
+def test_experts_from_a_simulated_link_are_no_disk():
+    add("experts", experts(2.9), link=50e6)
+    assert row("moe-aot-loading")["ours"] is None and row("moe-recall")["verdict"] == "direction only"
+    add("experts", experts(2.5), link=None)
+    add("experts", experts(3.1), link=50e6)
+    found = row("moe-aot-loading")
+    assert (found["ours"], found["verdict"], found["n"]) == (2.5, "direction only", 5)
+    assert row("moe-aot-over-direct")["baseline"] == 1.4
+    assert row("moe-aot-lossless")["verdict"] == "reproduced"
+    add("experts", experts(equal=False), link=None)
+    assert row("moe-aot-loading")["ours"] is None
+
+
 def test_the_baseline_is_fair_if_mlx_lm_is_not_faster():
     for speed, verdict in ((1.0, "direction only"), (1.3, "differs")):
         arm = {
