@@ -16,8 +16,8 @@ from .figures import COLORS, HATCHES, ORDER, PALE
 EDGE = "#333333"
 LOOKS = {  # of an event: colour, hatch, what it is called
     "compute": (PALE["blue"], "", "computes"),
-    "wait": ("white", "xx", "waits"),
-    "demand": (COLORS["orange"], "//", "read on demand"),
+    "wait": ("white", "x", "waits"),
+    "demand": (COLORS["orange"], "/", "read on demand"),
     "ahead": (COLORS["green"], "", "read ahead"),
 }
 FOUND = {  # of an access

@@ -8,6 +8,7 @@
     state_predictors.py, learn.py     .. and from states: routers, the stream, a map; how these are trained
     moe.py, loader.py                 a model that decodes so
     trace.py, replay.py, planner.py   the same counts without the model, and bounds without a machine
+    clock.py, probe.py                the time that another disk would take, and what this one gives
     methods.py, trained.py            all of them by name, and from disk
 
 Predictions change when bytes arrive and never which expert runs: the tokens are those of the model
