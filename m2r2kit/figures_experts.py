@@ -203,6 +203,7 @@ def draw_bound(ax, points: dict[str, list[tuple[float, float]]]) -> str:
         points: name -> (I/C, gain over a cache of the same size).
     """
     ax.clear()
+    points = {name: xy for name, xy in points.items() if xy}
     every = [x for xy in points.values() for x, _ in xy]
     low, high = min([0.05, *every]) / 1.3, max([20.0, *every]) * 1.3
     x = np.geomspace(low, high, 200)
@@ -216,7 +217,7 @@ def draw_bound(ax, points: dict[str, list[tuple[float, float]]]) -> str:
     ax.set_xlabel("I / C: reading over computing, log scale")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    best = {name: max(xy, key=lambda p: p[1]) for name, xy in points.items() if xy}
+    best = {name: max(xy, key=lambda p: p[1]) for name, xy in points.items()}
     said = "; ".join(f"{name} {gain:.2f}x at I/C {at:.2f}" for name, (at, gain) in best.items())
     return f"The bound is 2 where reading takes as long as computing, and 1 at both ends. Best gains: {said}."
 
@@ -256,8 +257,8 @@ def draw_budgets(axes, record: dict) -> str:
         ax.axvline(1, color="black", linestyle="--", linewidth=1)
         ax.set_yticks(range(len(arms)), list(arms))
         ax.invert_yaxis()
-        ax.set(title=f"{budget['share']:.1%} of the experts, I/C {budget['io_over_compute']:.2f}",
-               xlabel="speed over on demand")  # fmt: skip
+        ax.set(xlabel="speed over on demand")
+        ax.set_title(f"{budget['share']:.1%} in memory, I/C {budget['io_over_compute']:.2f}", fontsize=10)
         ax.set_xlim(0, 1.2 * max(speed["max"] for speed in arms.values()))
         best = max(arms, key=lambda name: arms[name]["median"])
         said.append(f"{budget['share']:.1%} of the experts in memory: {best} {arms[best]['median']:.2f}x")
