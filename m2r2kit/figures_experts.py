@@ -56,8 +56,8 @@ def seconds_of(token: list[Event]) -> float:
 
 
 def computing(tokens: list[list[Event]]) -> list[float]:
-    """Seconds up to each router and behind the last one, the middle of tokens that never waited: what
-    `experts.clock` takes."""
+    """Seconds up to each router and behind the last one, the middle of all tokens, as `experts.clock` takes
+    them; of a run that has all experts and stops at each router (`ExpertDecoder.cut`)."""
     rows = []
     for token in tokens:
         ends = [e.end for e in token if e.kind == "compute"]

@@ -61,6 +61,27 @@ def test_what_is_needed_now_overtakes_what_may_be():
     assert (demand.start, demand.end) == (1.0, 2.0)  # behind the one that was on its way, before the other
 
 
+def test_what_was_named_wrongly_is_parked_until_it_is_named_again():
+    class Twice(Predictor):
+        def before(self, number):
+            return [(0, [2, 3]), (1, [1])]
+
+    passes = [Pass(0, False, [[0], [1]], [[], [], []]) for _ in range(2)]
+    out = passed(0.9, Twice(), trace=Trace((0, 1), 5, 1, passes), slots=4)
+    # of block 0's two one is read at once, the other has begun when block 0 chooses: 0 at 1.8, 1 at 2.7
+    (ahead,) = [e for e in out.tokens[0] if e.kind == "ahead"]
+    assert (ahead.block, ahead.start) == (1, pytest.approx(2.7))
+    slow = passed(3.0, Twice(), trace=Trace((0, 1), 5, 1, passes), slots=4)
+    (demand,) = [e for e in slow.tokens[0] if e.kind == "demand"]
+    (ahead,) = [e for e in slow.tokens[0] if e.kind == "ahead"]
+    assert (demand.start, ahead.start) == (3.0, 6.0)  # 3 was parked, and does not stand before them
+
+
+def test_where_all_fit_the_filling_is_no_reading_of_tokens():
+    out = passed(1.0, slots=12)
+    assert out.counts.reads == 0 and out.seconds == pytest.approx(40 * 5)
+
+
 @pytest.mark.parametrize("x", [0.1, 0.5, 1.0, 2.0, 10.0])
 def test_no_overlap_gains_more_than_the_bound_and_an_oracle_loses_nothing(x):
     lru = passed(1e-9)

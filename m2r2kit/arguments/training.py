@@ -181,7 +181,11 @@ def train_predictor(parser):
     )
     parser.add_argument("--rank", type=natural, default=16, metavar="R", help="of its changes (default: 16)")
     parser.add_argument(
-        "--ffn-width", type=count, default=128, metavar="W", help="of its own FFN in each block (default: 128)"
+        "--ffn-width",
+        type=count,
+        default=128,
+        metavar="W",
+        help="of its own FFN in each block (default: 128)",
     )
     lessons(parser)
     parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model

@@ -1,13 +1,14 @@
 """What a recorded routing would take on another disk: the books of `residency.py` on a simulated clock.
 
     computing   so many seconds up to each router, and behind the last one
-    reads       one after the other, so many seconds each; what is needed now overtakes what may be
+    reads       one after the other, so many seconds each; what is needed now overtakes what may be, and
+                what was named for a block that did not want it is parked, as in the live decoder
 
 The live decoder keeps the same books, so the counts are the same. The clock is kinder in one thing: what
 is neither computing nor reading takes no time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from .loader import Event
@@ -63,9 +64,21 @@ class Line:
 
     def drop(self, key: int | None) -> None:
         """This expert is not wanted any more."""
-        gone = self.pending.pop(key, None)
-        if gone in self.ahead:
-            self.ahead.remove(gone)
+        if key in self.pending:
+            self.park([self.pending.pop(key)])
+
+    def park(self, reads: Iterable[Read]) -> None:
+        """These are not read until they are named again, or needed."""
+        for read in reads:
+            if read in self.ahead:
+                self.ahead.remove(read)
+
+    def again(self, keys: Iterable[int], now: float) -> None:
+        """Parked reads that are named anew."""
+        for read in (self.pending[key] for key in keys if key in self.pending):
+            if read.begun is None and read not in self.ahead and read not in self.now_needed:
+                read.issued = now
+                self.ahead.append(read)
 
     def serve(self, until: float) -> None:
         """All reads that begin before a moment."""
@@ -81,8 +94,9 @@ class Line:
         """When all of these are there; those that were asked for ahead are needed now."""
         self.serve(now)
         for read in reads:
-            if read in self.ahead:
-                self.ahead.remove(read)
+            if read.begun is None and read not in self.now_needed:
+                self.park([read])
+                read.issued = now
                 self.now_needed.append(read)
         while self.now_needed:
             self.serve(max(self.free, now) + self.seconds / 2)
@@ -114,13 +128,14 @@ class Clock:
         """All passes of a trace, one after the other."""
         residency, text, prompts = self.residency, None, Counts()
         for number, p in enumerate(trace.passes):
+            before = replace(residency.counts)
             if p.text != text:
                 text = p.text
                 residency.new_text()
                 self.predictor.new_text()
+                prompts, before = prompts + (residency.counts - before), replace(residency.counts)
             residency.begin()
             if p.prompt:
-                before = replace(residency.counts)
                 self._prompt(trace.blocks, p.wanted)
                 prompts = prompts + (residency.counts - before)
             else:
@@ -137,16 +152,22 @@ class Clock:
                 self.residency.release(l, group)
 
     def _token(self, trace: Trace, number: int, chosen: Sequence[Sequence[int]]) -> None:
-        residency, line, events = self.residency, self.line, []
-        for m, experts in self.predictor.before(number):
+        residency, line, events, E = self.residency, self.line, [], trace.experts
+        named = self.predictor.before(number)
+        for m, experts in named:
             line.ask(residency.speculate(m, experts), self.now, False)
+        line.again((m * E + e for m, experts in named for e in experts), self.now)
         for l, wanted, seconds in zip(trace.blocks, chosen, self.compute):
             events.append(Event("compute", l, self.now, self.now + seconds))
             self.now += seconds
-            loads, ahead = residency.arrive(l, wanted, self.predictor.at(number, l, wanted))
+            named, keys = self.predictor.at(number, l, wanted), [l * E + e for e in wanted]
+            loads, ahead = residency.arrive(l, wanted, named)
             line.ask(loads, self.now, True)
             line.ask(ahead, self.now, False)
-            self._wait(l, [l * trace.experts + expert for expert in wanted], events)
+            line.again((m * E + e for m, experts in named for e in experts if m != l), self.now)
+            wrong = residency.predicted.get(l, set()).difference(keys)
+            line.park(line.pending[key] for key in wrong if key in line.pending)
+            self._wait(l, keys, events)
         events.append(Event("compute", trace.blocks[-1] + 1, self.now, self.now + self.compute[-1]))
         self.now += self.compute[-1]
         self.out.tokens.append(events)

@@ -60,7 +60,11 @@ def default_exits(depth: int) -> tuple[int, ...]:
 
 
 def new_stream(
-    backbone: Backbone, rate: float, exits: tuple[int, ...] | None = None, rank: int = 16, ffn_width: int = 128
+    backbone: Backbone,
+    rate: float,
+    exits: tuple[int, ...] | None = None,
+    rank: int = 16,
+    ffn_width: int = 128,
 ) -> AcceleratedStream:
     """An untrained stream for naming experts: shared-KV attention and a small FFN in each block."""
     config = StreamConfig(
