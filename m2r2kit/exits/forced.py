@@ -79,10 +79,12 @@ class ForcedPass:
         gate: of `gates.py`, or ARLA.
         fill: of `fill.py`.
         waits: whether skipped tokens run along with the next one that goes deep (`decode.py`).
+        use: numbers of the exits that may be tried, all by default; others are not even computed.
     """
 
-    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits: bool = False):
+    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits: bool = False, use=None):
         self.backbone, self.reader, self.gate, self.fill, self.waits = backbone, reader, gate, fill, waits
+        self.use = tuple(range(len(reader.exits))) if use is None else tuple(use)
         reader.prepare()
         mx.eval(gate.parameters(), fill.parameters())
         entries = backbone.depth + (len(reader.reads) if waits else 0)  # those of the fill come last
@@ -103,7 +105,7 @@ class ForcedPass:
         fillings: list[tuple] = []
         taken, vain = h, mx.zeros(gated.shape, mx.int32)
         for l in range(backbone.depth):
-            for j in [j for j, start in enumerate(reader.starts) if start == l]:
+            for j in [j for j in self.use if reader.starts[j] == l]:
                 seen.starts[j], seen.states[j] = h, reader.at(j, h, known, position, before)
                 there = gated & ~left
                 goes, looked = self.gate.ask(j, seen, threshold[j])

@@ -140,7 +140,7 @@ class Method:
         so that an accelerated block is one.
         """
         block = work.block_macs(self.backbone)
-        forced = None if self.reader is None else ForcedPass(self.backbone, *self.parts)
+        forced = None if self.reader is None else ForcedPass(self.backbone, *self.parts, use=self.use)
         for threshold in self.thresholds:
             if forced is None:
                 out = along(self.backbone, self.module, texts, threshold)

@@ -1,9 +1,11 @@
 """Train what names experts: a stream or a direct map, to say what the routers of blocks to come will.
 
-    loss = mean over (l, m) of KL(softmax g_m(u_m) || softmax g_m(what stands for u_m at block l))
+    loss = mean over (l, m) of KL(softmax s g_m(u_m) || softmax s g_m(what stands for u_m at block l))
            + align_weight * (1 - cos(p_l, h_tau(l)))                            for a stream
 
-The model, its routers included, is frozen. It needs all its experts in memory while it teaches.
+s makes a token's logits differ by `SPREAD` from one expert to another: routers that balance their load are
+nearly flat, and what counts is who comes first. The model, its routers included, is frozen. It needs all its
+experts in memory while it teaches.
 """
 
 import math
@@ -19,6 +21,8 @@ from ..residuals import AcceleratedStream, StreamConfig, intervals, tau
 from ..training import DistilConfig, History, KeptKV, cosine, distance, distil
 from . import moe
 from .state_predictors import DirectMap, StreamPredictor, router
+
+SPREAD = 2.5  # standard deviation of a router's logits in the loss
 
 
 @dataclass
@@ -87,7 +91,9 @@ def loss(module, lesson: RouterLesson, settings: DistilConfig) -> mx.array:
         if state is not lesson.after[l]:
             E = lesson.logits[m].shape[-1]
             said, right = router(backbone, m, state).reshape(-1, E), lesson.logits[m].reshape(-1, E)
-            total, pairs = total + distance(said, mx.stop_gradient(right)).mean(), pairs + 1
+            right = mx.stop_gradient(right)
+            scale = SPREAD * mx.rsqrt(right.var(-1, keepdims=True) + 1e-6)
+            total, pairs = total + distance(said * scale, right * scale).mean(), pairs + 1
     total = total / max(1, pairs)
     if isinstance(module, AcceleratedStream) and settings.align_weight:
         total = total + settings.align_weight * misalignment(module, lesson)
