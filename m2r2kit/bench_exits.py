@@ -61,7 +61,7 @@ def best_exits(method: Method, texts: Texts) -> list[int] | None:
     J = len(method.reader.exits)
     sets = dict.fromkeys(((J - 1,), (max(0, J - 2), J - 1), (0, J - 1), (0,), tuple(range(J))))
     some = replace(
-        method, thresholds=method.thresholds[1::4] if len(method.thresholds) > 4 else method.thresholds
+        method, thresholds=method.thresholds[2:-1:2] if len(method.thresholds) > 4 else method.thresholds
     )
     saved = {}
     for use in (tuple(sorted(set(each))) for each in sets):
