@@ -255,7 +255,17 @@ class FastBlock(nn.Module):
             p = p + added
             if self._part == "ffn":
                 p = p + self._around(base, p)
+        return self.after_attention(p)
+
+    def after_attention(self, p):
+        """What is left to do when p has passed the base block's part: (B, T, D) -> same."""
         return p + self.ffn(p).astype(p.dtype) if "ffn" in self else p
+
+    @property
+    def begins_at_u(self) -> bool:
+        """Whether p, where it begins as h_l, passes nothing but the block's own attention: then that is u_l,
+        the slow stream's state after it, and need not be computed again."""
+        return self._part == "attention" and not self.deltas and self.read is None
 
     def macs(self) -> int:
         """Products of a weight and a number for one token."""

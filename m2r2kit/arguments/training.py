@@ -179,13 +179,13 @@ def train_predictor(parser):
         metavar="R",
         help="how fast the stream m2r2 runs ahead, and the blocks that the direct map names (default: 2)",
     )
-    parser.add_argument("--rank", type=natural, default=16, metavar="R", help="of its changes (default: 16)")
+    parser.add_argument("--rank", type=natural, default=0, metavar="R", help="of its changes (default: 0)")
     parser.add_argument(
         "--ffn-width",
         type=count,
-        default=128,
+        default=320,
         metavar="W",
-        help="of its own FFN in each block (default: 128)",
+        help="of its own FFN in each block (default: 320)",
     )
     lessons(parser)
     parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model

@@ -67,10 +67,11 @@ def new_stream(
     backbone: Backbone,
     rate: float,
     exits: tuple[int, ...] | None = None,
-    rank: int = 16,
-    ffn_width: int = 128,
+    rank: int = 0,
+    ffn_width: int = 320,
 ) -> AcceleratedStream:
-    """An untrained stream for naming experts: shared-KV attention and a small FFN in each block."""
+    """An untrained stream for naming experts: shared-KV attention and a small FFN in each block. Without a
+    change of the attention (`rank` 0), a p that begins at a block need not attend a second time there."""
     config = StreamConfig(
         "attention", exits or default_exits(backbone.depth), rate=rate, rank=rank, ffn_width=ffn_width,
         deep=0.0, carry=False,
@@ -96,15 +97,15 @@ def loss(module, lesson: RouterLesson, settings: DistilConfig) -> mx.array:
             total, pairs = total + distance(said * scale, right * scale).mean(), pairs + 1
     total = total / max(1, pairs)
     if isinstance(module, AcceleratedStream) and settings.align_weight:
-        total = total + settings.align_weight * misalignment(module, lesson)
+        total = total + settings.align_weight * misalignment(predictor, lesson)
     return total
 
 
-def misalignment(stream: AcceleratedStream, lesson: RouterLesson) -> mx.array:
+def misalignment(predictor: StreamPredictor, lesson: RouterLesson) -> mx.array:
     """Mean of 1 - cos(p_l, h_tau(l)) over the stream's blocks."""
-    N, config, apart = stream._backbone.depth, stream.config, []
+    N, config, apart = predictor._backbone.depth, predictor._stream.config, []
     for a, b in intervals(config):
-        p = stream(lesson.states, lesson.cache, exit=b)
+        p = predictor.path(lesson.states, lesson.after, lesson.cache, a, b)
         for l in range(a + 1, b + 1):
             right = lesson.states[tau(l, a, b, N, config.rate)]
             apart.append(1 - cosine(p[l - a], mx.stop_gradient(right)).mean())

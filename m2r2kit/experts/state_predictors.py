@@ -158,6 +158,9 @@ class StreamPredictor(StatePredictor):
             return p, []
         turn, stream = self._turns[l], self._stream
         block, near, deep = stream.block(l), None, None
+        if turn.first and self._begins_at_u(l):
+            p = block.after_attention(u)
+            return p, [u] * len(turn.by_u) + [p] * len(turn.by_p)
         if turn.first:
             p = h
             if stream.config.carry and l == 0:
@@ -171,6 +174,16 @@ class StreamPredictor(StatePredictor):
         p = block(p, near, deep)
         return p, [u] * len(turn.by_u) + [p] * len(turn.by_p)
 
+    def _begins_at_u(self, l: int) -> bool:
+        carried = self._stream.config.carry and l == 0
+        return self._stream.block(l).begins_at_u and not carried
+
+    def path(self, states: list, after: list, cache: list, a: int, b: int) -> list[mx.array]:
+        """p_a .. p_b of an interval over whole sequences, as `over` takes them."""
+        if b == a + 1 and self._begins_at_u(a):
+            return [states[a], self._stream.block(a).after_attention(after[a])]
+        return self._stream(states, cache, exit=b)
+
     def over(self, states: list, after: list, cache: list) -> dict[tuple[int, int], mx.array]:
         """What `ahead` hands to routers, for whole sequences at once: (l, m) -> (B, T, D), for training.
 
@@ -180,7 +193,7 @@ class StreamPredictor(StatePredictor):
         """
         found = {}
         for a, b in intervals(self._stream.config):
-            p = self._stream(states, cache, exit=b)
+            p = self.path(states, after, cache, a, b)
             for l in (l for l in range(a, b) if l in self._turns):
                 turn = self._turns[l]
                 found |= {(l, m): after[l] for m in turn.by_u}
