@@ -57,7 +57,7 @@ def test_the_teacher_runs_the_model_itself():
 
 
 @pytest.mark.parametrize("rate", [1.0, 2.0])
-@pytest.mark.parametrize("kind", ["stream", "deep", "carried", "adapter", "direct"])
+@pytest.mark.parametrize("kind", ["stream", "deep", "carried", "adapter", "anew", "anew, carried", "direct"])
 def test_decoding_names_what_the_forced_pass_names(kind, rate):
     """The same stream over whole sequences, as it learns, and token by token, as it is used."""
     family = "mixtral"
@@ -68,6 +68,8 @@ def test_decoding_names_what_the_forced_pass_names(kind, rate):
         config = {
             "deep": {"deep": 0.75},
             "carried": {"carry": True},
+            "anew": {"rank": 0, "exits": (1, 2, 3)},  # each begins at the slow stream's own u
+            "anew, carried": {"rank": 0, "exits": (1, 2, 3), "carry": True},
         }.get(kind, {})
         config = StreamConfig(**{
             "form": "adapter" if kind == "adapter" else "attention", "exits": (2, 3), "rate": rate, "rank": 4,
@@ -92,6 +94,15 @@ def test_decoding_names_what_the_forced_pass_names(kind, rate):
             for target, experts in named:
                 logits = router(view(), target, over[l, target][:, at : at + 1])
                 assert experts == mx.argsort(-logits[0, 0])[: m.top_k].tolist()
+
+
+def test_beginning_at_the_slow_streams_u_is_attending_anew():
+    stream = shaken(learn.new_stream(view(), 2.0))
+    predictor, lesson = StreamPredictor(stream), learn.teach(view(), ROWS[:2])
+    for a, b in ((0, 1), (1, 2), (2, 3)):
+        short = predictor.path(lesson.states, lesson.after, lesson.cache, a, b)[-1]
+        assert stream.block(a).begins_at_u
+        assert mx.allclose(short, stream(lesson.states, lesson.cache, exit=b)[-1], atol=1e-4)
 
 
 def test_untrained_it_is_as_good_as_the_next_router_and_training_makes_it_better():
