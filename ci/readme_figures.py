@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from m2r2kit import records  # noqa: E402
+from m2r2kit import figures_exits, records  # noqa: E402
 from m2r2kit.commands import bench_exits, bench_experts  # noqa: E402
 from m2r2kit.commands.bench import table  # noqa: E402
 
@@ -57,8 +57,8 @@ def figures() -> str:
             *(f"| {r['form']} | {r['parameters']:,} | {r['agreement']:.1%} |" for r in rows),
             "",
         ]
-    if runs := records.read("exits"):
-        record = max(enumerate(runs), key=lambda pair: (len(pair[1]["figures"]["methods"]), pair[0]))[1]
+    if records.read("exits"):
+        record = figures_exits.newest()
         s, m = record["settings"], record["machine"]
         shown = bench_exits.table(record["figures"]["methods"], s["depth"])
         lines += [
