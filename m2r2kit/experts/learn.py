@@ -128,11 +128,14 @@ def train(
 def recall(
     predictor: StreamPredictor | DirectMap, lessons: list[RouterLesson]
 ) -> dict[tuple[int, int], float]:
-    """Slot recall on held-out rows: (l, m) -> the share of block m's top-k that was named at block l."""
+    """Slot recall on held-out rows: (l, m) -> the share of block m's top-k that was named at block l; pairs
+    that nothing trained stands for are left out."""
     backbone, found = predictor._backbone, {}
     k = backbone.config["num_experts_per_tok"]
     for lesson in lessons:
         for (l, m), state in predictor.over(lesson.states, lesson.after, lesson.cache).items():
+            if state is lesson.after[l]:
+                continue
             said = np.array(mx.argsort(-router(backbone, m, state), axis=-1)[..., : predictor.width])
             right = np.array(mx.argsort(-lesson.logits[m], axis=-1)[..., :k])
             both = (said[..., :, None] == right[..., None, :]).any(-2).mean()
