@@ -187,6 +187,13 @@ def speedup_at(points: list[dict], loss: float) -> float:
     return 1 / (1 - crossing(saved, agreement, 1 - loss))
 
 
+def taken_back(point: dict, depth: int) -> float:
+    """Of the time that a timed point's skipped blocks would have taken in a model of `depth` blocks, the
+    share that readers, gates, heads and the company of tokens that wait took back."""
+    run = point["depth"] / depth
+    return (1 / point["speedup"] - run) / (1 - run)
+
+
 # --- answers --------------------------------------------------------------------------------
 
 

@@ -162,6 +162,12 @@ def test_bench_measures_times_and_records(everything, capsys, monkeypatch):
     assert figures_exits.newest() is record
 
 
+def test_what_is_taken_back_is_what_the_skipped_blocks_did_not_save():
+    assert bench_exits.taken_back({"depth": 6, "speedup": 4.0}, 24) == 0
+    assert bench_exits.taken_back({"depth": 6, "speedup": 1.0}, 24) == 1
+    assert abs(bench_exits.taken_back({"depth": 6, "speedup": 1 / 0.4}, 24) - 0.2) < 1e-9
+
+
 def test_bench_without_m2r2_says_so(everything):
     model = str(tiny.folder("llama", **MODEL))
     asked = SimpleNamespace(model=model, trained=everything, methods=["calm"])
