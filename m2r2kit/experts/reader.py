@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..runtime import answer_at_once
 from .store import Store
 
 MODES = ("direct", "buffered")
@@ -179,6 +180,7 @@ class Reader:
     # --- the threads ---
 
     def _work(self) -> None:
+        answer_at_once()
         area = mmap.mmap(-1, self.size)  # page-aligned, as O_DIRECT asks for
         buffer = np.frombuffer(area, np.uint8)
         while True:
