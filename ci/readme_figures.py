@@ -12,13 +12,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from m2r2kit import figures_exits, records  # noqa: E402
+from m2r2kit import figures_exits, figures_experts, records  # noqa: E402
 from m2r2kit.commands import bench_exits, bench_experts  # noqa: E402
 from m2r2kit.commands.bench import table  # noqa: E402
 
 README = ROOT / "README.md"
 SEEN, SEEN_END = "<!-- seen: drawn by ci/readme_figures.py -->\n", "<!-- end of seen -->\n"
 BEGIN, END = "<!-- measured: drawn by ci/readme_figures.py -->\n", "<!-- end of measured -->\n"
+
+
+def made(record: dict) -> str:
+    """On what, when and by which command a record was made."""
+    m = record["machine"]
+    cores = f"{m['cores']} core{'s' * (m['cores'] != 1)}"
+    return f"{cores} of {m['chip']}, {record['date'][:10]}, `{record['command']}`"
 
 
 def figures() -> str:
@@ -31,11 +38,9 @@ def figures() -> str:
     for i, record in enumerate(shown):
         if record in shown[:i]:
             continue
-        s, m = record["settings"], record["machine"]
-        cores = f"{m['cores']} core{'s' * (m['cores'] != 1)}"
         lines += [
-            f"Greedy decoding of {s['prompts']} of the kit's prompts, float32, {cores} of {m['chip']} "
-            f"({record['date'][:10]}, `{record['command']}`):",
+            f"Greedy decoding of {record['settings']['prompts']} of the kit's prompts, float32 "
+            f"({made(record)}):",
             "",
             *(f"    {line}".rstrip() for line in table(record["figures"]).splitlines()),
             "",
@@ -59,36 +64,31 @@ def figures() -> str:
         ]
     if records.read("exits"):
         record = figures_exits.newest()
-        s, m = record["settings"], record["machine"]
-        shown = bench_exits.table(record["figures"]["methods"], s["depth"])
+        shown = bench_exits.table(record["figures"]["methods"], record["settings"]["depth"])
         lines += [
-            f"Leaving early, on {s['prompts']} of the kit's prompts ({m['chip']}, {record['date'][:10]}, "
-            f"`{record['command']}`):",
+            f"Leaving early, on {record['settings']['prompts']} of the kit's prompts ({made(record)}):",
             "",
             *(f"    {line}".rstrip() for line in shown.splitlines()),
             "",
         ]
-    real = [r for r in records.read("experts") if not r["figures"]["simulated"]]
-    if real:
-        record = real[-1]
-        s, m = record["settings"], record["machine"]
-        cores = f"{m['cores']} core{'s' * (m['cores'] != 1)}"
+    if record := figures_experts.newest():
+        s, kind = record["settings"], "simulated" if record["figures"]["simulated"] else "real"
         lines += [
-            f"Experts read from a real disk ({s['model']}, {s['prompts']} of the kit's prompts, {cores} of "
-            f"{m['chip']}, {record['date'][:10]}, `{record['command']}`):",
+            f"Experts read from a {kind} disk ({s['model']}, {s['prompts']} of the kit's prompts; "
+            f"{made(record)}):",
             "",
             *(f"    {line}".rstrip() for line in bench_experts.table(record["figures"]).splitlines()),
             "",
         ]
     if record := records.latest("experts-large"):
-        f, s = record["figures"], record["settings"]
+        f = record["figures"]
         same = "the same tokens as" if f["equal"] else "OTHER TOKENS THAN"
         lines += [
             f"A model of {f['model_bytes'] / 1e9:.2f} GB, of random weights, in a process whose peak the "
             f"system gives as {f['streamed']['peak_bytes'] / 1e9:.2f} GB (the whole model in memory: "
             f"{f['whole']['peak_bytes'] / 1e9:.2f} GB): {same} without a budget, "
             f"{f['streamed']['tokens_per_second']:.1f} and {f['whole']['tokens_per_second']:.1f} tokens/s "
-            f"({record['date'][:10]}, `{record['command']}`).",
+            f"({made(record)}).",
             "",
         ]
     return "\n".join(lines) if lines else "Not measured yet.\n"

@@ -60,6 +60,7 @@ def best_exits(method: Method, texts: Texts) -> list[int] | None:
         return None
     J = len(method.reader.exits)
     sets = dict.fromkeys(((J - 1,), (max(0, J - 2), J - 1), (0, J - 1), (0,), tuple(range(J))))
+    # every second threshold, without the ends: on a line over the steep part the wrong exits would win
     some = replace(
         method, thresholds=method.thresholds[2:-1:2] if len(method.thresholds) > 4 else method.thresholds
     )

@@ -17,7 +17,8 @@ from .bench import ratios
 from .bench_resident import Disk, disk_speed, in_memory, streamed
 from .errors import UserError
 from .experts import methods, trained
-from .experts.loader import ExpertDecoder, ExpertGeneration, StreamedModel
+from .experts.generation import ExpertGeneration
+from .experts.loader import ExpertDecoder, StreamedModel
 from .experts.predictors import Oracle
 from .experts.reader import Reader, system_read_bytes
 from .experts.residency import Counts

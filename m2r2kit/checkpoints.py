@@ -114,11 +114,8 @@ def trained(folder: str | Path, name: str, config_type: type) -> dict:
     }
 
 
-def load_weights(
-    module: nn.Module, text: dict, base_sha256: str, folder: str | Path, name: str, without: str = ""
-) -> None:
-    """Fill a module with saved weights, in float32 on a CPU; those whose names begin with `without` are left
-    out.
+def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | Path, name: str) -> None:
+    """Fill a module with saved weights, in float32 on a CPU.
 
     Raises:
         UserError: they belong to another model, or do not fit.
@@ -132,11 +129,7 @@ def load_weights(
     try:
         if _sha256(path) != text["weights_sha256"]:
             raise ValueError("not the file that the JSON was written for")
-        weights = {
-            k: v.astype(mx.float32)
-            for k, v in mx.load(str(path)).items()
-            if not (without and k.startswith(without))
-        }
+        weights = {k: v.astype(mx.float32) for k, v in mx.load(str(path)).items()}
         module.load_weights(list(weights.items()))
         mx.eval(module.parameters())
     except (OSError, RuntimeError, ValueError) as error:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from . import records
-from .experts.loader import Event
+from .experts.generation import Event
 from .figures import COLORS, HATCHES, ORDER, PALE
 
 EDGE = "#333333"

@@ -111,6 +111,16 @@ def test_decoding_takes_arlas_second_look_as_the_forced_pass_does(waits):
     assert (forced.exit[texts.gated] != blind.exit[texts.gated]).any()
 
 
+def test_exits_not_in_use_need_not_be_computed():
+    view, module = exits()
+    texts = texts_of(view, PROMPTS, 20)
+    parts, levels = (view, module.reader, At(1), module.fill, True), [NEVER, 0.6, NEVER]
+    every = ForcedPass(*parts)(texts, levels, longest=20)
+    one = ForcedPass(*parts, use=(1,))(texts, levels, longest=20)
+    assert np.array_equal(every.exit, one.exit) and np.allclose(every.nats, one.nats, atol=1e-4)
+    assert (one.exit[texts.gated] == 1).any() and (one.exit[texts.gated] == 3).any()
+
+
 def test_tokens_that_wait_get_the_keys_of_the_full_run():
     view, module = exits()
     decoder = ExitDecoder(view, module.reader, At(2), module.fill, waits=True)

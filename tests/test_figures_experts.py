@@ -9,7 +9,7 @@ from m2r2kit import figures_experts as experts
 from m2r2kit import figures_routing as routing
 from m2r2kit import records
 from m2r2kit.experts import planner
-from m2r2kit.experts.loader import Event
+from m2r2kit.experts.generation import Event
 from m2r2kit.experts.probe import Speed
 from m2r2kit.figures import new_figure, png
 

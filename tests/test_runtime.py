@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -236,3 +237,27 @@ print(json.dumps([same, back, len(old), runtime._product_is_right()]))
 """
     same, back, entries, right = fresh(program)
     assert same and back and right and entries >= 3
+
+
+@linux
+def test_a_thread_that_reads_is_no_batch_work_and_the_others_stay_so():
+    def policy():
+        return os.sched_getscheduler(0)
+
+    found = []
+
+    def work():  # a thread's policy is its own
+        try:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        except OSError:
+            return  # a container may forbid it
+        inner = threading.Thread(target=lambda: (found.append(policy()), answer(), found.append(policy())))
+        inner.start()
+        inner.join()
+        found.append(policy())
+
+    answer = runtime.answer_at_once
+    outer = threading.Thread(target=work)
+    outer.start()
+    outer.join()
+    assert found in ([], [os.SCHED_BATCH, os.SCHED_OTHER, os.SCHED_BATCH])

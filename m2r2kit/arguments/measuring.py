@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .names import EXIT_METHODS, METHODS
-from .shared import drafting, exits, model, stream, streaming
+from .shared import disk, drafting, exits, model, stream, streaming
 from .values import budget, count, counts, natural, number, shares, size, some_of
 
 
@@ -124,15 +124,7 @@ def bench_memory(parser):
         default="next-router",
         help="who names experts ahead of time (default: next-router)",
     )
-    parser.add_argument(
-        "--reads",
-        choices=("direct", "buffered"),
-        default="direct",
-        help="past the page cache (default), or not",
-    )
-    parser.add_argument(
-        "--threads", type=count, default=2, metavar="N", help="that read at once (default: 2)"
-    )
+    disk(parser)
     parser.add_argument(
         "--prompt",
         default="The sea was calm, and the ship lay at anchor near the old harbour.",

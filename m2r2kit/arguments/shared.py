@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .names import MODEL, POLICIES, PREDICTORS
-from .values import budget, count, natural, number
+from .values import budget, count, natural, number, size
 
 
 def model(parser):
@@ -61,8 +61,8 @@ def exits(parser):
     )
 
 
-def streaming(parser):
-    """Where experts come from when they are not all in memory."""
+def disk(parser):
+    """How records are read."""
     parser.add_argument(
         "--reads",
         choices=("direct", "buffered"),
@@ -72,9 +72,14 @@ def streaming(parser):
     parser.add_argument(
         "--threads", type=number(int, 1, 64), default=2, metavar="N", help="that read at once (default: 2)"
     )
+
+
+def streaming(parser):
+    """Where experts come from when they are not all in memory."""
+    disk(parser)
     parser.add_argument(
         "--link",
-        type=budget,
+        type=size,
         metavar="BYTES",
         help="simulate a disk of so many bytes a second, such as 200MB",
     )

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..experts import methods, trained
-from ..experts.loader import ExpertDecoder, ExpertGeneration, StreamedModel
+from ..experts.generation import ExpertGeneration
+from ..experts.loader import ExpertDecoder, StreamedModel
 from ..experts.predictors import Predictor
 from ..experts.reader import Reader
 from ..experts.slots import budget_of_share, slots_of_budget

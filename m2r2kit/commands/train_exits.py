@@ -56,7 +56,7 @@ def saved(backbone: Backbone, kind: str, args):
         raise UserError(f"{kind} has no router; --router-only is for {' and '.join(ROUTED)}.")
     if args.exits or args.start:
         raise UserError("With --router-only, exits and stream stay as they are; leave out --exits, --start.")
-    return trained.load(backbone, folder_of(kind, args), kind, router=False)[0]
+    return trained.load(backbone, folder_of(kind, args), kind)[0]
 
 
 def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> None:

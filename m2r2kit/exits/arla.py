@@ -32,7 +32,8 @@ class ArlaConfig:
         latent: latent numbers of a state.
         sees: which residuals: `states`, what is read at the exits, and `starts`, the slow ones from
             which that was made.
-        hope: share of the threshold that the first look asks for, where a second one follows.
+        hope: share of the threshold that the first look asks for, where a second one follows; set by hand,
+            not tuned.
     """
 
     exits: int = 4
@@ -48,7 +49,7 @@ class Arla(Gate):
 
     def __init__(self, width: int, config: ArlaConfig):
         super().__init__()
-        self.config, self._width = config, width
+        self.config, self._width, self.hope = config, width, config.hope
         L, kinds = config.latent, len(config.sees)
         self.norms = [nn.RMSNorm(width) for _ in config.sees]
         self.down = [mx.random.normal((config.exits, width, L)) * width**-0.5 for _ in config.sees]
@@ -109,13 +110,13 @@ class Arla(Gate):
         if not self.looks:
             return super().ask(j, seen, level)
         view = self.view(j, seen)
-        looked = mx.sigmoid(self.first(j, view)) >= self.config.hope * level
+        looked = mx.sigmoid(self.first(j, view)) >= self.hope * level
         return looked & (mx.sigmoid(self.second(j, view, seen.head(seen.states[j]))) >= level), looked
 
     def blind(self) -> "Arla":
         """The same router with its first look only: a control."""
         one = copy.copy(self)
-        one.looks = False
+        one.looks, one.hope = False, 1.0
         return one
 
     def macs(self, j):

@@ -132,8 +132,7 @@ class ExitDecoder:
                 cache, x, mx.array(state.position), state.before, progress, *starts, *states
             )
             starts, states = [*starts, h], [*states, p]
-            hope = self.gate.config.hope if self.gate.looks else 1
-            leaves = not must and score.item() >= hope * levels[j]
+            leaves = not must and score.item() >= self.gate.hope * levels[j]
             if leaves and self.gate.looks:
                 score, *more = self.looks[n](p, *more)
                 mx.async_eval(score, *more)

@@ -62,6 +62,7 @@ class Gate(nn.Module):
     monotone = False  # whether no token goes deeper than one before it: nobody looks into the blocks it skips
     weighs = False  # whether its score says how sure it is, so that more can be asked of an earlier exit
     looks = False  # whether it needs the head's logits only where a first look, without them, gives it hope
+    hope = 1.0  # share of the threshold that this first look asks for
 
     def __call__(self, j: int, seen: Seen) -> mx.array:
         raise NotImplementedError

@@ -222,10 +222,8 @@ def save(module: nn.Module, backbone: Backbone, folder: str | Path, **facts) -> 
     checkpoints.save(module, module.config, backbone.sha256, folder, "exits", **facts)
 
 
-def load(
-    backbone: Backbone, folder: str | Path, kind: str = "m2r2", router: bool = True
-) -> tuple[nn.Module, dict]:
-    """A saved module, and everything that its JSON says; without `router`, one that still needs a router.
+def load(backbone: Backbone, folder: str | Path, kind: str = "m2r2") -> tuple[nn.Module, dict]:
+    """A saved module, and everything that its JSON says.
 
     Raises:
         UserError: there is none, it is of another kind, damaged, or belongs to another model.
@@ -235,7 +233,5 @@ def load(
     if text.get("kind") != made.__name__ or getattr(config, "reader", kind) != kind:
         raise UserError(f"{folder} holds no {kind}; name its own folder.")
     module = made(backbone, config)
-    if not router:
-        module.pop("gate", None)
-    checkpoints.load_weights(module, text, backbone.sha256, folder, "exits", "" if router else "gate.")
+    checkpoints.load_weights(module, text, backbone.sha256, folder, "exits")
     return module, text

@@ -4,7 +4,7 @@ Counted are products of a weight and a number (MACs), one token at a time; atten
 keys and values are left out, as they depend on the text's length and are few here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -78,10 +78,12 @@ def by_exit(backbone: Backbone, reader, gate, fill, waits: bool = False, use=Non
     return out
 
 
-def mean(works: list[Work], exits: np.ndarray) -> Work:
-    """Of an average token; `exits` are the numbers of the exits taken."""
+def mean(works: list[Work], exits: np.ndarray, vain: float = 0.0) -> Work:
+    """Of an average token; `exits` are the numbers of the exits taken, `vain` the MACs of heads that were
+    read at exits where the average token then stayed."""
     share = np.bincount(exits, minlength=len(works)) / len(exits)
     parts = ("blocks", "readers", "gates", "heads", "fill")
-    return Work(
+    found = Work(
         *(float(sum(s * getattr(w, part) for s, w in zip(share, works, strict=True))) for part in parts)
     )
+    return replace(found, heads=found.heads + vain)

@@ -11,7 +11,7 @@ is neither computing nor reading takes no time.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from .loader import Event
+from .generation import Event
 from .predictors import Predictor
 from .residency import Counts, Load, Residency
 from .trace import Trace
@@ -152,22 +152,22 @@ class Clock:
                 self.residency.release(l, group)
 
     def _token(self, trace: Trace, number: int, chosen: Sequence[Sequence[int]]) -> None:
-        residency, line, events, E = self.residency, self.line, [], trace.experts
+        residency, line, events = self.residency, self.line, []
         named = self.predictor.before(number)
         for m, experts in named:
             line.ask(residency.speculate(m, experts), self.now, False)
-        line.again((m * E + e for m, experts in named for e in experts), self.now)
+        line.again(residency.keys(named), self.now)
         for l, wanted, seconds in zip(trace.blocks, chosen, self.compute):
             events.append(Event("compute", l, self.now, self.now + seconds))
             self.now += seconds
-            named, keys = self.predictor.at(number, l, wanted), [l * E + e for e in wanted]
+            named = self.predictor.at(number, l, wanted)
             loads, ahead = residency.arrive(l, wanted, named)
             line.ask(loads, self.now, True)
             line.ask(ahead, self.now, False)
-            line.again((m * E + e for m, experts in named for e in experts if m != l), self.now)
-            wrong = residency.predicted.get(l, set()).difference(keys)
+            line.again(residency.keys((m, experts) for m, experts in named if m != l), self.now)
+            wrong = residency.wrong(l, wanted)
             line.park(line.pending[key] for key in wrong if key in line.pending)
-            self._wait(l, keys, events)
+            self._wait(l, residency.keys([(l, wanted)]), events)
         events.append(Event("compute", trace.blocks[-1] + 1, self.now, self.now + self.compute[-1]))
         self.now += self.compute[-1]
         self.out.tokens.append(events)

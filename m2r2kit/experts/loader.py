@@ -11,9 +11,8 @@ The router decides, always; a prediction only starts a read. Tokens are those of
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -23,10 +22,11 @@ from ..backbone import Backbone
 from ..errors import UserError
 from ..fixed_cache import FIRST_ROOM
 from . import moe
+from .generation import Event, ExpertGeneration
 from .packing import load_without_experts
 from .predictors import Predictor
 from .reader import AHEAD, PARKED, Reader, Request
-from .residency import Counts, Load, Residency
+from .residency import Load, Residency
 from .slots import Bank
 from .state_predictors import StatePredictor
 from .store import Store
@@ -53,41 +53,6 @@ class StreamedModel:
         """An empty memory with so many slots in each block (in all, if `shared`)."""
         m = self.store.manifest
         return Residency(m.blocks, m.experts, m.top_k, slots, policy, shared)
-
-
-@dataclass
-class ExpertGeneration:
-    """What came out of one prompt.
-
-    Attributes:
-        tokens: emitted ids, the end-of-text mark included if it was reached.
-        seconds: from the first pass over the prompt to the last token; `prefill_seconds`, of that pass.
-        stopped: `eos` or `length`.
-        counts: of the tokens' passes, without the prompt's; `prefill` has those of the prompt.
-        in_time, late: of `counts.ahead`, those whose read was through when they were needed, or not.
-        stall_seconds: spent waiting for reads, in the tokens' passes.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    stopped: str = "length"
-    counts: Counts = field(default_factory=Counts)
-    prefill: Counts = field(default_factory=Counts)
-    in_time: int = 0
-    late: int = 0
-    stall_seconds: float = 0.0
-
-
-class Event(NamedTuple):
-    """Something in a token's pass: `compute` up to block l's router, `wait` for block l's experts, a
-    `demand` read or one asked for `ahead`, from when its thread began. Times are perf_counter's."""
-
-    kind: str
-    block: int
-    start: float
-    end: float
-    expert: int | None = None
 
 
 class ExpertDecoder:
@@ -322,22 +287,21 @@ class ExpertDecoder:
     def _sort(self, l: int, wanted: Sequence[int], named: Named) -> None:
         """Block l has chosen: what was named for it and is not wanted is parked, or it would be read before
         what is named rightly; what is named anew goes ahead again."""
-        pending, E = self.pending, self.residency.experts
+        pending = self.pending
         if not pending:
             return
         self._again((m, experts) for m, experts in named if m != l)
-        wrong = self.residency.predicted.get(l, set()).difference(l * E + e for e in wanted)
+        wrong = self.residency.wrong(l, wanted)
         self.reader.rank([pending[key] for key in wrong if key in pending], PARKED)
 
     def _again(self, named: Iterable[tuple[int, Sequence[int]]]) -> None:
-        keys = [m * self.residency.experts + e for m, experts in named for e in experts]
+        keys = self.residency.keys(named)
         requests = [self.pending[key] for key in keys if key in self.pending]
         self.reader.rank([r for r in requests if r.rank == PARKED], AHEAD)
 
     def _ready(self, l: int, experts: Sequence[int]) -> list[int]:
         """The slots of these experts, when all of them are there."""
-        base, held, out = l * self.residency.experts, self.residency.pool_of[l].held, self._out
-        keys = [base + expert for expert in experts]
+        keys, held, out = self.residency.keys([(l, experts)]), self.residency.pool_of[l].held, self._out
         waiting = [self.pending.pop(key) for key in keys if key in self.pending]
         if waiting:
             for request in waiting:

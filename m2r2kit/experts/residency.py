@@ -14,7 +14,7 @@ Only whether a read that was asked for ahead came `in time` or `late` is the liv
 `arrive` is these in the order in which a token's pass takes them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -218,6 +218,14 @@ class Residency:
             loads.append(load)
             pinned.add(key)
         return loads
+
+    def keys(self, named: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
+        """The keys of named experts, given as (block, its experts)."""
+        return [l * self.experts + expert for l, experts in named for expert in experts]
+
+    def wrong(self, l: int, wanted: Sequence[int]) -> set[int]:
+        """Keys of what was named for block l in this pass and is not among the experts that it wants."""
+        return self.predicted.get(l, set()).difference(self.keys([(l, wanted)]))
 
     def demand(self, block: int, experts: Sequence[int]) -> list[Load]:
         """Experts that a block needs now, all different and no more than fit (`groups`): the reads that
