@@ -92,7 +92,7 @@ def parser() -> Parser:
 
     about = "choose the exits of what was trained for them, and measure what each threshold risks"
     arguments.calibrate(add(commands, "calibrate", _runs("calibrate"), about))
-    about = "write a mixture of experts of random weights, as large as asked, to try its size on this machine"
+    about = "write a mixture of experts to measure on: random and as large as asked, or trained and widened"
     arguments.make_moe(add(commands, "make-moe", _runs("make_moe"), about))
     about = "write the experts of a model as records that can be read one at a time, or check them"
     arguments.pack(add(commands, "pack", _runs("pack"), about))

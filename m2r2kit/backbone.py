@@ -6,12 +6,15 @@ works on a pocket model works on any model of the families below.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
@@ -119,6 +122,12 @@ class Backbone:
     @property
     def is_moe(self) -> bool:
         return self.family in MOE
+
+    @cached_property
+    def matrix_bytes(self) -> int:
+        """Of the largest matrix that a token is multiplied by in the blocks; of experts, that of one."""
+        weights = (w for _, w in tree_flatten([block.parameters() for block in self.blocks]) if w.ndim > 1)
+        return max((w.nbytes // math.prod(w.shape[:-2]) for w in weights), default=0)
 
     # --- the forward pass, in pieces ---
 

@@ -12,6 +12,7 @@ arm comes back to a prompt it has decoded all others since. What a token takes i
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .arguments import TRAINED
 from .backbone import Backbone
 from .bench import ratios
 from .bench_resident import Disk, disk_speed, in_memory, streamed
@@ -22,7 +23,6 @@ from .experts.loader import ExpertDecoder, StreamedModel
 from .experts.predictors import Oracle
 from .experts.reader import Reader, system_read_bytes
 from .experts.residency import Counts
-from .experts.state_predictors import StreamPredictor
 from .experts.trace import Trace
 
 ARMS = {  # name -> policy, predictor
@@ -82,18 +82,13 @@ class ExpertArm:
 
 def predictor_of(name: str, model: StreamedModel, folder, distance: int, width: int | None, trace: Trace):
     """An arm's predictor, or the sentence that says what it lacks."""
-    try:
-        if name in trained.STREAMS:
-            stream = trained.stream(model.backbone, trained.folder_of(folder, name))
-            return StreamPredictor(stream, width)
-        given = {}
-        if name == "direct":
-            given["direct"] = trained.direct(model.backbone, trained.folder_of(folder, name))
-        return methods.predictor(name, model, distance, width, trace, **given)
-    except UserError as error:
-        if name in (*trained.STREAMS, "direct"):
+    made = None
+    if name in TRAINED:
+        try:
+            made = trained.predictor(model.backbone, folder, name, width)
+        except UserError as error:
             return str(error)
-        raise
+    return methods.predictor(name, model, distance, width, trace, made)
 
 
 # --- the whole ------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .paths import cache_dir
@@ -220,8 +221,20 @@ def uninstall() -> None:
         ctypes.c_uint64.from_address(address).value = value  # its page is writable by now
 
 
-def set_threads(count: int) -> None:
-    """Threads that OpenBLAS uses inside one product."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread a product for a while, where OpenBLAS is in use."""
     path = openblas_path()
-    if path is not None and sys.platform == "linux":
-        ctypes.CDLL(str(path)).scipy_openblas_set_num_threads(int(count))
+    try:
+        library = ctypes.CDLL(str(path), mode=_RTLD_NOLOAD | os.RTLD_LAZY) if path and _old else None
+    except OSError:
+        library = None
+    if library is None:
+        yield
+        return
+    before = library.scipy_openblas_get_num_threads()
+    library.scipy_openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        library.scipy_openblas_set_num_threads(before)

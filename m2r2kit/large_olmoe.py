@@ -13,7 +13,6 @@ so that an expert's logit is random by token and higher by skew ln p_e.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UserError
+from .new_model import new_model
 
-SPARE = 16 << 20  # bytes that are left free on the disk
 BRANCH = 0.12  # what a block's attention and experts each add to a state's energy, about
 
 
@@ -149,31 +148,15 @@ def write(config: LargeConfig, out: Path, tokenizer: Path, report: Callable | No
     Raises:
         UserError: `out` exists, there is no such tokenizer, or the disk is too small or fails.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already; delete it, or give another folder.")
-    partial, total = out.with_name(out.name + ".partial"), config.total_bytes
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(partial).free) < total + SPARE:
-            raise UserError(
-                f"The model takes {total / 1e9:.2f} GB on the disk of {out} and {free / 1e9:.2f} GB are "
-                "free; make room, or ask for less with --size."
-            )
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tokenizer / name, partial)
-        (partial / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
-        with (partial / "model.safetensors").open("wb") as file:
+    with new_model(out, config.total_bytes, tokenizer) as folder:
+        (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
+        with (folder / "model.safetensors").open("wb") as file:
             file.write(_header(config))
             for number, (name, shape) in enumerate(shapes(config), 1):
                 for piece in parts(name, shape, config, number):
                     file.write(piece.tobytes())
                     if report:
                         report(piece.nbytes)
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror or error}); make room.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _header(config: LargeConfig) -> bytes:

@@ -10,6 +10,9 @@ Environment: `M2R2KIT_BLAS=stock` leaves MLX's BLAS alone.
 import ctypes
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,11 +98,78 @@ def _take_turns_less_often() -> None:
         pass  # a container may forbid it; everything is right without
 
 
-def answer_at_once() -> None:
-    """Take this thread out of `_take_turns_less_often`: one that waits for a disk has little to compute, and
-    should begin the moment it is asked, also where all cores are busy."""
-    try:
+# --- while tokens are decoded ---
+
+SMALL = 4 << 20  # bytes of a matrix whose product one thread ends before two have agreed on it
+_answering: set[int] = set()  # native ids of the threads that are `answering`
+_decoding = threading.Lock()
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """For a thread that waits for a disk: it has little to compute, and should begin the moment it is asked,
+    also where all cores are busy. So `_take_turns_less_often` is not for it."""
+    me = threading.get_native_id()
+    with suppress(AttributeError, OSError):  # everything is right without
         if os.sched_getscheduler(0) == os.SCHED_BATCH:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    except (AttributeError, OSError):
-        pass  # not on this system; everything is right without
+    _answering.add(me)
+    try:
+        yield
+    finally:
+        _answering.discard(me)
+
+
+@contextmanager
+def decoding(matrix: int, apart: bool = False) -> Iterator[None]:
+    """While one token after the other is computed, let nothing wake a second core for it.
+
+    A token of a small model is some hundreds of small operations. OpenBLAS's own threads wait for each other
+    at each product, however small: with a reader thread at work beside them, each of these waits lasts until
+    the system takes turns. So a product has one thread here. Where reads go on beside the computing, what
+    computes keeps to one core and the readers keep off it; whoever only waits for them lets them have all
+    cores. Where the system places no threads (macOS), or has one core only, that part does nothing, and
+    inside another `decoding`, or where matrices are large enough to be shared out, all of it.
+
+    Args:
+        matrix: bytes of the largest matrix that a token is multiplied by.
+        apart: whether reads go on beside the computing.
+    """
+    if matrix > SMALL or not _decoding.acquire(blocking=False):
+        yield
+        return
+    cores = _cores()
+    try:
+        with blas.one_thread():
+            if apart and len(cores) > 1:
+                here = {_core(cores)}
+                _place(here, cores - here)
+            yield
+    finally:
+        if apart and len(cores) > 1:
+            _place(cores, cores)
+        _decoding.release()
+
+
+def _cores() -> set[int]:
+    """Cores on which this thread may run; none where the system does not say."""
+    try:
+        return os.sched_getaffinity(0)
+    except AttributeError:
+        return set()
+
+
+def _core(cores: set[int]) -> int:
+    """The core on which this thread runs: where the system found room for it."""
+    try:
+        here = ctypes.CDLL(None).sched_getcpu()
+    except AttributeError:
+        here = -1  # not glibc
+    return here if here in cores else min(cores)
+
+
+def _place(computing: set[int], answering: set[int]) -> None:
+    """The cores on which this process's threads may run."""
+    for name in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # it may have ended, or a container forbid it
+            os.sched_setaffinity(int(name), answering if int(name) in _answering else computing)

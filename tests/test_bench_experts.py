@@ -110,4 +110,4 @@ def test_every_arm_has_a_policy_and_a_predictor():
 
     for policy, predictor in bench_experts.ARMS.values():
         assert policy in arguments.POLICIES
-        assert predictor in (*arguments.PREDICTORS, "m2r2-r1")
+        assert predictor in arguments.PREDICTORS

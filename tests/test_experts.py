@@ -63,10 +63,12 @@ def run(model, policy="lru", predictor=None, slots=4, shared=False, trace=None, 
     return [out.tokens for out in outs], residency, outs
 
 
-def stream(model: StreamedModel, form="attention", rate=2.0, exits=(2, 3), **settings) -> AcceleratedStream:
+def stream(
+    model: StreamedModel, form="attention", rate=2.0, exits=(2, 3), rank=4, **settings
+) -> AcceleratedStream:
     """With random changes, so that it names other experts than the routers do."""
     mx.random.seed(3)
-    config = StreamConfig(form=form, exits=exits, rate=rate, rank=4, ffn_width=8, **settings)
+    config = StreamConfig(form=form, exits=exits, rate=rate, rank=rank, ffn_width=8, **settings)
     made = AcceleratedStream(model.backbone, config)
     made.update(tree_map(lambda w: w + 0.3 * mx.random.normal(w.shape), made.parameters()))
     return made
@@ -97,13 +99,22 @@ def test_whatever_the_policy_and_the_replay_counts_the_same(policy):
     assert again == live.counts and live.counts.missed > 0 and live.counts.ahead > 0
 
 
+def made(name, model):
+    """What would have been trained for a predictor of this name; None if nothing has to be."""
+    if name == "direct":
+        return DirectMap.like(stream(model))
+    slow = stream(model, exits=(1, 2, 3), rate=1.0, rank=0, deep=0.0, carry=False)
+    streams = {"m2r2": (stream(model), None, slow), "m2r2-r1": (slow,)}
+    return StreamPredictor(*streams[name]) if name in streams else None
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", methods.PREDICTORS)
 def test_whatever_the_predictor_and_the_replay_counts_the_same(name, shared):
     model, slots = streamed(), 12 if shared else 4
     known = trace_of(model)
     run(model, trace=known)
-    others = {"trace": known, "stream": stream(model), "direct": DirectMap.like(stream(model))}
+    others = {"trace": known, "made": made(name, model)}
     predictor, trace = methods.predictor(name, model, 2, **others), trace_of(model)
     tokens, live, outs = run(model, "lru", predictor, slots, shared, trace)
     assert tokens == right()
@@ -368,6 +379,22 @@ def test_the_direct_map_begins_as_the_next_router_and_has_the_size_it_is_given()
     for like in (against, stream(model)):
         mine, its = DirectMap.like(like), StreamPredictor(like)
         assert [mine.targets(l) for l in range(tiny.BLOCKS)] == [its.targets(l) for l in range(tiny.BLOCKS)]
+
+
+def test_what_no_fast_p_can_name_in_time_the_first_interval_of_a_slow_one_does():
+    model, found = streamed(), []
+    fast, slow = (stream(model, exits=(1, 2, 3), rate=r, rank=0, deep=0.0, carry=False) for r in (2.0, 1.0))
+    for predictor in (StreamPredictor(fast, 4, slow), StreamPredictor(fast, 4), StreamPredictor(slow, 4)):
+        trace = trace_of(model)
+        tokens, _, _ = run(model, predictor=predictor, trace=trace)
+        assert tokens == right()
+        found.append([{m: experts for m, experts in p.named[1]} for p in trace.passes if not p.prompt])
+    both, alone, opening = found
+    assert [named[1] for named in both] == [named[1] for named in opening]
+    assert [named[1] for named in both] != [named[1] for named in alone]
+    assert [named[2] for named in both] == [named[2] for named in alone]
+    with pytest.raises(UserError, match="state after attention"):
+        StreamPredictor(fast, None, stream(model, exits=(1,), deep=0.25))
 
 
 def test_a_shuffled_predictor_names_others():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_experts
 
-from m2r2kit import bench_memory, large_olmoe, records
+from m2r2kit import bench_memory, new_model, records
 from m2r2kit.__main__ import main
 from m2r2kit.arguments import MODEL
 from m2r2kit.backbone import Backbone
@@ -86,7 +86,7 @@ def test_sizes_that_cannot_be_are_one_sentence(tmp_path, size, width, sentence, 
 
 def test_a_disk_too_small_or_a_folder_in_use_are_one_sentence_and_leave_nothing(tmp_path, monkeypatch):
     config = LargeConfig(width=32, experts=4)
-    monkeypatch.setattr(large_olmoe, "SPARE", 1 << 60)
+    monkeypatch.setattr(new_model, "SPARE", 1 << 60)
     with pytest.raises(UserError, match="are free; make room"):
         write(config, tmp_path / "m", MODEL)
     assert not list(tmp_path.iterdir())

@@ -105,6 +105,20 @@ def test_what_is_parked_is_not_read_until_it_is_wanted_again():
         assert queued[1].done and not queued[2].done
 
 
+def test_one_thread_of_several_waits_for_what_is_needed_now():
+    landed, gate, started = Landed(), threading.Event(), threading.Event()
+    with Reader(tiny_experts.store(), "buffered", threads=2) as r:
+        busy = r.submit(0, 0, lambda record: (started.set(), gate.wait()), False)
+        started.wait()
+        second = r.submit(0, 1, landed.at(0, 1), False)
+        r.wait([r.submit(0, 2, landed.at(0, 2), True)])  # while all that reads ahead is busy
+        found = set(landed), second.done
+        gate.set()
+        assert found == ({(0, 2)}, False)
+        r.wait([busy, second])
+    assert set(landed) == {(0, 1), (0, 2)}
+
+
 def test_what_was_cancelled_does_not_land():
     landed, gate, started = Landed(), threading.Event(), threading.Event()
     with Reader(tiny_experts.store(), "buffered", threads=1) as r:

@@ -12,7 +12,7 @@ from m2r2kit.experts.predictors import Recorded
 from m2r2kit.experts.reader import Reader
 from m2r2kit.experts.replay import replay
 from m2r2kit.experts.slots import Bank
-from m2r2kit.experts.state_predictors import DirectMap, NextRouter, StreamPredictor
+from m2r2kit.experts.state_predictors import NextRouter, StreamPredictor
 
 E, K, ALL = tiny_experts.E, tiny_experts.K, tiny_experts.E * tiny.BLOCKS
 
@@ -33,8 +33,7 @@ def test_tokens_are_those_of_the_model_in_memory(family, bits, shared):
 @pytest.mark.parametrize("name", ["previous", "next-router", "self", "direct", "m2r2"])
 def test_what_is_predicted_is_counted_as_in_the_replay_and_as_with_stops(name):
     model = t.streamed()
-    others = {"stream": t.stream(model), "direct": DirectMap.like(t.stream(model))}
-    predictor, trace = methods.predictor(name, model, 2, **others), t.trace_of(model)
+    predictor, trace = methods.predictor(name, model, 2, made=t.made(name, model)), t.trace_of(model)
     tokens, live, _ = t.run(model, "lru", predictor, E, trace=trace)
     assert tokens == t.right() and live.counts.predicted > 0
     fresh = model.residency(E, methods.policy("lru", E))

@@ -241,23 +241,73 @@ print(json.dumps([same, back, len(old), runtime._product_is_right()]))
 
 @linux
 def test_a_thread_that_reads_is_no_batch_work_and_the_others_stay_so():
-    def policy():
-        return os.sched_getscheduler(0)
-
     found = []
+
+    def policy():
+        found.append(os.sched_getscheduler(0))
+
+    def read():
+        policy()
+        with runtime.answering():
+            policy()
 
     def work():  # a thread's policy is its own
         try:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         except OSError:
             return  # a container may forbid it
-        inner = threading.Thread(target=lambda: (found.append(policy()), answer(), found.append(policy())))
-        inner.start()
-        inner.join()
-        found.append(policy())
+        in_a_thread(read)
+        policy()
 
-    answer = runtime.answer_at_once
-    outer = threading.Thread(target=work)
-    outer.start()
-    outer.join()
+    in_a_thread(work)
     assert found in ([], [os.SCHED_BATCH, os.SCHED_OTHER, os.SCHED_BATCH])
+
+
+def in_a_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@linux
+def test_while_decoding_readers_keep_off_the_core_that_computes_and_all_is_as_before_afterwards():
+    cores, ready, ask, found = os.sched_getaffinity(0), threading.Event(), threading.Event(), []
+
+    def read():
+        with runtime.answering():
+            ready.set()
+            ask.wait()
+            found.append(os.sched_getaffinity(0))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    ready.wait()
+    with pytest.raises(KeyError), runtime.decoding(0, apart=True):
+        with runtime.decoding(0, apart=True):  # inside another: nothing more
+            mine = os.sched_getaffinity(0)
+        assert os.sched_getaffinity(0) == mine
+        ask.set()
+        reader.join()
+        raise KeyError
+    assert os.sched_getaffinity(0) == cores
+    if len(cores) > 1:
+        assert len(mine) == 1 and found == [cores - mine]
+    with runtime.decoding(0), runtime.decoding(0):
+        assert os.sched_getaffinity(0) == cores
+
+
+@patched
+def test_while_decoding_a_product_has_one_thread():
+    program = """
+from m2r2kit import blas, runtime
+import ctypes, json
+threads = ctypes.CDLL(str(blas.openblas_path())).scipy_openblas_get_num_threads
+before = threads()
+with runtime.decoding(runtime.SMALL):
+    inside = threads()
+with runtime.decoding(runtime.SMALL + 1):
+    large = threads()
+print(json.dumps([before, inside, large, threads()]))
+"""
+    before, inside, large, after = fresh(program)
+    assert inside == 1 and before == large == after

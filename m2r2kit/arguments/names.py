@@ -3,6 +3,7 @@
 from ..records import ROOT
 
 MODEL = ROOT / "data" / "pocket-dense"
+MOE = ROOT / "data" / "pocket-moe"
 PEERS = ("draft-model", "eagle", "medusa", "kangaroo", "deed")  # those that are trained
 METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup", "lookahead", *PEERS)
 EXIT_KINDS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")  # trained for exits
@@ -16,7 +17,8 @@ POLICIES = (
     "none", "lru", "lfu", "lfru", "clock", "s3-fifo", "least-stale", "trace-guided", "belady",
 )  # fmt: skip
 PREDICTORS = (
-    "nothing", "previous", "static", "next-router", "direct", "m2r2", "random", "shuffled", "oracle", "self",
+    "nothing", "previous", "static", "next-router", "direct", "m2r2", "m2r2-r1", "random", "shuffled",
+    "oracle", "self",
 )  # fmt: skip
 TRAINED = ("m2r2", "m2r2-r1", "direct")  # predictors of experts
 FORMS = ("block", "attention", "adapter")

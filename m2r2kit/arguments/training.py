@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .names import EXIT_KINDS, FORMS, PEERS, TRAINED
+from .names import EXIT_KINDS, FORMS, MOE, PEERS, TRAINED
 from .shared import corpus, lessons, minutes, model, processes, seed, tuning
 from .values import count, counts, natural, number, size, some_of
 
@@ -212,13 +212,19 @@ def calibrate(parser):
 
 def make_moe(parser):
     parser.add_argument("out", type=Path, metavar="DIR", help="folder of the model")
+    parser.add_argument("--size", type=size, metavar="SIZE", help="at least so large (default: 4.5GB)")
     parser.add_argument(
-        "--size", type=size, default=4_500_000_000, metavar="SIZE", help="at least so large (default: 4.5GB)"
+        "--widen",
+        type=number(int, 2),
+        metavar="K",
+        help="instead of random weights: a trained model with experts K times as wide, which says the same",
+    )
+    parser.add_argument(
+        "--model", type=Path, default=MOE, metavar="DIR", help="the one to widen (default: data/pocket-moe)"
     )
     parser.add_argument(
         "--width",
         type=number(int, 8),
-        default=512,
         metavar="D",
         help="of the stream and of an expert, a multiple of 8; an expert has 12 D^2 bytes (default: 512)",
     )

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from ..arguments import TRAINED
 from ..errors import UserError
 from ..experts import methods, trained
 from ..experts.generation import ExpertGeneration
@@ -52,14 +53,11 @@ def run(args, prompts) -> int:
 
 def predictor(args, model: StreamedModel, known: Trace | None) -> Predictor:
     """The predictor that the arguments ask for, loaded if it was trained."""
-    given = {}
-    if args.predictor == "m2r2":
-        given["stream"] = trained.stream(
-            model.backbone, args.stream or trained.folder_of(args.model, args.predictor)
-        )
-    if args.predictor == "direct":
-        given["direct"] = trained.direct(model.backbone, trained.folder_of(args.model, args.predictor))
-    return methods.predictor(args.predictor, model, args.distance, args.width, known, **given)
+    name, made = args.predictor, None
+    if name in TRAINED:
+        folder = args.stream if name == "m2r2" else None
+        made = trained.predictor(model.backbone, args.model, name, args.width, folder)
+    return methods.predictor(name, model, args.distance, args.width, known, made)
 
 
 def chooser(args):

@@ -1,15 +1,29 @@
-"""`m2r2kit make-moe`: a mixture of experts of random weights, as large as asked."""
+"""`m2r2kit make-moe`: a mixture of experts to measure on: of random weights, as large as asked, or a trained
+one with wider experts."""
 
 import sys
 
 from tqdm import tqdm
 
+from .. import wider_moe
 from ..arguments import MODEL
+from ..errors import UserError
 from ..large_olmoe import LargeConfig, sized, write
+
+SIZE, WIDTH = 4_500_000_000, 512  # bytes, and width of an expert, if nothing else is asked for
 
 
 def run(args) -> int:
-    config = sized(args.size, width=args.width, seed=args.seed)
+    if args.widen:
+        if args.size or args.width:
+            raise UserError("--widen keeps the model's other sizes; leave out --size and --width.")
+        nbytes = wider_moe.write(args.model, args.out, args.widen)
+        print(
+            f"{args.out}: {args.model} with experts {args.widen} times as wide, {nbytes / 2**20:.2f} MiB\n"
+            "each in float32. It says the same, chooses the same experts, and has the same predictors."
+        )
+        return 0
+    config = sized(args.size or SIZE, width=args.width or WIDTH, seed=args.seed)
     bar = tqdm(total=config.total_bytes, unit="B", unit_scale=True, desc="weights", leave=False,
                disable=not sys.stderr.isatty())  # fmt: skip
     with bar:

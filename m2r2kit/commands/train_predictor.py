@@ -61,8 +61,7 @@ def one(kind: str, module, backbone: Backbone, lessons, judges, args) -> None:
         seconds = 60 * args.minutes if args.minutes else math.inf
         history = learn.train(module, lessons, settings, report, seconds)
     after = learn.by_distance(learn.recall(predictor, judges))
-    name = trained.DIRECT if kind == "direct" else "stream"
-    folder = trained.folder_of(args.model, kind)
+    folder, name = trained.folder_of(args.model, kind), trained.file_of(kind)
     facts = {"steps": len(history.losses), "train_seconds": round(history.seconds)}
     checkpoints.save(module, module.config, backbone.sha256, folder, name, **facts)
     said = ", ".join(f"{apart} ahead {before[apart]:.3f} -> {r:.3f}" for apart, r in after.items())

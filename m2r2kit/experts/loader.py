@@ -21,6 +21,7 @@ from mlx_lm.models.base import create_attention_mask
 from ..backbone import Backbone
 from ..errors import UserError
 from ..fixed_cache import FIRST_ROOM
+from ..runtime import decoding
 from . import moe
 from .generation import Event, ExpertGeneration
 from .packing import load_without_experts
@@ -90,6 +91,8 @@ class ExpertDecoder:
         looks = isinstance(self.predictor, StatePredictor)
         parts = self.backbone, self.switches, self.predictor if looks else None
         first = {l: residency.shared * i * manifest.experts for i, l in enumerate(manifest.blocks)}
+        pieces = (piece.nbytes for piece in manifest.pieces)
+        self.matrix_bytes = max(self.backbone.matrix_bytes, *pieces)
         self.cut, self.cut_pass = False, moe.TokenPass(*parts)
         self.whole_pass = moe.TokenPass(*parts, first) if residency.whole else None
         self.pending: dict[int, Request] = {}  # reads of experts that have not been used since
@@ -136,19 +139,21 @@ class ExpertDecoder:
         out.in_time, out.late, out.stall_seconds = 0, 0, 0.0  # of the prompt's passes
         out.prefill_seconds = time.perf_counter() - begun
         token, self._next = prompt[-1], None
-        while len(out.tokens) < limit and out.stopped != "eos":
-            if self.whole_pass and not self.cut:
-                more = choose is None and len(out.tokens) + 1 < limit
-                logits, last, choice = self._flow(token, cache, last, more)
-            else:
-                logits, last = self._token(token, cache, last)
-                choice = mx.argmax(logits)
-            token = choice.item() if choose is None else choose(logits)
-            out.tokens.append(token)
-            if token in self.backbone.eos:
-                out.stopped = "eos"
-            if on_tokens:
-                on_tokens([token], [False])
+        ahead = type(self.predictor) is not Predictor  # otherwise nothing is read while something is computed
+        with decoding(self.matrix_bytes, apart=ahead):
+            while len(out.tokens) < limit and out.stopped != "eos":
+                if self.whole_pass and not self.cut:
+                    more = choose is None and len(out.tokens) + 1 < limit
+                    logits, last, choice = self._flow(token, cache, last, more)
+                else:
+                    logits, last = self._token(token, cache, last)
+                    choice = mx.argmax(logits)
+                token = choice.item() if choose is None else choose(logits)
+                out.tokens.append(token)
+                if token in self.backbone.eos:
+                    out.stopped = "eos"
+                if on_tokens:
+                    on_tokens([token], [False])
         self.texts += 1
         out.counts = self.residency.counts - before - out.prefill
         out.seconds = time.perf_counter() - begun

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 
-from ..arguments import POLICIES, PREDICTORS
+from ..arguments import POLICIES, PREDICTORS, TRAINED
 from ..errors import UserError
-from ..residuals import AcceleratedStream
 from . import policies
 from .loader import StreamedModel
 from .predictors import Oracle, Predictor, PreviousToken, Random, Static
-from .state_predictors import DirectMap, NextRouter, StreamPredictor
+from .state_predictors import NextRouter, StatePredictor
 from .trace import Trace
 
 
@@ -43,8 +42,7 @@ def predictor(
     distance: int = 2,
     width: int | None = None,
     trace: Trace | None = None,
-    stream: AcceleratedStream | None = None,
-    direct: DirectMap | None = None,
+    made: StatePredictor | None = None,
 ) -> Predictor:
     """A predictor by its name.
 
@@ -52,7 +50,7 @@ def predictor(
         distance: blocks that it looks ahead; the stream's own follows from its rate.
         width: experts that it names; by default as many as run.
         trace: of earlier texts for `static`; for `oracle` of this very run.
-        stream, direct: what was trained.
+        made: what was trained, and names as many as it was loaded for (`trained.predictor`).
 
     Raises:
         UserError: it needs what is not given, or there is none of this name.
@@ -65,7 +63,7 @@ def predictor(
         raise UserError(f"A predictor looks 1 to {len(manifest.blocks) - 1} blocks ahead; got {distance}.")
     if name in ("static", "oracle") and trace is None:
         raise UserError(f"The predictor '{name}' needs a routing trace; record one with `--trace`.")
-    if (name == "m2r2" and stream is None) or (name == "direct" and direct is None):
+    if name in TRAINED and made is None:
         raise UserError(f"The predictor '{name}' has to be trained for this model first; none is given.")
     match name:
         case "nothing":
@@ -84,8 +82,6 @@ def predictor(
             return NextRouter(backbone, distance, width).shuffle()
         case "self":
             return NextRouter(backbone, 0, width)
-        case "m2r2":
-            return StreamPredictor(stream, width)
-        case "direct":
-            return direct
+        case _ if name in TRAINED:
+            return made
     raise UserError(f"There is no predictor '{name}'; choose {', '.join(PREDICTORS)}.")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..runtime import answer_at_once
+from ..runtime import answering
 from .store import Store
 
 MODES = ("direct", "buffered")
@@ -76,7 +76,8 @@ class Reader:
 
     Args:
         mode: `direct` past the page cache, or `buffered` through it.
-        threads: that read at once; each has one buffer of a record.
+        threads: that read at once; each has one buffer of a record. One of several does not read ahead,
+            so that what is needed now waits for nothing that may be.
         link: bytes/s of a simulated link in front of the disk; None is the disk as it is.
 
     A record's checksum is compared when it is first read through this `Store`. A read that fails, comes
@@ -93,6 +94,7 @@ class Reader:
         self.bytes_read = self.reads = self.retries = 0
         self._changed = threading.Condition()
         self._queues: tuple[deque[Request], deque[Request]] = deque(), deque()  # NOW, AHEAD
+        self._early, self._most_early = 0, max(1, threads - 1)  # reads ahead under way, and how many may be
         self._closed = False
         self._files: dict[int, int] = {}
         try:
@@ -180,36 +182,49 @@ class Reader:
     # --- the threads ---
 
     def _work(self) -> None:
-        answer_at_once()
         area = mmap.mmap(-1, self.size)  # page-aligned, as O_DIRECT asks for
         buffer = np.frombuffer(area, np.uint8)
-        while True:
-            with self._changed:
-                while not self._closed and not any(self._queues):
-                    self._changed.wait()
+        with answering():
+            while (request := self._take()) is not None:
+                self._serve(request, buffer)
+
+    def _take(self) -> Request | None:
+        """The next request, when there is one; None when the reader closes."""
+        with self._changed:
+            while True:
                 if self._closed:
-                    return
+                    return None
                 rank = NOW if self._queues[NOW] else AHEAD
+                if not self._queues[rank] or (rank == AHEAD and self._early >= self._most_early):
+                    self._changed.wait()
+                    continue
                 request = self._queues[rank].popleft()
-                if request.state != QUEUED or request.rank != rank:
-                    continue
-                request.state, request.begun = READING, time.perf_counter()
-            error = self._bring(request, buffer)
-            with self._changed:
-                if request.state == CANCELLED:
-                    continue
-                request.state = LANDING
-            try:
-                if error is None:
-                    request.land(buffer)
-            except Exception as fault:  # or whoever waits would wait for ever
-                error = (
-                    f"Expert {request.expert} of block {request.block} cannot be put in its place ({fault})."
-                )
-            with self._changed:
-                request.error, request.finished = error, time.perf_counter()
-                request.state = DONE
-                self._changed.notify_all()
+                if request.state == QUEUED and request.rank == rank:
+                    request.state, request.begun = READING, time.perf_counter()
+                    self._early += rank == AHEAD
+                    return request
+
+    def _serve(self, request: Request, buffer: np.ndarray) -> None:
+        """Bring one record, and put it in its place if it is still wanted."""
+        error = self._bring(request, buffer)
+        with self._changed:
+            if request.state == CANCELLED:
+                self._served(request)
+                return
+            request.state = LANDING
+        try:
+            if error is None:
+                request.land(buffer)
+        except Exception as fault:  # or whoever waits would wait for ever
+            error = f"Expert {request.expert} of block {request.block} cannot be put in its place ({fault})."
+        with self._changed:
+            request.error, request.finished = error, time.perf_counter()
+            request.state = DONE
+            self._served(request)
+
+    def _served(self, request: Request) -> None:
+        self._early -= request.rank == AHEAD
+        self._changed.notify_all()
 
     def _bring(self, request: Request, buffer: np.ndarray) -> str | None:
         """One record into the buffer; why it failed twice, if it did."""

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..backbone import Backbone
+from ..errors import UserError
 from ..fast_blocks import SharedKV, seen
 from ..residuals import AcceleratedStream, StreamConfig, intervals, reads_near, tau
 from .predictors import Predictor
@@ -136,11 +137,21 @@ class StreamPredictor(StatePredictor):
 
     Args:
         stream: of the form `attention` or `adapter`; its rate is the velocity, 1 the control.
+        opening: another, of rate 1 and with intervals of one block, for what no p of the faster one can name:
+            block 1, which comes before it has got anywhere. Without it the state that is there names it.
+
+    Raises:
+        UserError: an opening that does not begin at the state after attention.
     """
 
-    def __init__(self, stream: AcceleratedStream, width: int | None = None):
+    def __init__(
+        self, stream: AcceleratedStream, width: int | None = None, opening: AcceleratedStream | None = None
+    ):
         super().__init__(stream._backbone, width)
         plan = turns(stream.config, self._backbone.depth, self._with_experts)
+        if opening is not None and not opening.block(0).begins_at_u:
+            raise UserError("A stream that opens another must begin at the state after attention.")
+        object.__setattr__(self, "_opening", opening)
         # plain attributes, as MLX takes a module's dicts and modules for its own
         object.__setattr__(self, "_stream", stream)
         object.__setattr__(self, "_turns", plan)
@@ -160,7 +171,7 @@ class StreamPredictor(StatePredictor):
         block, near, deep = stream.block(l), None, None
         if turn.first and self._begins_at_u(l):
             p = block.after_attention(u)
-            return p, [u] * len(turn.by_u) + [p] * len(turn.by_p)
+            return p, self._by_u(l, u, turn) + [p] * len(turn.by_p)
         if turn.first:
             p = h
             if stream.config.carry and l == 0:
@@ -172,7 +183,13 @@ class StreamPredictor(StatePredictor):
         if reads_near(stream.config):
             near = SharedKV(entries[l], 1), mask
         p = block(p, near, deep)
-        return p, [u] * len(turn.by_u) + [p] * len(turn.by_p)
+        return p, self._by_u(l, u, turn) + [p] * len(turn.by_p)
+
+    def _by_u(self, l: int, u: mx.array, turn: Turn) -> list[mx.array]:
+        """What names the blocks that no p does."""
+        if turn.by_u and self._opening is not None and l == 0:
+            u = self._opening.block(0).after_attention(u)
+        return [u] * len(turn.by_u)
 
     def _begins_at_u(self, l: int) -> bool:
         carried = self._stream.config.carry and l == 0
@@ -211,15 +228,16 @@ class DirectConfig:
 
 
 class DirectMap(StatePredictor):
-    """A low-rank change of u_l for each pair of blocks that a stream would name by p: g_m(u_l + u_l A B),
-    at the start the next router itself. The control: a map of equal size, and nothing that runs."""
+    """A low-rank change of u_l for each pair of blocks of which a stream would name one at the other:
+    g_m(u_l + u_l A B), at the start the next router itself. The control: a map of equal size, and
+    nothing that runs."""
 
     def __init__(self, backbone: Backbone, config: DirectConfig, width: int | None = None):
         super().__init__(backbone, width)
         self.config, D = config, backbone.width
         like = StreamConfig(exits=config.exits, rate=config.rate)
         plan = turns(like, backbone.depth, self._with_experts)
-        pairs = [(l, m) for l, turn in plan.items() for m in turn.by_p]
+        pairs = [(l, m) for l, turn in plan.items() for m in (*turn.by_u, *turn.by_p)]
         self.a = [mx.random.normal((D, config.rank)) * D**-0.5 for _ in pairs]
         self.b = [mx.zeros((config.rank, D)) for _ in pairs]
         object.__setattr__(self, "_turns", plan)
@@ -246,13 +264,8 @@ class DirectMap(StatePredictor):
     def ahead(self, l, h, u, p, entries, mask, before):
         if l not in self._turns:
             return p, []
-        turn = self._turns[l]
-        return p, [u] * len(turn.by_u) + [self.changed(l, m, u) for m in turn.by_p]
+        return p, [self.changed(l, m, u) for m in self.targets(l)]
 
     def over(self, states: list, after: list, cache: list) -> dict[tuple[int, int], mx.array]:
         """As `StreamPredictor.over`."""
-        found = {}
-        for l, turn in self._turns.items():
-            found |= {(l, m): after[l] for m in turn.by_u}
-            found |= {(l, m): self.changed(l, m, after[l]) for m in turn.by_p}
-        return found
+        return {(l, m): self.changed(l, m, after[l]) for l in self._turns for m in self.targets(l)}

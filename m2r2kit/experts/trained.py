@@ -6,10 +6,11 @@ from .. import checkpoints
 from ..backbone import Backbone
 from ..errors import UserError
 from ..residuals import AcceleratedStream, load_stream
-from .state_predictors import DirectConfig, DirectMap
+from .state_predictors import DirectConfig, DirectMap, StreamPredictor
 
 FOLDER = "predictors"  # inside the model's
 STREAMS = {"m2r2": "stream", "m2r2-r1": "stream-r1"}  # rate 2, and the control without velocity
+OPENING = "m2r2-r1"  # also what names, for the stream of rate 2, the block that comes before it is ahead
 DIRECT = "direct"
 
 
@@ -18,7 +19,37 @@ def folder_of(model: str | Path, name: str) -> Path:
     return Path(model) / FOLDER / (STREAMS.get(name) or DIRECT)
 
 
-def direct(backbone: Backbone, folder: str | Path) -> DirectMap:
+def file_of(name: str) -> str:
+    """How the files in that folder are called."""
+    return DIRECT if name == DIRECT else "stream"
+
+
+def predictor(
+    backbone: Backbone,
+    model: str | Path,
+    name: str,
+    width: int | None = None,
+    folder: str | Path | None = None,
+) -> StreamPredictor | DirectMap:
+    """A trained predictor of a model by its name; the stream with its opening, if that was trained too.
+
+    Args:
+        model: the model's folder.
+        width: experts that it names; by default as many as run.
+        folder: where it lies, if not in the model's.
+
+    Raises:
+        UserError: there is none, it is damaged, or it belongs to another model.
+    """
+    folder = Path(folder) if folder else folder_of(model, name)
+    if name == DIRECT:
+        return direct(backbone, folder, width)
+    made, opening = stream(backbone, folder), folder_of(model, OPENING)
+    begins = name != OPENING and (opening / "stream.json").exists()
+    return StreamPredictor(made, width, stream(backbone, opening) if begins else None)
+
+
+def direct(backbone: Backbone, folder: str | Path, width: int | None = None) -> DirectMap:
     """A direct map.
 
     Raises:
@@ -26,7 +57,7 @@ def direct(backbone: Backbone, folder: str | Path) -> DirectMap:
     """
     there(folder, DIRECT)
     config, text = checkpoints.read_settings(folder, DIRECT, DirectConfig)
-    made = DirectMap(backbone, config)
+    made = DirectMap(backbone, config, width)
     checkpoints.load_weights(made, text, backbone.sha256, folder, DIRECT)
     return made
 

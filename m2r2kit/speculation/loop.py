@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..backbone import Backbone, crop
 from ..errors import UserError
 from ..fixed_cache import FIRST_ROOM
+from ..runtime import decoding
 from .accept import Sampler, accept_greedy, accept_sampled
 from .drafters import Draft, Drafter, Plain, as_row
 from .tree import Tree, accept_tree, verify_tree
@@ -91,22 +92,23 @@ def generate(
         read_prompt(backbone, drafter, prompt, cache)
     out.prefill_seconds = time.perf_counter() - begun
     text, ahead = list(prompt), None
-    while len(out.tokens) < limit and out.stopped != "eos":
-        k = min(drafts, limit - len(out.tokens) - 1)  # the pass itself adds one token
-        if k == 0 or isinstance(drafter, Plain):
-            more = len(out.tokens) + 1 < limit
-            emitted, ahead = one_token(backbone, text[-1], ahead, more, sampler, cache)
-            new = _keep(out, emitted, 0, backbone.eos)
-        else:
-            emitted, drafted, states = draft_and_verify(backbone, drafter, text, k, sampler, cache)
-            new = _keep(out, emitted, drafted, backbone.eos)
-            crop(cache, verified + new)
-            if drafter.learns is not None:
-                drafter.learn(states[:, :new])
-        verified += new
-        text += out.tokens[-new:]
-        if on_tokens:
-            on_tokens(out.tokens[-new:], out.from_draft[-new:])
+    with decoding(backbone.matrix_bytes):
+        while len(out.tokens) < limit and out.stopped != "eos":
+            k = min(drafts, limit - len(out.tokens) - 1)  # the pass itself adds one token
+            if k == 0 or isinstance(drafter, Plain):
+                more = len(out.tokens) + 1 < limit
+                emitted, ahead = one_token(backbone, text[-1], ahead, more, sampler, cache)
+                new = _keep(out, emitted, 0, backbone.eos)
+            else:
+                emitted, drafted, states = draft_and_verify(backbone, drafter, text, k, sampler, cache)
+                new = _keep(out, emitted, drafted, backbone.eos)
+                crop(cache, verified + new)
+                if drafter.learns is not None:
+                    drafter.learn(states[:, :new])
+            verified += new
+            text += out.tokens[-new:]
+            if on_tokens:
+                on_tokens(out.tokens[-new:], out.from_draft[-new:])
     crop(cache, len(prompt) + len(out.tokens) - 1)
     out.seconds = time.perf_counter() - begun
     return out
