@@ -71,7 +71,8 @@ def figures() -> str:
             *(f"    {line}".rstrip() for line in shown.splitlines()),
             "",
         ]
-    if record := figures_experts.newest():
+    sizes = figures_experts.sizes() or records.read("experts")[-1:]
+    for record in sizes:
         s, kind = record["settings"], "simulated" if record["figures"]["simulated"] else "real"
         lines += [
             f"Experts read from a {kind} disk ({s['model']}, {s['prompts']} of the kit's prompts; "

@@ -231,15 +231,54 @@ def record_points(record: dict, arm: str) -> list[tuple[float, float]]:
     ]
 
 
-def newest() -> dict | None:
+def newest(record_bytes: int | None = None) -> dict | None:
     """The record of `m2r2kit bench experts` on a real disk with the most arms, of several the newest; of a
-    simulated link where there is none other; None where nothing was measured."""
+    simulated link where there is none other; None where nothing was measured.
+
+    Args:
+        record_bytes: of one expert; None is any.
+    """
 
     def rank(pair):
         number, figures = pair[0], pair[1]["figures"]
         return not figures["simulated"], max(len(b["arms"]) for b in figures["budgets"]), number
 
-    return max(enumerate(records.read("experts")), key=rank, default=(0, None))[1]
+    found = [r for r in records.read("experts") if record_bytes in (None, r["settings"]["record_bytes"])]
+    return max(enumerate(found), key=rank, default=(0, None))[1]
+
+
+def sizes() -> list[dict]:
+    """The newest record on a real disk of each size of expert, from the smallest on."""
+    real = [r for r in records.read("experts") if not r["figures"]["simulated"]]
+    return [newest(nbytes) for nbytes in sorted({r["settings"]["record_bytes"] for r in real})]
+
+
+def draw_sizes(ax, runs: list[dict], share: float, arms=("lru", "next-router", "m2r2", "oracle")) -> str:
+    """Speed over reading on demand, by the size of an expert: a line an arm, at one budget of all records.
+
+    Args:
+        runs: of `sizes`; those without this budget are left out.
+        share: of all experts, that is in memory.
+    """
+    ax.clear()
+    at = [(r["settings"]["record_bytes"] / 1024, b) for r in runs for b in r["figures"]["budgets"]]
+    at, said = [(kib, budget) for kib, budget in at if budget["share"] == share], []
+    for name, color, marker in zip(arms, ORDER, ("o", "s", "^", "D")):
+        seen = [(kib, b["arms"][name]["speedup_vs_on_demand"]) for kib, b in at if name in b["arms"]]
+        seen = [(kib, speed) for kib, speed in seen if speed]
+        x, y = [kib for kib, _ in seen], [speed["median"] for _, speed in seen]
+        spread = [[speed["median"] - speed["min"] for _, speed in seen],
+                  [speed["max"] - speed["median"] for _, speed in seen]]  # fmt: skip
+        ax.errorbar(x, y, yerr=spread, color=color, marker=marker, capsize=3, linewidth=1.5, label=name)
+        said.append(f"{name} " + ", ".join(f"{speed:.2f}x" for speed in y))
+    ax.axhline(1, color="black", linestyle="--", linewidth=1)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([kib for kib, _ in at], [f"{kib:.0f}" for kib, _ in at])
+    ax.minorticks_off()
+    ax.set(xlabel="KiB of one expert", ylabel="speed over on demand", ylim=(0, None))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    order = ", ".join(f"{kib:.0f}" for kib, _ in at)
+    return f"{share:.1%} in memory, experts of {order} KiB: {'; '.join(said)}."
 
 
 def draw_budgets(axes, record: dict) -> str:

@@ -397,6 +397,20 @@ def test_what_no_fast_p_can_name_in_time_the_first_interval_of_a_slow_one_does()
         StreamPredictor(fast, None, stream(model, exits=(1,), deep=0.25))
 
 
+def test_block_0_is_named_when_the_token_comes_by_its_router_on_the_embedding():
+    model = streamed()
+    backbone, trace, none = model.backbone, trace_of(model), trace_of(model)
+    tokens, _, _ = run(model, predictor=NextRouter(backbone, 1, 3), trace=trace)
+    assert tokens == right()
+    answers = [p for p in trace.passes if not p.prompt]
+    fed = [t for prompt, out in zip(PROMPTS, tokens) for t in [prompt[-1], *out[:-1]]]
+    for token, p in zip(fed, answers, strict=True):
+        logits = np.array(router(backbone, 0, backbone.embed(mx.array([[token]]))))[0, 0]
+        assert p.named[0] == [(0, np.argsort(-logits)[:3].tolist())]
+    run(model, predictor=NextRouter(backbone, 0), trace=none)
+    assert all(p.named[0] == [] for p in none.passes if not p.prompt)
+
+
 def test_a_shuffled_predictor_names_others():
     model = streamed()
     _, informed, _ = run(model, predictor=NextRouter(model.backbone, 1))

@@ -119,12 +119,13 @@ def test_ways_and_the_bound(ax):
     assert y.max() == pytest.approx(2, abs=0.05) and y[0] < 1.1 and y[-1] < 1.1 and x[0] < 0.05
 
 
-def record(simulated=False, arms=("lru", "m2r2")):
+def record(simulated=False, arms=("lru", "m2r2"), nbytes=1024):
     speed = {"median": 2.0, "min": 1.8, "max": 2.2}
     arm = {"speedup_vs_on_demand": speed, "speedup_vs_lru": speed}
     wrong = {"speedup_vs_on_demand": None, "speedup_vs_lru": None}
     budget = {"share": 0.25, "io_over_compute": 1.3, "arms": {name: arm for name in arms} | {"bad": wrong}}
-    return {"figures": {"simulated": simulated, "budgets": [budget, budget]}}
+    figures = {"simulated": simulated, "budgets": [budget, budget]}
+    return {"figures": figures, "settings": {"record_bytes": nbytes}}
 
 
 def test_a_record_is_drawn_without_what_changed_the_text():
@@ -141,6 +142,18 @@ def test_the_record_of_a_real_disk_with_most_arms_is_taken(monkeypatch):
     for found, best in (([], None), ([link], link), ([many, few, link], many), ([many, record()], 1)):
         monkeypatch.setattr(records, "read", lambda _, found=found: found)
         assert experts.newest() is (found[1] if best == 1 else best)
+
+
+def test_sizes_of_experts_are_drawn_from_the_newest_record_of_each(monkeypatch, ax):
+    small, large = record(), record(nbytes=4096)
+    found = [large, record(), record(True, nbytes=9), small, record(arms=("lru",))]
+    monkeypatch.setattr(records, "read", lambda _: found)
+    assert [id(r) for r in experts.sizes()] == [id(small), id(large)]
+    assert experts.newest(4096) is large and experts.newest(7) is None
+    said = experts.draw_sizes(ax, experts.sizes(), 0.25)
+    assert said.startswith("25.0% in memory, experts of 1, 1, 4, 4 KiB: lru 2.00x") and "oracle" in said
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert named == ["lru", "next-router", "m2r2", "oracle"]
 
 
 # --- the disk ---------------------------------------------------------------------------------

@@ -45,12 +45,10 @@ def run(args) -> int:
     }
     if args.timed:
         few = prompt_files.first_of_each_kind(asked.prompts, args.timed)
-        rows = [i for i, p in enumerate(asked.prompts) if p in few]
-        answers = [texts.tokens[i, texts.first[i] + 1 : texts.end[i] + 1].tolist() for i in rows]
-        pairs = [(asked.ids[i], answer) for i, answer in zip(rows, answers, strict=True)]
-        time(backbone, methods, curves, pairs, figures["methods"], args.repeats)
-        kinds = [asked.prompts[i].kind for i in rows]
-        arithmetic = [pair for pair, kind in zip(pairs, kinds, strict=True) if kind == "arithmetic"]
+        answers = [texts.tokens[i, f + 1 : e + 1].tolist() for i, (f, e) in enumerate(zip(texts.first, texts.end))]
+        pairs = dict(zip(asked.prompts, zip(asked.ids, answers, strict=True), strict=True))
+        time(backbone, methods, curves, [pairs[p] for p in few], figures["methods"], args.repeats)
+        arithmetic = [pair for p, pair in pairs.items() if p.kind == "arithmetic"]
         keep_answers(backbone, methods, arithmetic, figures["methods"], args.max_tokens)
     print(table(figures["methods"], backbone.depth))
     if args.record:

@@ -171,7 +171,7 @@ class ExpertDecoder:
         residency, predictor = self.residency, self.predictor
         number = residency.passes
         residency.begin()
-        named = predictor.before(number)
+        named = [*predictor.before(number), *predictor.of(token)]
         for m, experts in named:
             self._start(residency.speculate(m, experts), urgent=False)
         self._again(named)
@@ -210,7 +210,7 @@ class ExpertDecoder:
         mx.eval(choice, *decision.arrays())
         self._note("compute", residency.blocks[-1], begun, time.perf_counter())
         residency.begin()
-        named = self.predictor.before(number)
+        named = [*self.predictor.before(number), *self.predictor.of(token)]
         for m, experts in named:
             residency.speculate(m, experts)
         noted = Pass(self.texts, False, named=[named])

@@ -20,6 +20,10 @@ class Predictor:
         """Before the first block of a token's pass, the number-th of the run."""
         return []
 
+    def of(self, token: int) -> Named:
+        """What the token by itself says, before its pass."""
+        return []
+
     def at(self, number: int, l: int, wanted: Sequence[int]) -> Named:
         """When block l's router has chosen the experts `wanted`."""
         return []

@@ -21,7 +21,8 @@ from .predictors import Predictor
 
 
 class StatePredictor(nn.Module, Predictor):
-    """Names experts from residual states, inside the compiled pass.
+    """Names experts from residual states, inside the compiled pass; and those of block 0 when a token comes,
+    as its router would from the embedding alone.
 
     Attributes:
         width: how many experts it names.
@@ -34,6 +35,7 @@ class StatePredictor(nn.Module, Predictor):
         self.width = width or backbone.config["num_experts_per_tok"]
         gates = {l: block[backbone.parts.ffn] for l, block in enumerate(backbone.blocks)}
         self._with_experts = tuple(l for l, ffn in gates.items() if "gate" in ffn)
+        object.__setattr__(self, "_of", {})  # token -> experts of block 0
 
     def targets(self, l: int) -> list[int]:
         """Blocks whose experts are named at block l."""
@@ -59,13 +61,26 @@ class StatePredictor(nn.Module, Predictor):
     def named(self, l: int, states: list[mx.array]) -> mx.array:
         """The targets' routers on these states: (targets, width) expert ids, best first."""
         logits = [router(self._backbone, m, s) for m, s in zip(self.targets(l), states, strict=True)]
-        order = mx.argsort(-mx.concatenate(logits, axis=1)[0], axis=-1)[:, : self.width]
+        return self._best(mx.concatenate(logits, axis=1)[0])
+
+    def _best(self, logits: mx.array) -> mx.array:
+        """(.., E) -> the expert ids that are named, (.., width)."""
+        order = mx.argsort(-logits, axis=-1)[..., : self.width]
         return order if self._permute is None else self._permute[order]
+
+    def of(self, token):
+        if self._with_experts[0] != 0:  # it begins with blocks that change the state before a router sees it
+            return []
+        if token not in self._of:
+            logits = router(self._backbone, 0, self._backbone.embed(mx.array([[token]])))
+            self._of[token] = self._best(logits[0, -1]).tolist()
+        return [(0, self._of[token])]
 
     def shuffle(self, seed: int = 0) -> "StatePredictor":
         """Name other experts, always the same in the place of the same: as busy, and never informed."""
         experts = self._backbone.config.get("num_experts") or self._backbone.config["num_local_experts"]
         self._permute = mx.array(np.random.default_rng(seed).permutation(experts))
+        self._of.clear()
         return self
 
 
@@ -93,6 +108,9 @@ class NextRouter(StatePredictor):
     def pairs(self) -> list[tuple[int, int]]:
         """(l, m) where block m's experts are named at block l."""
         return [(l, m) for l in self._with_experts for m in self.targets(l)]
+
+    def of(self, token):
+        return super().of(token) if self.distance else []
 
     def ahead(self, l, h, u, p, entries, mask, before):
         return p, [u] * len(self.targets(l))
@@ -213,7 +231,8 @@ class StreamPredictor(StatePredictor):
             p = self.path(states, after, cache, a, b)
             for l in (l for l in range(a, b) if l in self._turns):
                 turn = self._turns[l]
-                found |= {(l, m): after[l] for m in turn.by_u}
+                by_u = self._by_u(l, after[l], turn)
+                found |= {(l, m): state for m, state in zip(turn.by_u, by_u)}
                 found |= {(l, m): p[l - a + 1] for m in turn.by_p}
         return found
 
