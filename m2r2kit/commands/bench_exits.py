@@ -45,7 +45,9 @@ def run(args) -> int:
     }
     if args.timed:
         few = prompt_files.first_of_each_kind(asked.prompts, args.timed)
-        answers = [texts.tokens[i, f + 1 : e + 1].tolist() for i, (f, e) in enumerate(zip(texts.first, texts.end))]
+        answers = [
+            texts.tokens[i, f + 1 : e + 1].tolist() for i, (f, e) in enumerate(zip(texts.first, texts.end))
+        ]
         pairs = dict(zip(asked.prompts, zip(asked.ids, answers, strict=True), strict=True))
         time(backbone, methods, curves, [pairs[p] for p in few], figures["methods"], args.repeats)
         arithmetic = [pair for p, pair in pairs.items() if p.kind == "arithmetic"]
