@@ -105,8 +105,12 @@ def draw_merits(ax, record: dict, loss: float = 0.05) -> str:
 
 def draw_at_exits(axes, found: dict, depth: int) -> str:
     """Agreement and cross-entropy at each exit, a line for what is read there."""
-    names = {"m2r2": "stream p", "lens": "h and a trained layer", "bare": "bare h"}
-    looks = {"m2r2": look("m2r2"), "lens": look("calm"), "bare": look("layerskip")}
+    names = {
+        "m2r2": "stream p", "m2r2-equal": "stream p, trained like the layers", "lens": "h and a trained layer",
+        "bare": "bare h",
+    }  # fmt: skip
+    methods = {"m2r2": "m2r2", "m2r2-equal": "m2r2-equal", "lens": "calm", "bare": "layerskip"}
+    looks = {kind: look(name) for kind, name in methods.items()}
     for ax, key, says in zip(axes, ("agreement", "nats"), ("agreement", "cross-entropy (nats)"), strict=True):
         ax.clear()
         for kind, rows in found.items():

@@ -181,19 +181,25 @@ def experts(m2r2=2.5, direct=1.4, equal=True):
                 "speedup_vs_lru": spread}  # fmt: skip
 
     arms = {"m2r2": arm(m2r2, 0.9), "direct": arm(direct, 0.8)}
-    return {"budgets": [{"share": share, "arms": arms} for share in (0.125, 0.25, 0.5)]}
+    return {"budgets": [{"share": share, "arms": arms} for share in (0.125, 0.25, 0.5, 0.75)]}
+
+
+def add_experts(*figures, link=None, sizes=(307200, 1228800)):
+    """Records of the pocket mixture, and of the one with wider experts."""
+    for nbytes in sizes:
+        add("experts", experts(*figures), link=link, record_bytes=nbytes)
 
 
 def test_experts_from_a_simulated_link_are_no_disk():
-    add("experts", experts(2.9), link=50e6)
+    add_experts(2.9, link=50e6)
     assert row("moe-aot-loading")["ours"] is None and row("moe-recall")["verdict"] == "direction only"
-    add("experts", experts(2.5), link=None)
-    add("experts", experts(3.1), link=50e6)
+    add_experts(2.5)
+    add_experts(3.1, link=50e6)
     found = row("moe-aot-loading")
     assert (found["ours"], found["verdict"], found["n"]) == (2.5, "direction only", 5)
     assert row("moe-aot-over-direct")["baseline"] == 1.4
     assert row("moe-aot-lossless")["verdict"] == "reproduced"
-    add("experts", experts(equal=False), link=None)
+    add_experts(2.5, 1.4, False)
     assert row("moe-aot-loading")["ours"] is None
 
 

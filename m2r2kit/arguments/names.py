@@ -8,8 +8,8 @@ PEERS = ("draft-model", "eagle", "medusa", "kangaroo", "deed")  # those that are
 METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup", "lookahead", *PEERS)
 EXIT_KINDS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")  # trained for exits
 EXIT_METHODS = (
-    *("m2r2", "m2r2-blind", "m2r2-confidence", "m2r2-random", "m2r2-oracle", "m2r2-static", "lens-arla"),
-    *("static", "calm"),
+    *("m2r2", "m2r2-blind", "m2r2-confidence", "m2r2-random", "m2r2-oracle", "m2r2-static"),
+    *("m2r2-equal", "m2r2-equal-confidence", "lens-arla", "static", "calm"),
     *("saturation", "skipdecode", "layerskip", "m2r2-linear", "m2r2-copy", "m2r2-p", "calm-linear"),
     *("calm-copy", "mixture-of-depths", "shallow"),
 )

@@ -69,7 +69,7 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
         "exits-calibration",
         command=command(),
         settings={
-            "kind": kind,
+            "kind": folder.name,
             "model_sha256": backbone.sha256,
             "texts": len(fresh.first),
             "tokens": TOKENS,

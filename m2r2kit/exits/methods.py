@@ -8,6 +8,8 @@
 | `m2r2-random` | accelerated residual | a coin | control: any gate's part |
 | `m2r2-oracle` | accelerated residual | the answer, known beforehand | bound |
 | `m2r2-static` | accelerated residual | one exit for all | control |
+| `m2r2-equal` | accelerated residual, trained like the peers | ARLA | control: the longer training's part |
+| `m2r2-equal-confidence` | the same | difference of two probabilities | control |
 | `lens-arla` | a trained layer at each exit | ARLA | control: the stream's part |
 | `static` | a trained layer | one exit for all | - |
 | `calm` | a trained layer | difference of two probabilities | CALM (Schuster et al. 2022) |
@@ -56,6 +58,8 @@ GATES = {
     "m2r2-random": ("m2r2", "chance"),
     "m2r2-oracle": ("m2r2", "oracle"),
     "m2r2-static": ("m2r2", "static"),
+    "m2r2-equal": ("m2r2-equal", "arla"),
+    "m2r2-equal-confidence": ("m2r2-equal", "confidence"),
     "lens-arla": ("lens", "arla"),
     "static": ("lens", "static"),
     "calm": ("lens", "confidence"),
@@ -63,6 +67,7 @@ GATES = {
     "skipdecode": ("lens", "schedule"),
     "layerskip": ("bare", "confidence"),
 }
+EQUAL = "-equal"  # a folder beside the kind's own: the first exit did not begin with a trained stream
 DEPTHS = ("mixture-of-depths", "shallow")
 FILLS = ("linear", "copy", "p")
 METHODS = (*GATES, *(f"m2r2-{fill}" for fill in FILLS), "calm-linear", "calm-copy", *DEPTHS)
@@ -175,8 +180,8 @@ def method(name: str, backbone: Backbone, folder: Path) -> Method:
     if base not in GATES:
         raise UserError(f"There is no method {name}; choose of {', '.join(METHODS)}.")
     kind, gate = GATES[base]
-    module, facts = trained.load(backbone, folder / kind, kind)
-    return with_gate(name, backbone, module, gate, fill, facts.get("use", {}).get(name))
+    module, facts = trained.load(backbone, folder / kind, kind.removesuffix(EQUAL))
+    return with_gate(name, backbone, module, gate, fill, facts.get("use", {}).get(name.replace(EQUAL, "")))
 
 
 def with_gate(
