@@ -18,6 +18,7 @@ COLOR_NAMES = ("blue", "red", "green", "purple", "orange", "sky", "black")
 LOOKS = {  # the methods that a figure shows by itself; others get what is left
     "m2r2": (COLORS["blue"], "o", "-"),
     "m2r2-confidence": (COLORS["sky"], "*", "-"),
+    "m2r2-equal": (COLORS["blue"], "d", "--"),
     "m2r2-oracle": (COLORS["black"], "P", ":"),
     "calm": (COLORS["red"], "s", "--"),
     "saturation": (COLORS["orange"], "^", "--"),
@@ -106,9 +107,11 @@ def draw_merits(ax, record: dict, loss: float = 0.05) -> str:
 def draw_at_exits(axes, found: dict, depth: int) -> str:
     """Agreement and cross-entropy at each exit, a line for what is read there."""
     names = {
-        "m2r2": "stream p", "m2r2-equal": "stream p, trained like the layers", "lens": "h and a trained layer",
+        "m2r2": "stream p",
+        "m2r2-equal": "stream p, trained like the layers",
+        "lens": "h and a trained layer",
         "bare": "bare h",
-    }  # fmt: skip
+    }
     methods = {"m2r2": "m2r2", "m2r2-equal": "m2r2-equal", "lens": "calm", "bare": "layerskip"}
     looks = {kind: look(name) for kind, name in methods.items()}
     for ax, key, says in zip(axes, ("agreement", "nats"), ("agreement", "cross-entropy (nats)"), strict=True):

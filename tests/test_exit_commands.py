@@ -21,7 +21,7 @@ from m2r2kit.exits.merit import Curve, crossing, merits
 from m2r2kit.figures import new_figure
 
 MODEL = {"max_position_embeddings": 512}
-FOLDERS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")
+FOLDERS = ("m2r2", "m2r2-equal", "lens", "bare", "mixture-of-depths", "shallow")
 
 
 def training(out, kind, **changes):
@@ -49,7 +49,7 @@ def everything(tmp_path_factory):
     view = tiny.backbone("llama", **MODEL)
     for kind in FOLDERS:
         exits = {"shallow": (2,), "mixture-of-depths": None}.get(kind, (1, 2, 3))
-        trained.save(trained.new(view, kind, exits), view, folder / kind)
+        trained.save(trained.new(view, kind.removesuffix(methods.EQUAL), exits), view, folder / kind)
     return folder
 
 
