@@ -133,4 +133,4 @@ def table(figures: dict, depth: int) -> str:
 
 
 def row(name, one, five, less, speed, kept) -> str:
-    return f"{name:18} {one:>21} {five:>21} {less:>18} {speed:>9}  {kept}"
+    return f"{name:21} {one:>21} {five:>21} {less:>18} {speed:>9}  {kept}"
