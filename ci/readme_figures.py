@@ -71,14 +71,13 @@ def figures() -> str:
             *(f"    {line}".rstrip() for line in shown.splitlines()),
             "",
         ]
-    sizes = figures_experts.sizes() or records.read("experts")[-1:]
-    for record in sizes:
+    for number, record in enumerate(figures_experts.sizes() or records.read("experts")[-1:]):
         s, kind = record["settings"], "simulated" if record["figures"]["simulated"] else "real"
         lines += [
-            f"Experts read from a {kind} disk ({s['model']}, {s['prompts']} of the kit's prompts; "
-            f"{made(record)}):",
+            f"Experts of {s['record_bytes'] / 1024:.0f} KiB read from a {kind} disk ({s['model']}, "
+            f"{s['prompts']} of the kit's prompts; {made(record)}):",
             "",
-            *(f"    {line}".rstrip() for line in bench_experts.table(record["figures"]).splitlines()),
+            *(f"    {line}".rstrip() for line in experts_table(record["figures"], whole=number == 0)),
             "",
         ]
     if record := records.latest("experts-large"):
@@ -93,6 +92,21 @@ def figures() -> str:
             "",
         ]
     return "\n".join(lines) if lines else "Not measured yet.\n"
+
+
+def experts_table(found: dict, whole: bool) -> list[str]:
+    """All arms at all budgets; or only M2R2, a line a budget."""
+    if whole:
+        return bench_experts.table(found).splitlines()
+    lines = []
+    for budget in found["budgets"]:
+        arm = budget["arms"]["m2r2"]
+        demand, lru = (arm[f"speedup_vs_{name}"]["median"] for name in ("on_demand", "lru"))
+        lines.append(
+            f"budget {budget['share']:.1%}: M2R2 {arm['tokens_per_second']:.1f} tok/s, {demand:.2f}x on "
+            f"demand, {lru:.2f}x LRU (I/C {budget['io_over_compute']:.2f}, bound {budget['bound']:.2f}x)"
+        )
+    return lines
 
 
 def draw(text: str) -> str:
