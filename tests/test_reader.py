@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -41,6 +42,20 @@ class Landed(dict):
         return land
 
 
+@contextmanager
+def busy(threads: int = 1, urgent: bool = False):
+    """A reader of which one thread is held by its first record: (reader, that request, what lets it go). It
+    goes in any case at the end, or a test that fails would wait for ever."""
+    gate, started = threading.Event(), threading.Event()
+    with Reader(tiny_experts.store(), "buffered", threads) as r:
+        try:
+            first = r.submit(0, 0, lambda record: (started.set(), gate.wait()), urgent)
+            started.wait()
+            yield r, first, gate.set
+        finally:
+            gate.set()
+
+
 def test_every_record_lands_as_it_was_packed(mode):
     store, landed = tiny_experts.store(), Landed()
     size = store.manifest.record_bytes
@@ -53,27 +68,23 @@ def test_every_record_lands_as_it_was_packed(mode):
 
 
 def test_what_is_needed_now_overtakes_what_may_be_needed_later():
-    order, gate = [], threading.Event()
-    with Reader(tiny_experts.store(), "buffered", threads=1) as r:
+    order = []
 
-        def note(name):
-            return lambda record: order.append(name)
+    def note(name):
+        return lambda record: order.append(name)
 
-        first = r.submit(0, 0, lambda record: gate.wait(), False)  # keeps the one thread busy
+    with busy() as (r, first, let_go):
         later = [r.submit(0, e, note(f"later {e}"), False) for e in (1, 2, 3)]
         now = r.submit(1, 0, note("now"), True)
-        gate.set()
+        let_go()
         r.wait([now])
         r.wait([first, *later])
     assert order[0] == "now" and set(order[1:]) == {"later 1", "later 2", "later 3"}
 
 
 def test_one_asked_for_ahead_and_needed_now_goes_first():
-    order, gate = [], threading.Event()
-    with Reader(tiny_experts.store(), "buffered", threads=1) as r:
-        started = threading.Event()
-        first = r.submit(0, 0, lambda record: (started.set(), gate.wait()), False)
-        started.wait()
+    order = []
+    with busy() as (r, first, let_go):
         later = [r.submit(0, e, lambda record, e=e: order.append(e), False) for e in (1, 2, 3)]
         waiter = threading.Thread(target=r.wait, args=([later[2]],))
         waiter.start()
@@ -81,22 +92,20 @@ def test_one_asked_for_ahead_and_needed_now_goes_first():
             if r._queues[0]:
                 break
             time.sleep(0.001)
-        gate.set()
+        let_go()
         waiter.join()
         r.wait([first, *later])
     assert order == [3, 1, 2]
 
 
 def test_what_is_parked_is_not_read_until_it_is_wanted_again():
-    landed, gate, started = Landed(), threading.Event(), threading.Event()
-    with Reader(tiny_experts.store(), "buffered", threads=1) as r:
-        busy = r.submit(0, 0, lambda record: (started.set(), gate.wait()), True)
-        started.wait()
+    landed = Landed()
+    with busy(urgent=True) as (r, first, let_go):
         queued = [r.submit(0, e, landed.at(0, e), False) for e in (1, 2, 3, 4)]
         r.rank(queued[:3], PARKED)
         r.rank(queued[:1], AHEAD)
-        gate.set()
-        r.wait([busy, queued[3]])
+        let_go()
+        r.wait([first, queued[3]])
         r.wait([queued[0]])
         assert set(landed) == {(0, 1), (0, 4)} and r.reads == 3
         r.wait([queued[1]])  # needed after all
@@ -106,29 +115,24 @@ def test_what_is_parked_is_not_read_until_it_is_wanted_again():
 
 
 def test_one_thread_of_several_waits_for_what_is_needed_now():
-    landed, gate, started = Landed(), threading.Event(), threading.Event()
-    with Reader(tiny_experts.store(), "buffered", threads=2) as r:
-        busy = r.submit(0, 0, lambda record: (started.set(), gate.wait()), False)
-        started.wait()
+    landed = Landed()
+    with busy(threads=2) as (r, first, let_go):
         second = r.submit(0, 1, landed.at(0, 1), False)
         r.wait([r.submit(0, 2, landed.at(0, 2), True)])  # while all that reads ahead is busy
-        found = set(landed), second.done
-        gate.set()
-        assert found == ({(0, 2)}, False)
-        r.wait([busy, second])
+        assert set(landed) == {(0, 2)} and not second.done
+        let_go()
+        r.wait([first, second])
     assert set(landed) == {(0, 1), (0, 2)}
 
 
 def test_what_was_cancelled_does_not_land():
-    landed, gate, started = Landed(), threading.Event(), threading.Event()
-    with Reader(tiny_experts.store(), "buffered", threads=1) as r:
-        busy = r.submit(0, 0, lambda record: (started.set(), gate.wait()), True)
-        started.wait()
+    landed = Landed()
+    with busy(urgent=True) as (r, first, let_go):
         queued = r.submit(0, 1, landed.at(0, 1), False)
         r.cancel(queued)
-        gate.set()
+        let_go()
         last = r.submit(0, 2, landed.at(0, 2), False)
-        r.wait([busy, last])
+        r.wait([first, last])
         assert r.reads == 2
     assert set(landed) == {(0, 2)}
 

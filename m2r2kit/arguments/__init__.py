@@ -2,7 +2,7 @@
 
 from .decoding import generate
 from .measuring import bench_exits, bench_experts, bench_map, bench_memory, bench_speculation
-from .names import EXIT_KINDS, EXIT_METHODS, FORMS, METHODS, MODEL, PEERS, POLICIES, PREDICTORS, TRAINED
+from .names import EXIT_KINDS, EXIT_METHODS, FORMS, METHODS, MODEL, MOE, PEERS, POLICIES, PREDICTORS, TRAINED
 from .shared import drafters, model, stream
 from .training import (
     calibrate,
@@ -22,6 +22,7 @@ __all__ = [
     "FORMS",
     "METHODS",
     "MODEL",
+    "MOE",
     "PEERS",
     "POLICIES",
     "PREDICTORS",

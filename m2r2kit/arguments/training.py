@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .names import EXIT_KINDS, FORMS, MOE, PEERS, TRAINED
+from .names import EXIT_KINDS, FORMS, PEERS, TRAINED
 from .shared import corpus, lessons, minutes, model, processes, seed, tuning
 from .values import count, counts, natural, number, size, some_of
 
@@ -220,7 +220,7 @@ def make_moe(parser):
         help="instead of random weights: a trained model with experts K times as wide, which says the same",
     )
     parser.add_argument(
-        "--model", type=Path, default=MOE, metavar="DIR", help="the one to widen (default: data/pocket-moe)"
+        "--model", type=Path, metavar="DIR", help="with --widen: which one (default: data/pocket-moe)"
     )
     parser.add_argument(
         "--width",

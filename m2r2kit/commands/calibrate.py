@@ -69,7 +69,7 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
         "exits-calibration",
         command=command(),
         settings={
-            "kind": folder.name,
+            "kind": folder.name,  # `m2r2-equal` is an m2r2 as well
             "model_sha256": backbone.sha256,
             "texts": len(fresh.first),
             "tokens": TOKENS,

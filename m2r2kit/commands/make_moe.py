@@ -6,7 +6,7 @@ import sys
 from tqdm import tqdm
 
 from .. import wider_moe
-from ..arguments import MODEL
+from ..arguments import MODEL, MOE
 from ..errors import UserError
 from ..large_olmoe import LargeConfig, sized, write
 
@@ -17,12 +17,15 @@ def run(args) -> int:
     if args.widen:
         if args.size or args.width:
             raise UserError("--widen keeps the model's other sizes; leave out --size and --width.")
-        nbytes = wider_moe.write(args.model, args.out, args.widen)
+        model = args.model or MOE
+        nbytes = wider_moe.write(model, args.out, args.widen)
         print(
-            f"{args.out}: {args.model} with experts {args.widen} times as wide, {nbytes / 2**20:.2f} MiB\n"
+            f"{args.out}: {model} with experts {args.widen} times as wide, {nbytes / 2**20:.2f} MiB\n"
             "each in float32. It says the same, chooses the same experts, and has the same predictors."
         )
         return 0
+    if args.model:
+        raise UserError("--model names the model to widen; say how much with --widen, or leave it out.")
     config = sized(args.size or SIZE, width=args.width or WIDTH, seed=args.seed)
     bar = tqdm(total=config.total_bytes, unit="B", unit_scale=True, desc="weights", leave=False,
                disable=not sys.stderr.isatty())  # fmt: skip
