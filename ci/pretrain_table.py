@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from m2r2kit import records  # noqa: E402
-from m2r2kit.corpus import KINDS  # noqa: E402
+from m2r2kit.bench import records  # noqa: E402
+from m2r2kit.text.corpus import KINDS  # noqa: E402
 
 README = ROOT / "data" / "README.md"
 MODELS = ("pocket-dense", "pocket-moe")

@@ -12,9 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from m2r2kit import figures_exits, figures_experts, records  # noqa: E402
-from m2r2kit.commands import bench_exits, bench_experts  # noqa: E402
-from m2r2kit.commands.bench import table  # noqa: E402
+from m2r2kit.bench import records  # noqa: E402
+from m2r2kit.cli.commands import bench_exits, bench_experts  # noqa: E402
+from m2r2kit.cli.commands.bench import table  # noqa: E402
+from m2r2kit.figures import exits as figures_exits  # noqa: E402
+from m2r2kit.figures import experts as figures_experts  # noqa: E402
 
 README = ROOT / "README.md"
 SEEN, SEEN_END = "<!-- seen: drawn by ci/readme_figures.py -->\n", "<!-- end of seen -->\n"

@@ -11,8 +11,9 @@ import importlib
 import os
 import sys
 
-from . import __version__, arguments
-from .errors import UserError
+from . import __version__
+from .cli import arguments
+from .common import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,13 +109,13 @@ def parser() -> Parser:
 
 
 def _run_doctor(args):
-    from . import doctor
+    from .cli import doctor
 
     return doctor.run(args.json)
 
 
 def _run_notebooks(args):
-    from . import notebooks
+    from .cli import notebooks
 
     if args.action == "check":
         return notebooks.check(args.names, full=args.full)
@@ -123,17 +124,17 @@ def _run_notebooks(args):
 
 def _runs(name: str):
     """What runs a command of `commands/`."""
-    return lambda args: importlib.import_module(f".commands.{name}", __package__).run(args)
+    return lambda args: importlib.import_module(f".cli.commands.{name}", __package__).run(args)
 
 
 def _run_train_backbone(args):
-    from .commands import train
+    from .cli.commands import train
 
     return train.backbone(args)
 
 
 def _run_report(args):
-    from . import report
+    from .bench import report
 
     return report.run(args.json, args.markdown)
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from m2r2kit import fixed_cache
-from m2r2kit.speculation import M2R2, EarlyExit, Generation, Plain, drafters, generate
+from m2r2kit.model import cache as fixed_cache
+from m2r2kit.speculation import M2R2, EarlyExit, Generation, Plain, generate
+from m2r2kit.speculation.drafters import base as drafters
 
 PROMPT = tiny.prompt(6)
 EXITS = range(1, tiny.BLOCKS)

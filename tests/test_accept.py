@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import tiny
 
-from m2r2kit.errors import UserError
-from m2r2kit.speculation import M2R2, EarlyExit, Sampler, generate, loop
+from m2r2kit.common import UserError
+from m2r2kit.speculation import M2R2, EarlyExit, Sampler, generate
+from m2r2kit.speculation import decode as loop
 from m2r2kit.speculation.accept import accept_greedy, accept_sampled
 
 V = 5  # tokens of the tables

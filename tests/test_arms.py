@@ -2,11 +2,11 @@
 
 import pytest
 
-from m2r2kit import records
-from m2r2kit.arms import HEADS, WHO, ArmsTable, newest, parts
-from m2r2kit.costs import speedup
-from m2r2kit.errors import UserError
-from m2r2kit.speculation.methods import METHODS
+from m2r2kit.bench import records
+from m2r2kit.bench.arms import HEADS, WHO, ArmsTable, newest, parts
+from m2r2kit.bench.costs import speedup
+from m2r2kit.common import UserError
+from m2r2kit.speculation.registry import METHODS
 
 
 def arm(speed, drafts=4, c=0.1, v=1.2, tau=2.5, **more):

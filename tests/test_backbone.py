@@ -8,10 +8,10 @@ import pytest
 import tiny
 
 from m2r2kit import __main__ as cli
-from m2r2kit.backbone import DENSE, MOE, Backbone, crop, weights_sha256
-from m2r2kit.errors import UserError
-from m2r2kit.residuals import FORMS
+from m2r2kit.common import UserError
+from m2r2kit.model.backbone import DENSE, MOE, Backbone, crop, weights_sha256
 from m2r2kit.speculation import M2R2, EarlyExit, generate
+from m2r2kit.stream.stream import FORMS
 
 FAMILIES = DENSE + MOE
 

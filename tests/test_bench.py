@@ -5,15 +5,17 @@ import time
 import pytest
 import tiny
 
-from m2r2kit import bench, checkpoints
-from m2r2kit.bench import Arm, compare
-from m2r2kit.commands.bench import drafts_at
-from m2r2kit.errors import UserError
-from m2r2kit.residuals import StreamConfig
-from m2r2kit.speculation import M2R2, EarlyExit, Plain, generate, loop
-from m2r2kit.speculation.drafters import Draft, Drafter
-from m2r2kit.speculation.methods import training
-from m2r2kit.speculation.prompt_lookup import PromptLookup
+from m2r2kit.bench import speculation as bench
+from m2r2kit.bench.speculation import Arm, compare
+from m2r2kit.cli.commands.bench import drafts_at
+from m2r2kit.common import UserError
+from m2r2kit.speculation import M2R2, EarlyExit, Plain, generate
+from m2r2kit.speculation import decode as loop
+from m2r2kit.speculation.drafters.base import Draft, Drafter
+from m2r2kit.speculation.drafters.prompt_lookup import PromptLookup
+from m2r2kit.speculation.registry import training
+from m2r2kit.stream import checkpoints
+from m2r2kit.stream.stream import StreamConfig
 
 PROMPTS = [tiny.prompt(5), tiny.prompt(7)]
 TRAINED = {"parameters": 12, "train_steps": 3, "train_seconds": 4}

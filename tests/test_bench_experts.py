@@ -6,10 +6,11 @@ import pytest
 import tiny
 import tiny_experts
 
-from m2r2kit import bench_experts, records
 from m2r2kit.__main__ import main
-from m2r2kit.bench_experts import Disk, compare
-from m2r2kit.experts.loader import StreamedModel
+from m2r2kit.bench import experts as bench_experts
+from m2r2kit.bench import records
+from m2r2kit.bench.experts import Disk, compare
+from m2r2kit.experts.decode import StreamedModel
 from m2r2kit.experts.slots import Bank
 
 PROMPTS = [tiny.prompt(3, 1), tiny.prompt(9, 2)]
@@ -106,7 +107,7 @@ def test_the_command_prints_a_table_and_records_it(tmp_path, monkeypatch, capsys
 
 
 def test_every_arm_has_a_policy_and_a_predictor():
-    from m2r2kit import arguments
+    from m2r2kit.cli import arguments
 
     for policy, predictor in bench_experts.ARMS.values():
         assert policy in arguments.POLICIES

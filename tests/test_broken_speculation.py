@@ -4,7 +4,8 @@ import pytest
 import tiny
 from speculation_checks import PROMPT, Scripted, WithEnds, check_cache, check_equal, m2r2, patched, plain
 
-from m2r2kit.speculation import M2R2, generate, loop
+from m2r2kit.speculation import M2R2, generate
+from m2r2kit.speculation import decode as loop
 
 
 def equal_and_cached(max_tokens=14):

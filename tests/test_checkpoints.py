@@ -7,9 +7,9 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from m2r2kit import checkpoints
-from m2r2kit.errors import UserError
-from m2r2kit.residuals import load_stream
+from m2r2kit.common import UserError
+from m2r2kit.stream import checkpoints
+from m2r2kit.stream.stream import load_stream
 
 FILES = ["stream.json", "stream.safetensors"]
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from m2r2kit import __main__ as cli
-from m2r2kit import arguments
-from m2r2kit.errors import UserError
+from m2r2kit.cli import arguments
+from m2r2kit.common import UserError
 
 COMMANDS = (
     ("doctor",),
@@ -84,7 +84,8 @@ def test_defaults_are_those_that_programs_rely_on():
 
 
 def test_the_names_of_methods_are_those_of_the_drafters():
-    from m2r2kit.speculation import methods, peers  # the command line names them without importing them
+    from m2r2kit.speculation import registry as methods
+    from m2r2kit.speculation import trained as peers  # the command line names them without importing them
 
     assert arguments.METHODS == methods.METHODS and arguments.PEERS == tuple(peers.KINDS)
 

@@ -9,8 +9,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from m2r2kit import corpus, download, tokens
-from m2r2kit.errors import UserError
+from m2r2kit.common import UserError
+from m2r2kit.pocket import tokenizer as tokens
+from m2r2kit.text import corpus, download
 
 # --- text ---------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m2r2kit.costs import best_drafts, even_acceptance, speedup, tau
+from m2r2kit.bench.costs import best_drafts, even_acceptance, speedup, tau
 
 
 @pytest.mark.parametrize("a", [0.0, 0.3, 0.875, 0.99])

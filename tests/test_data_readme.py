@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m2r2kit import records
+from m2r2kit.bench import records
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("pretrain_table", ROOT / "ci" / "pretrain_table.py")

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from m2r2kit.devices import FILE, LLAMA_7B, Device, DevicesTable, Shape, draft_and_verify, read
+from m2r2kit.bench.devices import FILE, LLAMA_7B, Device, DevicesTable, Shape, draft_and_verify, read
 
 BY_HAND = Device("by hand", peak=8e12, bandwidth=1e12)  # 2 bytes a weight: 8 rows are free
 SHAPE = Shape(blocks=8, block=100, head=200)  # 1000 weights

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from m2r2kit import doctor, paths, runtime
+from m2r2kit import common as paths
+from m2r2kit.cli import doctor
+from m2r2kit.model.cpu import threads as runtime
 
 NAMES = {
     "Python", "m2r2kit", "mlx", "mlx-lm", "numpy", "system", "MLX device", "BLAS", "products", "memory",

@@ -11,14 +11,19 @@ from mlx.utils import tree_flatten
 from test_train_stream import arguments as stream_arguments
 from test_train_stream import written  # noqa: F401  (a fixture: little text and few prompts)
 
-from m2r2kit import arguments, bench_exits, figures_exits, prompts, records
 from m2r2kit.__main__ import main
-from m2r2kit.commands import bench_exits as bench_command
-from m2r2kit.commands import calibrate, rows, train_exits, train_stream
-from m2r2kit.errors import UserError
-from m2r2kit.exits import methods, trained
-from m2r2kit.exits.merit import Curve, crossing, merits
-from m2r2kit.figures import new_figure
+from m2r2kit.bench import exits as bench_exits
+from m2r2kit.bench import records
+from m2r2kit.bench.merit import Curve, crossing, merits
+from m2r2kit.cli import arguments
+from m2r2kit.cli.commands import bench_exits as bench_command
+from m2r2kit.cli.commands import calibrate, train_exits, train_stream
+from m2r2kit.common import UserError
+from m2r2kit.exits import registry as methods
+from m2r2kit.exits import trained
+from m2r2kit.figures import exits as figures_exits
+from m2r2kit.figures.style import new_figure
+from m2r2kit.text import prompts, rows
 
 MODEL = {"max_position_embeddings": 512}
 FOLDERS = ("m2r2", "m2r2-equal", "lens", "bare", "mixture-of-depths", "shallow")
@@ -132,7 +137,7 @@ def test_every_method_draws_a_curve_and_decodes(name, everything, monkeypatch):
 
 
 def methods_texts(view):
-    from m2r2kit.exits.forced import texts_of
+    from m2r2kit.exits.teacher_forced import texts_of
 
     return texts_of(view, [tiny.prompt(n) for n in (4, 6, 9)], 10)
 

@@ -4,10 +4,11 @@ import pytest
 import tiny
 
 from m2r2kit import __main__ as cli
-from m2r2kit import exit_map, prompts, records
-from m2r2kit.costs import speedup
-from m2r2kit.errors import UserError
+from m2r2kit.bench import exit_map, records
+from m2r2kit.bench.costs import speedup
+from m2r2kit.common import UserError
 from m2r2kit.speculation import EarlyExit, generate
+from m2r2kit.text import prompts
 
 ASKED = [tiny.prompt(5), tiny.prompt(7)]
 

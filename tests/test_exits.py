@@ -5,19 +5,21 @@ import numpy as np
 import pytest
 import tiny
 
-from m2r2kit import checkpoints, records
-from m2r2kit.errors import UserError
-from m2r2kit.exits import trained, work
+from m2r2kit.bench import records
+from m2r2kit.common import UserError
+from m2r2kit.exits import macs as work
+from m2r2kit.exits import trained
 from m2r2kit.exits.calibrate import binomial_below, calibrate, holds, p_value, texts_needed
 from m2r2kit.exits.decode import ExitDecoder
 from m2r2kit.exits.depth_decode import DepthDecoder
 from m2r2kit.exits.depths import along
 from m2r2kit.exits.fill import Fill, fit_linear
-from m2r2kit.exits.forced import ForcedPass, texts_of
 from m2r2kit.exits.gates import Chance, Confidence, Gate, Oracle, Saturation, Schedule, Static
-from m2r2kit.exits.readers import BareReader
-from m2r2kit.speculation.loop import generate
-from m2r2kit.training import teach
+from m2r2kit.exits.readouts import BareReader
+from m2r2kit.exits.teacher_forced import ForcedPass, texts_of
+from m2r2kit.speculation.decode import generate
+from m2r2kit.stream import checkpoints
+from m2r2kit.stream.distil import teach
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
 NEVER = 2.0
@@ -180,7 +182,7 @@ def test_gates_leave_as_their_names_say():
 def test_arla_counts_what_it_has_and_answers_with_a_probability():
     view, module = exits()
     lesson = teach(view, np.array([[1, 2, 3, 4, 5, 6, 7, 8]]), *module.needs())
-    from m2r2kit.exits.learn import seen_in
+    from m2r2kit.exits.train import seen_in
 
     seen = seen_in(module.reader, lesson, None, None, view.head)
     for j in range(3):
@@ -201,7 +203,7 @@ def test_a_linear_fill_finds_a_map_that_is_there():
     small, large = (fit_linear(module.reader, texts, view.depth, view.width, r) for r in (2, 96))
     lesson = texts[0]
     from m2r2kit.exits.fill import unit
-    from m2r2kit.training import shifted
+    from m2r2kit.stream.distil import shifted
 
     before = shifted(lesson.states[view.depth])
 
@@ -215,7 +217,7 @@ def test_a_linear_fill_finds_a_map_that_is_there():
 
 @pytest.mark.parametrize("kind", trained.KINDS)
 def test_every_kind_learns_and_comes_back_from_disk(kind, tmp_path):
-    from m2r2kit.training import DistilConfig
+    from m2r2kit.stream.distil import DistilConfig
 
     view = tiny.backbone("llama")
     module = trained.new(

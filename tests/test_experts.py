@@ -11,19 +11,20 @@ import tiny
 import tiny_experts
 from mlx.utils import tree_map
 
-from m2r2kit.backbone import Backbone
-from m2r2kit.errors import UserError
-from m2r2kit.experts import methods, moe
+from m2r2kit.common import UserError
+from m2r2kit.experts import moe
 from m2r2kit.experts import reader as reading
-from m2r2kit.experts.loader import ExpertDecoder, StreamedModel
+from m2r2kit.experts import registry as methods
+from m2r2kit.experts.decode import ExpertDecoder, StreamedModel
 from m2r2kit.experts.predictors import Predictor, Random, Recorded
 from m2r2kit.experts.reader import PARKED, Reader
 from m2r2kit.experts.replay import replay
 from m2r2kit.experts.slots import Bank, budget_of_share, slots_of_budget
 from m2r2kit.experts.state_predictors import DirectMap, NextRouter, StreamPredictor, router
 from m2r2kit.experts.trace import Trace
-from m2r2kit.residuals import AcceleratedStream, StreamConfig
-from m2r2kit.speculation.loop import generate
+from m2r2kit.model.backbone import Backbone
+from m2r2kit.speculation.decode import generate
+from m2r2kit.stream.stream import AcceleratedStream, StreamConfig
 
 PROMPTS = [tiny.prompt(1), tiny.prompt(6), tiny.prompt(20)]
 TOKENS = 14
@@ -191,7 +192,7 @@ def test_wrong_guesses_do_not_take_the_disk_from_right_ones():
 
 
 def test_a_long_prompt_is_read_in_chunks(monkeypatch):
-    from m2r2kit.experts import loader
+    from m2r2kit.experts import decode as loader
 
     monkeypatch.setattr(loader, "CHUNK", 7)
     assert run(streamed())[0] == right()

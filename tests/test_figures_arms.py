@@ -3,11 +3,11 @@
 import pytest
 from test_arms import PLAIN, arm, record
 
-from m2r2kit import records
-from m2r2kit.arms import newest
-from m2r2kit.errors import UserError
-from m2r2kit.figures import new_figure, png
-from m2r2kit.figures_arms import draw_acceptance, draw_map, draw_predicted, draw_speeds
+from m2r2kit.bench import records
+from m2r2kit.bench.arms import newest
+from m2r2kit.common import UserError
+from m2r2kit.figures.arms import draw_acceptance, draw_map, draw_predicted, draw_speeds
+from m2r2kit.figures.style import new_figure, png
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import tiny_experts
 
-from m2r2kit import figures_disk as disk
-from m2r2kit import figures_experts as experts
-from m2r2kit import figures_routing as routing
-from m2r2kit import records
-from m2r2kit.experts import planner
+from m2r2kit.bench import plan as planner
+from m2r2kit.bench import records
+from m2r2kit.bench.disk import Speed
 from m2r2kit.experts.generation import Event
-from m2r2kit.experts.probe import Speed
-from m2r2kit.figures import new_figure, png
+from m2r2kit.figures import disk as disk
+from m2r2kit.figures import experts as experts
+from m2r2kit.figures import routing as routing
+from m2r2kit.figures.style import new_figure, png
 
 CHOSEN = np.array([[0, 3], [3, 5], [3, 1]])  # (T, k)
 

@@ -5,15 +5,15 @@ import re
 import pytest
 from matplotlib.patches import Rectangle
 
-from m2r2kit.costs import speedup
-from m2r2kit.figures import new_figure, png
-from m2r2kit.figures_speculation import (
+from m2r2kit.bench.costs import speedup
+from m2r2kit.figures.speculation import (
     draw_accept_rule,
     draw_rates,
     draw_readouts,
     draw_speedup,
     draw_streams,
 )
+from m2r2kit.figures.style import new_figure, png
 
 
 @pytest.fixture

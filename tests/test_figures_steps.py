@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from m2r2kit.figures import new_figure, png
-from m2r2kit.figures_steps import Step, draw_step, draw_steps
+from m2r2kit.figures.steps import Step, draw_step, draw_steps
+from m2r2kit.figures.style import new_figure, png
 
 STEP = Step([" a", " b", " c", " d"], [" a", " b", " x"], "def")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from m2r2kit.figures import new_figure, png
-from m2r2kit.figures_trees import draw_tree
+from m2r2kit.figures.style import new_figure, png
+from m2r2kit.figures.trees import draw_tree
 
 TOKENS, PARENTS = [" a", " b", "c", "d", "e"], [-1, -1, 0, 0, 1]
 

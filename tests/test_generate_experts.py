@@ -9,8 +9,8 @@ import pytest
 import tiny
 import tiny_experts
 
-from m2r2kit import arguments
 from m2r2kit.__main__ import main
+from m2r2kit.cli import arguments
 
 K = tiny_experts.K
 

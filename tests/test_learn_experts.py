@@ -9,14 +9,15 @@ import tiny
 import tiny_experts
 from mlx.utils import tree_flatten, tree_map
 
-from m2r2kit import checkpoints, records
 from m2r2kit.__main__ import main
-from m2r2kit.backbone import Backbone
-from m2r2kit.bench_experts import ARMS, Disk, compare
-from m2r2kit.commands import train_predictor
-from m2r2kit.errors import UserError
-from m2r2kit.experts import learn, methods, trained
-from m2r2kit.experts.loader import ExpertDecoder, StreamedModel
+from m2r2kit.bench import records
+from m2r2kit.bench.experts import ARMS, Disk, compare
+from m2r2kit.cli.commands import train_predictor
+from m2r2kit.common import UserError
+from m2r2kit.experts import registry as methods
+from m2r2kit.experts import train as learn
+from m2r2kit.experts import trained
+from m2r2kit.experts.decode import ExpertDecoder, StreamedModel
 from m2r2kit.experts.packing import pack
 from m2r2kit.experts.reader import Reader
 from m2r2kit.experts.state_predictors import (
@@ -28,8 +29,10 @@ from m2r2kit.experts.state_predictors import (
     turns,
 )
 from m2r2kit.experts.trace import Trace
-from m2r2kit.residuals import AcceleratedStream, StreamConfig, load_stream
-from m2r2kit.training import DistilConfig
+from m2r2kit.model.backbone import Backbone
+from m2r2kit.stream import checkpoints
+from m2r2kit.stream.distil import DistilConfig
+from m2r2kit.stream.stream import AcceleratedStream, StreamConfig, load_stream
 
 ROWS = np.array([tiny.prompt(24, seed) for seed in range(6)])
 

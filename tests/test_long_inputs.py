@@ -11,13 +11,13 @@ import tiny
 from mlx.utils import tree_map
 from speculation_checks import WithEnds, check_cache, check_equal, plain
 
-from m2r2kit.bench import step_costs
-from m2r2kit.fixed_cache import STEP, round_up
-from m2r2kit.residuals import AcceleratedStream, StreamConfig
+from m2r2kit.bench.speculation import step_costs
+from m2r2kit.model.cache import STEP, round_up
 from m2r2kit.speculation import M2R2, Sampler, generate
-from m2r2kit.speculation.lookahead import Lookahead
-from m2r2kit.speculation.m2r2_tree import M2R2Tree
-from m2r2kit.speculation.prompt_lookup import PromptLookup
+from m2r2kit.speculation.drafters.lookahead import Lookahead
+from m2r2kit.speculation.drafters.m2r2_tree import M2R2Tree
+from m2r2kit.speculation.drafters.prompt_lookup import PromptLookup
+from m2r2kit.stream.stream import AcceleratedStream, StreamConfig
 
 CONTEXT = 192  # several times what a cache grows by, and a multiple of it: not a position to spare
 

@@ -11,15 +11,16 @@ from test_accept import FEW, check_counts, model_joint, sample_model
 from test_broken_speculation import assert_caught
 from test_tree import Hashable, all_seen, shifted
 
-from m2r2kit import tuning
-from m2r2kit.backbone import Backbone
-from m2r2kit.errors import UserError
-from m2r2kit.residuals import AcceleratedStream, StreamConfig, load_stream
-from m2r2kit.speculation import M2R2, Sampler, generate, m2r2_tree, tree
-from m2r2kit.speculation.lookahead import Lookahead
-from m2r2kit.speculation.m2r2_tree import M2R2Tree, with_leaves
+from m2r2kit.bench import tune as tuning
+from m2r2kit.bench.tune import Tuned
+from m2r2kit.common import UserError
+from m2r2kit.model.backbone import Backbone
+from m2r2kit.speculation import M2R2, Sampler, generate, tree
+from m2r2kit.speculation.drafters import m2r2_tree
+from m2r2kit.speculation.drafters.lookahead import Lookahead
+from m2r2kit.speculation.drafters.m2r2_tree import M2R2Tree, with_leaves
 from m2r2kit.speculation.tree import Tree
-from m2r2kit.tuning import Tuned
+from m2r2kit.stream.stream import AcceleratedStream, StreamConfig, load_stream
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket-dense"
 

@@ -6,8 +6,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from m2r2kit import notebook_rules, notebooks
-from m2r2kit.errors import UserError
+from m2r2kit.cli import notebook_rules, notebooks
+from m2r2kit.common import UserError
 
 PARAMETERS = "steps: int = 3  # how many steps"
 WIDGET = """\

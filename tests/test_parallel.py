@@ -12,9 +12,9 @@ import pytest
 from mlx.utils import tree_flatten
 from test_pretrain import TINY
 
-from m2r2kit import tokens
-from m2r2kit.corpus import Document
-from m2r2kit.pretrain import Run
+from m2r2kit.pocket import tokenizer as tokens
+from m2r2kit.pocket.pretrain import Run
+from m2r2kit.text.corpus import Document
 
 SETTINGS = replace(TINY, vocabulary=300, tokens=64 * 100_000, grow_from=4)
 

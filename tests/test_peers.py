@@ -10,17 +10,19 @@ from mlx.utils import tree_flatten, tree_map
 from speculation_checks import WithEnds, check_cache, check_equal, patched, plain
 from test_accept import FEW, check_counts, model_joint, sample_model
 
-from m2r2kit import own_text
-from m2r2kit.backbone import crop
-from m2r2kit.bench import step_costs
-from m2r2kit.errors import UserError
-from m2r2kit.speculation import EarlyExit, Sampler, generate, loop, peers
-from m2r2kit.speculation.draft_model import DraftModel, DraftModelConfig
-from m2r2kit.speculation.eagle import Eagle
-from m2r2kit.speculation.lookahead import Lookahead
-from m2r2kit.speculation.own_parts import OwnPass
-from m2r2kit.speculation.prompt_lookup import PromptLookup, lookup
-from m2r2kit.training import DistilConfig, teach
+from m2r2kit.bench.speculation import step_costs
+from m2r2kit.common import UserError
+from m2r2kit.model.backbone import crop
+from m2r2kit.speculation import EarlyExit, Sampler, generate
+from m2r2kit.speculation import decode as loop
+from m2r2kit.speculation import trained as peers
+from m2r2kit.speculation.drafters.draft_model import DraftModel, DraftModelConfig
+from m2r2kit.speculation.drafters.eagle import Eagle
+from m2r2kit.speculation.drafters.lookahead import Lookahead
+from m2r2kit.speculation.drafters.parts import OwnPass
+from m2r2kit.speculation.drafters.prompt_lookup import PromptLookup, lookup
+from m2r2kit.stream.distil import DistilConfig, teach
+from m2r2kit.text import self_generated as own_text
 
 AGAIN = tiny.prompt(4, seed=3) * 3  # a text that repeats itself
 PROMPTS = [[7], tiny.prompt(2), tiny.prompt(6), AGAIN]

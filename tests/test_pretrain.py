@@ -14,12 +14,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import load
 from mlx_lm.models import llama
 
-from m2r2kit import pocket, pretrain, small_llama, tokens
-from m2r2kit.corpus import Document
-from m2r2kit.errors import UserError
-from m2r2kit.numerics import attention_weights, cross_entropy, fast_exp, swiglu
-from m2r2kit.pretrain import Run
-from m2r2kit.small_llama import PretrainConfig, causal_bias, mean_loss, new_parameters
+from m2r2kit.common import UserError
+from m2r2kit.model.cpu.fast_math import attention_weights, cross_entropy, fast_exp, swiglu
+from m2r2kit.pocket import export as pocket
+from m2r2kit.pocket import llama as small_llama
+from m2r2kit.pocket import pretrain
+from m2r2kit.pocket import tokenizer as tokens
+from m2r2kit.pocket.llama import PretrainConfig, causal_bias, mean_loss, new_parameters
+from m2r2kit.pocket.pretrain import Run
+from m2r2kit.text.corpus import Document
 
 TINY = PretrainConfig(
     blocks=4, width=16, heads=4, kv_heads=2, ffn_width=24, vocabulary=64, context=32, tokens=64 * 6,
@@ -313,7 +316,7 @@ def test_held_out_figures_are_those_of_the_float16_weights(exported):
 
 
 def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch, capsys):
-    from m2r2kit.commands import train
+    from m2r2kit.cli.commands import train
 
     documents = [
         Document(kind, f"{kind} {i}", f"<|user|>What is {i}?<|assistant|>It is {i}.")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from m2r2kit import corpus, prompts
-from m2r2kit.errors import UserError
+from m2r2kit.common import UserError
+from m2r2kit.text import corpus, prompts
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "data" / "prompts"

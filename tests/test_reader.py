@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_experts
 
-from m2r2kit.errors import UserError
+from m2r2kit.common import UserError
 from m2r2kit.experts import reader as reading
 from m2r2kit.experts.reader import AHEAD, PARKED, Link, Reader, system_read_bytes
 from m2r2kit.experts.store import Store

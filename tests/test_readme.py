@@ -3,7 +3,7 @@
 import re
 import sys
 
-from m2r2kit.records import ROOT
+from m2r2kit.bench.records import ROOT
 
 sys.path.insert(0, str(ROOT / "ci"))
 

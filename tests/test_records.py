@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from m2r2kit import records, report
-from m2r2kit.errors import UserError
+from m2r2kit.bench import records, report
+from m2r2kit.common import UserError
 
 
 @pytest.fixture(autouse=True)

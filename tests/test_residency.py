@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from m2r2kit.errors import UserError
-from m2r2kit.experts import methods, policies
+from m2r2kit.common import UserError
+from m2r2kit.experts import policies
+from m2r2kit.experts import registry as methods
 from m2r2kit.experts.predictors import Oracle, PreviousToken, Random, Recorded, Static
 from m2r2kit.experts.replay import replay
 from m2r2kit.experts.residency import Residency

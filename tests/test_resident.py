@@ -6,8 +6,8 @@ import test_experts as t
 import tiny
 import tiny_experts
 
-from m2r2kit.experts import methods
-from m2r2kit.experts.loader import ExpertDecoder
+from m2r2kit.experts import registry as methods
+from m2r2kit.experts.decode import ExpertDecoder
 from m2r2kit.experts.predictors import Recorded
 from m2r2kit.experts.reader import Reader
 from m2r2kit.experts.replay import replay
@@ -66,10 +66,10 @@ def test_a_cache_that_keeps_nothing_is_never_whole():
 
 
 def test_dense_blocks_between_run_along(tmp_path):
-    from m2r2kit.backbone import Backbone
-    from m2r2kit.experts.loader import StreamedModel
+    from m2r2kit.experts.decode import StreamedModel
     from m2r2kit.experts.packing import pack
-    from m2r2kit.speculation.loop import generate
+    from m2r2kit.model.backbone import Backbone
+    from m2r2kit.speculation.decode import generate
 
     folder = tiny.make_folder("qwen3_moe", tmp_path / "model", **tiny_experts.SIZES, mlp_only_layers=[0, 2])
     pack(folder, tmp_path / "store")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from m2r2kit.lean_pass import lean_pass
+from m2r2kit.model.compiled import lean_pass
 
 cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="only used on a CPU")
 
@@ -31,7 +31,7 @@ def test_it_is_mlx_s_own(rope, offset):
 
 @cpu
 def test_the_angles_are_computed_once(monkeypatch):
-    from m2r2kit import rotation
+    from m2r2kit.model import rotation
 
     tables = []
     table = rotation._table

@@ -7,9 +7,10 @@ import tiny
 from mlx_lm.generate import generate_step
 from speculation_checks import EXITS, PROMPT, Scripted, WithEnds, check_cache, check_equal, m2r2, plain, ties
 
-from m2r2kit.backbone import crop
-from m2r2kit.errors import UserError
-from m2r2kit.speculation import M2R2, EarlyExit, Plain, Sampler, generate, loop
+from m2r2kit.common import UserError
+from m2r2kit.model.backbone import crop
+from m2r2kit.speculation import M2R2, EarlyExit, Plain, Sampler, generate
+from m2r2kit.speculation import decode as loop
 
 # --- ties ---
 

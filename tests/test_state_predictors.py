@@ -7,9 +7,9 @@ import test_experts as t
 import tiny
 from mlx.utils import tree_flatten
 
-from m2r2kit.errors import UserError
+from m2r2kit.common import UserError
 from m2r2kit.experts.state_predictors import DirectMap, NextRouter, StreamPredictor, router
-from m2r2kit.residuals import AcceleratedStream, StreamConfig
+from m2r2kit.stream.stream import AcceleratedStream, StreamConfig
 
 
 def test_a_predictor_names_each_block_with_experts_in_good_time():

@@ -16,12 +16,12 @@ import tiny_experts
 from mlx.utils import tree_flatten
 
 from m2r2kit.__main__ import main
-from m2r2kit.backbone import Backbone
-from m2r2kit.errors import UserError
+from m2r2kit.common import UserError
 from m2r2kit.experts import packing
 from m2r2kit.experts import store as store_module
-from m2r2kit.experts.loader import StreamedModel
+from m2r2kit.experts.decode import StreamedModel
 from m2r2kit.experts.store import PAGE, Store
+from m2r2kit.model.backbone import Backbone
 
 
 def copy(folder: Path) -> Path:

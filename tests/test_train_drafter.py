@@ -6,11 +6,13 @@ import pytest
 import tiny
 from test_train_stream import written  # noqa: F401  (a fixture: little text and few prompts)
 
-from m2r2kit import tuning
-from m2r2kit.commands import train_drafter, tune
-from m2r2kit.errors import UserError
-from m2r2kit.speculation import generate, methods, peers
-from m2r2kit.tuning import Tuned
+from m2r2kit.bench import tune as tuning
+from m2r2kit.bench.tune import Tuned
+from m2r2kit.cli.commands import train_drafter, tune
+from m2r2kit.common import UserError
+from m2r2kit.speculation import generate
+from m2r2kit.speculation import registry as methods
+from m2r2kit.speculation import trained as peers
 
 MODEL = {"max_position_embeddings": 512}
 

@@ -9,14 +9,17 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from m2r2kit import checkpoints, distillation, prompts, tuning
-from m2r2kit.backbone import Backbone
-from m2r2kit.commands import rows, train_stream, tune
-from m2r2kit.corpus import Document
-from m2r2kit.errors import UserError
-from m2r2kit.residuals import StreamConfig, load_stream
-from m2r2kit.speculation import methods
-from m2r2kit.tuning import Tuned
+from m2r2kit.bench import tune as tuning
+from m2r2kit.bench.tune import Tuned
+from m2r2kit.cli.commands import train_stream, tune
+from m2r2kit.common import UserError
+from m2r2kit.model.backbone import Backbone
+from m2r2kit.speculation import registry as methods
+from m2r2kit.stream import checkpoints
+from m2r2kit.stream import train as distillation
+from m2r2kit.stream.stream import StreamConfig, load_stream
+from m2r2kit.text import prompts, rows
+from m2r2kit.text.corpus import Document
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from speculation_checks import PROMPT, check_cache, check_equal, patched, plain
 from test_accept import FEW, V, check_counts, joint, model_joint, probabilities, sample_model, tables
 from test_broken_speculation import assert_caught
 
-from m2r2kit import masked_pass
-from m2r2kit.errors import UserError
+from m2r2kit.common import UserError
+from m2r2kit.model import tree_pass as masked_pass
 from m2r2kit.speculation import Drafter, Sampler, generate, tree
 from m2r2kit.speculation.accept import accept_sampled
-from m2r2kit.speculation.lookahead import Lookahead
+from m2r2kit.speculation.drafters.lookahead import Lookahead
 from m2r2kit.speculation.tree import Tree, best_path, sampled_path, verify_tree
 
 

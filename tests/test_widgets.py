@@ -2,7 +2,8 @@
 
 import pytest
 
-from m2r2kit import figures, widgets
+from m2r2kit.figures import style as figures
+from m2r2kit.figures import widgets
 
 
 class Handle:

@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import _get_classes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from m2r2kit.backbone import MOE, Backbone
-from m2r2kit.residuals import AcceleratedStream, StreamConfig
+from m2r2kit.model.backbone import MOE, Backbone
+from m2r2kit.stream.stream import AcceleratedStream, StreamConfig
 
 WIDTH, BLOCKS, VOCABULARY, CONTEXT = 32, 4, 96, 64
 EOS = VOCABULARY - 1

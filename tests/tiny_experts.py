@@ -11,9 +11,9 @@ import tiny
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from m2r2kit.backbone import Backbone
 from m2r2kit.experts.packing import pack
 from m2r2kit.experts.store import Store
+from m2r2kit.model.backbone import Backbone
 
 FAMILIES = ("olmoe", "qwen3_moe", "mixtral")
 E, K = 8, 2

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ..errors import UserError
+from ..common import UserError
 
 RISK, CONFIDENCE = 0.05, 0.95  # if nothing else is asked for
 

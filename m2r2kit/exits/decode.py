@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..backbone import Backbone
-from ..fixed_cache import FEW, FIRST_ROOM, Traced
-from ..lean_pass import lean_pass
+from ..model.backbone import Backbone
+from ..model.cache import FEW, FIRST_ROOM, Traced
+from ..model.compiled import lean_pass
 from .fill import Fill
 from .gates import Gate, Seen
 

@@ -9,8 +9,8 @@ import time
 
 import mlx.core as mx
 
-from ..backbone import Backbone
-from ..fixed_cache import FIRST_ROOM, Traced
+from ..model.backbone import Backbone
+from ..model.cache import FIRST_ROOM, Traced
 from .decode import ExitGeneration
 from .depths import MixtureOfDepths, Shallow
 

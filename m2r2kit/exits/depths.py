@@ -18,12 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..backbone import Backbone
-from ..errors import UserError
-from ..fast_blocks import Changed, Merged, changed, is_small, new_deltas
-from ..training import DistilConfig, Lesson, divergence
-from . import work
-from .forced import Outcome, Texts
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..stream.distil import DistilConfig, Lesson, divergence
+from ..stream.fast_block import Changed, Merged, changed, is_small, new_deltas
+from . import macs as work
+from .teacher_forced import Outcome, Texts
 
 
 class ChangedBlock(nn.Module):

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..training import shifted
+from ..stream.distil import shifted
 
 FILLS = ("copy", "p", "linear")
 

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..training import cosine
+from ..stream.distil import cosine
 
 
 @dataclass

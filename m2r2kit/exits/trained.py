@@ -23,16 +23,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import checkpoints, distillation
-from ..backbone import Backbone
-from ..errors import UserError
-from ..residuals import AcceleratedStream, StreamConfig
-from ..training import DistilConfig, Lesson, distil, teach
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..stream import checkpoints
+from ..stream import train as distillation
+from ..stream.distil import DistilConfig, Lesson, distil, teach
+from ..stream.stream import AcceleratedStream, StreamConfig
 from .arla import SEES, Arla, ArlaConfig
 from .depths import DepthsConfig, MixtureOfDepths, Shallow, ShallowConfig
 from .fill import LinearFill, fit_linear
-from .learn import exits_loss, gate_loss
-from .readers import BareReader, LensConfig, LensReader, StreamReader
+from .readouts import BareReader, LensConfig, LensReader, StreamReader
+from .train import exits_loss, gate_loss
 
 KINDS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")
 FIT_ROWS = 256  # of text from which a linear fill is computed

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backbone import Backbone
-from ..fixed_cache import Traced
-from ..lean_pass import replaced
+from ..model.backbone import Backbone
+from ..model.cache import Traced
+from ..model.compiled import replaced
 from .state_predictors import StatePredictor
 
 EXPERTS = "switch_mlp"  # where every family of mlx-lm keeps them

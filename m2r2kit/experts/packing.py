@@ -17,9 +17,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..backbone import PARTS, Backbone, Parts, model_folder, weights_sha256
-from ..errors import UserError
-from ..paths import cache_dir
+from ..common import UserError, cache_dir
+from ..model.backbone import PARTS, Backbone, Parts, model_folder, weights_sha256
 from .store import MANIFEST, PAGE, STAMPS, Manifest, Piece, Store, file_name, stamps
 
 SPARE = 16 << 20  # bytes that packing leaves free on the disk

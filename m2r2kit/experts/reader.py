@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from ..runtime import answering
+from ..common import UserError
+from ..model.cpu.threads import answering
 from .store import Store
 
 MODES = ("direct", "buffered")

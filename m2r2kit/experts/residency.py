@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from ..errors import UserError
+from ..common import UserError
 from .policies import Policy
 
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from ..errors import UserError
+from ..common import UserError
 from .store import Manifest
 
 

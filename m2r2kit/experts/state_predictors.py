@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..backbone import Backbone
-from ..errors import UserError
-from ..fast_blocks import SharedKV, seen
-from ..residuals import AcceleratedStream, StreamConfig, intervals, reads_near, tau
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..stream.fast_block import SharedKV, seen
+from ..stream.stream import AcceleratedStream, StreamConfig, intervals, reads_near, tau
 from .predictors import Predictor
 
 

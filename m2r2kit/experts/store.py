@@ -16,8 +16,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..backbone import weights_sha256
-from ..errors import UserError
+from ..common import UserError
+from ..model.backbone import weights_sha256
 
 FORMAT = 1
 PAGE = 4096  # bytes

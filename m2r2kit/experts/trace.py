@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..common import UserError
 
 Named = list[tuple[int, list[int]]]  # (block, experts), best first
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from .. import checkpoints
-from ..backbone import Backbone
-from ..errors import UserError
-from ..residuals import AcceleratedStream, load_stream
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..stream import checkpoints
+from ..stream.stream import AcceleratedStream, load_stream
 from .state_predictors import DirectConfig, DirectMap, StreamPredictor
 
 FOLDER = "predictors"  # inside the model's

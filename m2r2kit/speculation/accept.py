@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError
+from ..common import UserError
 
 
 @dataclass

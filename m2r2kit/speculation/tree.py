@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from ..backbone import Backbone
-from ..errors import UserError
-from ..masked_pass import keep_rows, masked_states
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..model.tree_pass import keep_rows, masked_states
 from .accept import Sampler
 
 

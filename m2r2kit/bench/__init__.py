@@ -1,0 +1,1 @@
+"""Measure, record, compare."""

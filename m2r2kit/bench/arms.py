@@ -1,0 +1,152 @@
+"""The table of all ways of decoding, from a record of `m2r2kit bench speculation` (notebook 04).
+
+ArmsTable(newest())            # at the end of a cell: a table
+print(ArmsTable(newest()))     # the same in a terminal
+"""
+
+import html
+
+from ..common import UserError
+from . import costs, records
+
+WHO = {
+    "plain": "the model alone, one token a pass",
+    "mlx_lm": "the model alone, by mlx-lm's own loop",
+    "early-exit": "first blocks, bare residual: as in LayerSkip (Elhoushi et al. 2024)",
+    "m2r2": "first blocks, accelerated residual: M2R2 (Bhendawade et al. 2025), as we read it",
+    "m2r2-tree": "the same, but a tree of its likeliest tokens",
+    "prompt-lookup": "repeats what followed the same words before (Saxena 2023)",
+    "lookahead": "guesses a window of tokens and keeps n-grams: LookAhead (Fu et al. 2024)",
+    "draft-model": "a small model of its own (Leviathan et al. 2023; Chen et al. 2023)",
+    "eagle": "a block that goes on with the last states: as in EAGLE (Li et al. 2024)",
+    "medusa": "a head for each position ahead: as in Medusa (Cai et al. 2024)",
+    "kangaroo": "first blocks and a trained one: as in Kangaroo (Liu et al. 2024)",
+    "deed": "first blocks and an adapter, sure or not: as in DEED (Tang et al. 2024)",
+}
+HEADS = ("method", "speed-up", "from..to", "predicted", "tau", "c", "v", "trained numbers", "training")
+
+
+def newest(subject: str = "speculation") -> dict:
+    """The record with the most arms; of several the newest.
+
+    Raises:
+        UserError: nothing has been measured yet.
+    """
+    found = records.read(subject)
+    if not found:
+        raise UserError("There is no record yet; `m2r2kit bench speculation --record` makes one.")
+    return max(enumerate(found), key=lambda pair: (len(pair[1]["figures"]["arms"]), pair[0]))[1]
+
+
+def parts(record: dict, name: str) -> dict:
+    """What the speed-up of an arm that drafts is made of, as the cost model has it (costs.py).
+
+    Returns:
+        `tau`, `c`, `v` as measured; `g`, drafts a step on average; `a`, the acceptance that yields
+        this tau at all positions alike; `measured`, the speed-up; `predicted`, with the first pass
+        over the prompts where the record knows it (bench.py).
+
+    Raises:
+        UserError: the record has no such arm, it drafts nothing, or it has no speed because its text
+            was not plain decoding's.
+    """
+    arms = record["figures"]["arms"]
+    if name not in arms:
+        raise UserError(
+            f"This record has no arm {name}, only {', '.join(arms)}; "
+            f"`m2r2kit bench speculation --methods all --record` makes one with all."
+        )
+    arm = arms[name]
+    predicted = arm.get("predicted_speedup")
+    if not arm["drafts"] or not arm["speedup_vs_plain"] or not predicted:
+        raise UserError(f"The arm {name} has no drafts or no speed; choose one that has both.")
+    c, v, tau = (arm[k] for k in ("draft_cost", "verify_cost", "tau"))
+    g = arm.get("drafted")
+    if g is None:  # an old record: S was tau / (g c + v); a draft that costs nothing does not tell g
+        g = (tau / predicted - v) / c if c > 1e-6 else arm["drafts"]
+    g = max(g, tau - 1)
+    if g <= 0:
+        raise UserError(f"The arm {name} never had a draft to offer; choose one that had.")
+    return {"a": costs.even_acceptance(tau, g), "c": c, "v": v, "g": g, "tau": tau,
+            "measured": arm["speedup_vs_plain"]["median"], "predicted": predicted}  # fmt: skip
+
+
+class ArmsTable:
+    """The arms of a record, the fastest first; an arm that changed the text comes last, without a speed.
+
+    Args:
+        record: as `records.read("speculation")` has them.
+    """
+
+    def __init__(self, record: dict):
+        self.record = record
+        arms = record["figures"]["arms"]
+        self.names = sorted(arms, key=lambda name: -((arms[name]["speedup_vs_plain"] or {}).get("median", 0)))
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells under `HEADS`, as texts."""
+        return [self._row(name, self.record["figures"]["arms"][name]) for name in self.names]
+
+    @staticmethod
+    def _row(name: str, arm: dict) -> tuple[str, ...]:
+        speed, predicted = arm["speedup_vs_plain"], arm.get("predicted_speedup")
+        drafts = bool(arm["drafts"])
+        return (
+            name,
+            f"{speed['median']:.2f}x" if speed else "other text",
+            f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
+            f"{predicted:.2f}x" if predicted and drafts else "-",
+            f"{arm['tau']:.2f}",
+            f"{round(arm['draft_cost'], 2) + 0.0:.2f}" if drafts else "-",  # noise of the clock is no -0.00
+            f"{arm['verify_cost']:.2f}" if drafts else "-",
+            _count(arm.get("parameters")),
+            _training(arm.get("train_seconds"), arm.get("train_steps")),
+        )
+
+    @property
+    def caption(self) -> str:
+        """What was measured, where, and the command that does it again."""
+        r, settings = self.record, self.record["settings"]
+        return (
+            f"{settings.get('prompts', '?')} prompts, up to {settings.get('max_tokens', '?')} tokens each, "
+            f"{settings.get('repeats', '?')} rounds; {r['machine']['chip']}, {r['date'][:10]}: {r['command']}"
+        )
+
+    def __repr__(self):
+        table = [HEADS, *self.rows()]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+        known = [f"{name:{widths[0]}}  {WHO[name]}" for name in self.names if name in WHO]
+        return "\n".join([self.caption, "", *(line.rstrip() for line in lines), "", *known])
+
+    def _repr_html_(self):
+        left, right = (f'style="text-align: {side}"' for side in ("left", "right"))
+        out = [f"<p>{html.escape(self.caption)}</p><table><thead><tr>"]
+        out += [f"<th {left}>{HEADS[0]}</th>", *(f"<th {right}>{head}</th>" for head in HEADS[1:])]
+        out.append("</tr></thead><tbody>")
+        for name, *cells in self.rows():
+            who = f"<br><small>{html.escape(WHO[name])}</small>" if name in WHO else ""
+            ours = " <b>(ours)</b>" if name.startswith("m2r2") else ""
+            out.append(f"<tr><td {left}>{html.escape(name)}{ours}{who}</td>")
+            out += [f"<td {right}>{html.escape(cell)}</td>" for cell in cells] + ["</tr>"]
+        return "".join([*out, "</tbody></table>"])
+
+    def as_markdown(self) -> str:
+        """For a README."""
+        lines = ["| " + " | ".join(HEADS) + " |", "|---" + "|---:" * (len(HEADS) - 1) + "|"]
+        for name, *cells in self.rows():
+            lines.append("| " + " | ".join([f"{name}: {WHO[name]}" if name in WHO else name, *cells]) + " |")
+        return "\n".join(lines)
+
+
+def _count(parameters: int | None) -> str:
+    if parameters is None:
+        return "-"
+    return "0" if parameters == 0 else f"{parameters / 1000:,.0f} k"
+
+
+def _training(seconds: float | None, steps: int | None) -> str:
+    """Such as `12 min (2,000 steps)`; a part that nobody noted is left out."""
+    time = f"{seconds / 60:.0f} min" if seconds else ""
+    taken = f"{steps:,} steps" if steps else ""
+    return f"{time} ({taken})" if time and taken else time or taken or "-"

@@ -1,0 +1,224 @@
+"""Measure ways of streaming experts against each other: equality first, then time, interleaved.
+
+All arms of a budget have the same slots and decode the same prompts in turn (A B C A B C ..); when an
+arm comes back to a prompt it has decoded all others since. What a token takes is held against
+
+    C            computing one token: with all experts in memory, where they fit (`bench_resident.py`)
+    I            the bytes that the LRU arm reads for a token, at the disk's own speed
+    bound        (C + I) / max(C, I): no overlap of these two can gain more over that arm
+    predicted    C + I on demand, and max(C + I_missed, I_all) where reads are asked for ahead
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..cli.arguments import TRAINED
+from ..common import UserError
+from ..experts import registry as methods
+from ..experts import trained
+from ..experts.decode import ExpertDecoder, StreamedModel
+from ..experts.generation import ExpertGeneration
+from ..experts.predictors import Oracle
+from ..experts.reader import Reader, system_read_bytes
+from ..experts.residency import Counts
+from ..experts.trace import Trace
+from ..model.backbone import Backbone
+from .resident import Disk, disk_speed, in_memory, streamed
+from .speculation import ratios
+
+ARMS = {  # name -> policy, predictor
+    "on-demand": ("none", "nothing"),
+    "lru": ("lru", "nothing"),
+    "next-router": ("lru", "next-router"),
+    "direct": ("lru", "direct"),
+    "m2r2": ("lru", "m2r2"),
+    "m2r2-r1": ("lru", "m2r2-r1"),
+    "oracle": ("lru", "oracle"),
+}
+
+
+@dataclass
+class ExpertArm:
+    """One way of streaming, and what was seen of it in the timed rounds."""
+
+    name: str
+    decoder: ExpertDecoder
+    tokens: int = 0  # of a round
+    seconds: list[float] = field(default_factory=list)  # a round, without the first passes
+    prefill_seconds: list[float] = field(default_factory=list)
+    stall_seconds: float = 0.0
+    in_time: int = 0
+    late: int = 0
+    counts: Counts = field(default_factory=Counts)
+    system_bytes: int | None = 0  # what the system says it read, first passes included
+    reader_bytes: int = 0  # what the reader says it read, likewise
+    mismatches: int = 0
+    known: list[Trace] = field(default_factory=list)  # for the oracle: the routing of each prompt
+
+    def decode(self, prompt: list[int], number: int, max_tokens: int) -> ExpertGeneration:
+        predictor = self.decoder.predictor
+        if isinstance(predictor, Oracle):
+            predictor.follow(self.known[number], self.decoder.residency.passes)
+        return self.decoder.generate(prompt, max_tokens)
+
+    def timed(self, prompt: list[int], number: int, max_tokens: int) -> None:
+        """Decode a prompt and add what it took."""
+        reader, system = self.decoder.reader, system_read_bytes()
+        before = reader.bytes_read
+        out = self.decode(prompt, number, max_tokens)
+        self.decoder.settle()
+        self.seconds[-1] += out.seconds - out.prefill_seconds
+        self.prefill_seconds[-1] += out.prefill_seconds
+        self.stall_seconds += out.stall_seconds
+        self.in_time += out.in_time
+        self.late += out.late
+        self.counts = self.counts + out.counts
+        self.reader_bytes += reader.bytes_read - before
+        after = system_read_bytes()
+        self.system_bytes = None if after is None else self.system_bytes + after - system
+
+
+# --- what is there to compare ---------------------------------------------------------------
+
+
+def predictor_of(name: str, model: StreamedModel, folder, distance: int, width: int | None, trace: Trace):
+    """An arm's predictor, or the sentence that says what it lacks."""
+    made = None
+    if name in TRAINED:
+        try:
+            made = trained.predictor(model.backbone, folder, name, width)
+        except UserError as error:
+            return str(error)
+    return methods.predictor(name, model, distance, width, trace, made)
+
+
+# --- the whole ------------------------------------------------------------------------------
+
+
+def compare(
+    model: StreamedModel,
+    folder,
+    prompts: list[list[int]],
+    shares: list[float],
+    disk: Disk,
+    max_tokens: int = 64,
+    repeats: int = 5,
+    distance: int = 2,
+    width: int | None = None,
+    whole: Backbone | None = None,
+    report: Callable | None = None,
+    say: Callable = print,
+) -> dict:
+    """Figures of all arms at each budget, in the form of the records in `data/results/experts.jsonl`.
+
+    Args:
+        folder: the model's, with its trained predictors.
+        shares: of all experts, that fit the memory: the budgets.
+        whole: the model with its experts, if it fits the memory: what it says is right. Otherwise what an
+            LRU cache of the largest budget says is, so that the arms are compared with each other.
+        report: called after each text.
+        say: told what an arm lacks.
+
+    An arm whose texts differ gets no speed.
+    """
+    manifest = model.store.manifest
+    if whole is not None:
+        right = in_memory(model, whole, disk, prompts, max_tokens, repeats)
+    else:
+        right = streamed(model, round(max(shares) * manifest.experts), disk, prompts, max_tokens, repeats)
+    C, speed = right.figures["compute_seconds"], disk_speed(model, disk)
+    figures = {
+        **right.figures,
+        "disk_bytes_per_second": speed,
+        "simulated": disk.link is not None,
+        "resident_equal": right.equal,
+        "budgets": [],
+    }
+    for share in shares:
+        arms, readers = [], []
+        slots = round(share * manifest.experts)
+        try:
+            for name, (policy, predictor) in ARMS.items():
+                who = predictor_of(predictor, model, folder, distance, width, right.traces[0])
+                if isinstance(who, str):
+                    if share == shares[0]:
+                        say(f"Left out: {name}. {who}")
+                    continue
+                readers.append(Reader(model.store, disk.mode, disk.threads, disk.link))
+                make = methods.policy(policy, manifest.experts)
+                decoder = ExpertDecoder(model, model.residency(slots, make), readers[-1], who)
+                arms.append(ExpertArm(name, decoder, known=right.traces))
+            _equality(arms, prompts, right.tokens, max_tokens, report)
+            _time(arms, prompts, max_tokens, repeats, report)
+        finally:
+            for reader in readers:
+                reader.close()
+        figures["budgets"].append(_budget(arms, share, slots, C, speed, manifest.record_bytes))
+    return figures
+
+
+def _equality(arms, prompts, right, max_tokens, report) -> None:
+    """Every arm decodes every prompt once, which fills its memory as well."""
+    for number, prompt in enumerate(prompts):
+        for arm in arms:
+            out = arm.decode(prompt, number, max_tokens)
+            arm.decoder.settle()
+            arm.tokens += len(out.tokens)
+            arm.mismatches += out.tokens != right[number]
+            if report:
+                report()
+
+
+def _time(arms, prompts, max_tokens, repeats, report) -> None:
+    """Rounds of all arms on all prompts; the order of the arms turns each time."""
+    for round_ in range(repeats):
+        for arm in arms:
+            arm.seconds.append(0.0)
+            arm.prefill_seconds.append(0.0)
+        for number, prompt in enumerate(prompts):
+            turn = (round_ + number) % len(arms)
+            for arm in arms[turn:] + arms[:turn]:
+                arm.timed(prompt, number, max_tokens)
+                if report:
+                    report()
+
+
+def _budget(arms: list[ExpertArm], share: float, slots: int, C: float, speed: float, record: int) -> dict:
+    """Figures of one budget."""
+    named = {arm.name: arm for arm in arms}
+    lru = named["lru"]
+    I = lru.counts.reads * record / speed / (lru.tokens * len(lru.seconds))
+    found = {
+        "share": share,
+        "slots": slots,
+        "io_over_compute": I / C,
+        "bound": (C + I) / max(C, I),
+        "arms": {},
+    }
+    for arm in arms:
+        equal, all_tokens = arm.mismatches == 0, arm.tokens * len(arm.seconds)
+        counts, accesses = arm.counts, max(1, arm.counts.accesses)
+        I_all, I_missed = (n * record / speed / all_tokens for n in (counts.reads, counts.missed))
+        found["arms"][arm.name] = {
+            "tokens": arm.tokens,
+            "seconds": arm.seconds,
+            "prefill_seconds": arm.prefill_seconds,
+            "equal": equal,
+            "mismatches": arm.mismatches,
+            "tokens_per_second": all_tokens / sum(arm.seconds) if equal else None,
+            "speedup_vs_on_demand": ratios(named["on-demand"].seconds, arm.seconds) if equal else None,
+            "speedup_vs_lru": ratios(lru.seconds, arm.seconds) if equal else None,
+            "resident": counts.resident / accesses,
+            "in_time": arm.in_time / accesses,
+            "late": arm.late / accesses,
+            "missed": counts.missed / accesses,
+            "recall": counts.recall,
+            "useful_bytes_per_token": (counts.ahead + counts.missed) * record / all_tokens,
+            "bytes_per_token": counts.reads * record / all_tokens,
+            "reader_bytes": arm.reader_bytes,
+            "system_bytes": arm.system_bytes,
+            "stall_share": arm.stall_seconds / sum(arm.seconds),
+            "seconds_per_token": sum(arm.seconds) / all_tokens,
+            "predicted_seconds_per_token": max(C + I_missed, I_all),
+        }
+    return found

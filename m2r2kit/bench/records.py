@@ -1,0 +1,195 @@
+"""Measured records: one JSON line each, one file a subject, under `data/results/`.
+
+No other module touches that folder. A record says what was run, on what, and what came out;
+every table and picture of this kit is drawn from records, so that no figure is typed.
+A record names the machine by what it is made of: no host, no user, no absolute path.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from ..common import ROOT, UserError
+
+RESULTS = ROOT / "data" / "results"
+LIBRARIES = ("mlx", "mlx-lm", "numpy")
+
+# A path from the root of a disk, standing alone or after `=` or a quote; not a part of an address.
+ABSOLUTE_PATH = re.compile(r"""(?<![\w.~:/-])/(?:[^\s/'"=,:]+/)*([^\s/'"=,:]+)/?""")
+
+
+# --- reading and writing ------------------------------------------------------------------
+
+
+def path(subject: str) -> Path:
+    """The file of a subject such as `speculation`."""
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", subject):
+        raise UserError(f"'{subject}' cannot name a file of records; use small letters, digits and hyphens")
+    return RESULTS / f"{subject}.jsonl"
+
+
+def append(
+    subject: str, *, command: str, settings: dict, figures: dict, prompts_sha256: str | None = None
+) -> dict:
+    """Add one record and return it.
+
+    `command` makes the figures again; `settings` is what `latest` selects by. Either the whole
+    line is written or none of it. Raises `UserError` where the file is damaged or the disk full.
+    """
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "settings": settings,
+        "prompts_sha256": prompts_sha256,
+        "figures": figures,
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    # NumPy's and MLX's scalars become numbers; a value that is not a number is an error, not `NaN`
+    text = json.dumps(record, default=lambda scalar: scalar.item(), allow_nan=False)
+    record = portable(json.loads(text))
+    _write_line(path(subject), json.dumps(record))
+    return record
+
+
+def read(subject: str) -> list[dict]:
+    """All records of a subject, oldest first; none if nothing was measured yet."""
+    file = path(subject)
+    return _parse(file, file.read_bytes()) if file.exists() else []
+
+
+def latest(subject: str, **settings) -> dict | None:
+    """The newest record whose settings hold all of these values."""
+    for record in reversed(read(subject)):
+        if all(record["settings"].get(name) == value for name, value in settings.items()):
+            return record
+    return None
+
+
+def _parse(file: Path, content: bytes) -> list[dict]:
+    found = []
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            record = json.loads(line)
+            record["settings"], record["figures"]  # what every reader relies on
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        else:
+            whole = line.endswith(b"\n")
+        if not whole:
+            raise UserError(f"{portable(str(file))}, line {number}: not a whole record; repair or delete it")
+        found.append(record)
+    return found
+
+
+def _write_line(file: Path, line: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a+b", buffering=0) as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # two benchmarks may end at once
+            stream.seek(0)
+            _parse(file, stream.read())  # nothing is added to a damaged file
+            size, data = stream.tell(), f"{line}\n".encode()
+            try:
+                if stream.write(data) != len(data):
+                    raise OSError("the disk is full")
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(size)
+                raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"the record cannot be written to {portable(str(file))}: {reason}") from None
+
+
+# --- where a record was made --------------------------------------------------------------
+
+
+def portable(value):
+    """The same value without this machine's paths: inside the project relative, elsewhere the last name."""
+    if isinstance(value, dict):
+        return {portable(key): portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if isinstance(value, str):
+        return ABSOLUTE_PATH.sub(r"\1", value.replace(f"{ROOT}/", ""))
+    return value
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints, or None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def commit() -> str | None:
+    """The project's commit, with `-dirty` where files differ from it; None outside git."""
+    git = ("git", "-C", str(ROOT))
+    top = _output(*git, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT:
+        return None  # no git, or a package inside somebody else's repository
+    head = _output(*git, "rev-parse", "HEAD")
+    if head is None:
+        return None
+    # the records themselves do not count: the second of two would otherwise always be dirty
+    changes = _output(*git, "status", "--porcelain", "--", ".", ":!data/results")
+    return head if changes == "" else f"{head}-dirty"
+
+
+def versions() -> dict:
+    """Versions of Python and of the libraries that compute."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict:
+    """What computed: chip, cores, memory in GiB, system, device and BLAS of MLX."""
+
+    from ..model.cpu import threads as runtime
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    system = {"Darwin": f"macOS {platform.mac_ver()[0]}"}.get(platform.system(), platform.system())
+    return {
+        "chip": chip(),
+        "cores": cores,
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{system} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()).strip() or None,
+        "device": device(),
+        "blas": runtime.prepare().kind,
+    }
+
+
+def device() -> str:
+    """What MLX computes on: `cpu`, or `gpu` and its name."""
+    import mlx.core as mx
+
+    kind = mx.default_device().type.name
+    name = mx.device_info().get("device_name") if kind == "gpu" else None
+    return f"{kind}: {name}" if name else kind
+
+
+def chip() -> str:
+    """The processor's name, as its maker writes it."""
+    if sys.platform == "darwin":
+        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+    else:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        name = next(iter(re.findall(r"^model name\s*: (.+)$", info, re.M)), None)
+    return name or platform.processor() or platform.machine()

@@ -1,0 +1,114 @@
+"""`m2r2kit bench speculation`: the arms side by side, equality first, then time."""
+
+import sys
+
+from tqdm import tqdm
+
+from ...bench import records
+from ...bench.questions import questions
+from ...bench.speculation import Arm, compare
+from ...common import UserError
+from ...model.backbone import Backbone
+from ...speculation.decode import MOST_DRAFTS
+from ...speculation.registry import drafter, drafters_folder, stream_folder, training, tuned_drafts
+from ...text import prompts as prompt_files
+from .result import command, model_name, write_json
+
+
+def run(args) -> int:
+    """Measure, print a table, write `--json`, and with `--record` add a record. 1 if an arm differs."""
+    quiet = not sys.stderr.isatty()
+    prompts = prompt_files.read(args.prompts or prompt_files.ALL)
+    prompts = prompt_files.first_of_each_kind(prompts, args.limit)
+    backbone = Backbone.load(args.model)
+    folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
+    drafts = tuned_drafts("m2r2", *folders) if args.draft is None else args.draft
+    if not 1 <= drafts <= MOST_DRAFTS:
+        raise UserError(f"The number of drafts must lie between 1 and {MOST_DRAFTS}; got {drafts}.")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"There is no folder {args.json.parent} to write {args.json.name} in.")
+    names = args.methods if "plain" in args.methods else ["plain", *args.methods]
+    arms = []
+    for name in names:
+        who = (
+            None
+            if name == "mlx_lm"
+            else drafter(name, backbone, folders[0], args.exit, folders[1], stops=args.draft is None)
+        )
+        own = tuned_drafts(name, *folders) if args.draft is None else drafts
+        own = 0 if name in ("plain", "mlx_lm") else own
+        arms.append(Arm(name, who, own, training(name, *folders)))
+    asked = questions(backbone, tqdm(prompts, unit="prompt", leave=False, disable=quiet), args.max_tokens)
+    if asked.left_out:
+        print(asked.left_out)
+    rounds = len(asked.ids) * len(arms) * (args.repeats + 1)
+    with tqdm(total=rounds, unit="text", disable=quiet) as bar:
+        figures = compare(
+            backbone,
+            arms,
+            asked.ids,
+            [p.kind for p in asked.prompts],
+            args.max_tokens,
+            args.repeats,
+            lambda: bar.update(),
+        )
+    print(table(figures))
+    settings = {
+        "model": model_name(args.model),
+        "model_sha256": backbone.sha256,
+        "exit": next((exit for exit in map(drafts_at, arms) if exit), None),
+        "drafts": drafts,
+        "max_tokens": args.max_tokens,
+        "repeats": args.repeats,
+        "prompts": len(asked.prompts),
+        "left_out": asked.too_long + asked.no_template,
+        "limit": args.limit,
+    }
+    if args.json:
+        write_json(args.json, settings, figures)
+    if args.record:
+        records.append(
+            "speculation",
+            command=command(),
+            settings=settings,
+            figures=figures,
+            prompts_sha256=prompt_files.sha256(asked.prompts),
+        )
+    return 0 if all(arm.equal for arm in arms) else 1
+
+
+def drafts_at(arm: Arm) -> int:
+    """The depth at which an arm drafts: for M2R2 that of p, one more than its slow stream has gone; 0 for
+    one that uses no block of the model."""
+    return getattr(arm.drafter, "read_at", arm.drafter.exit) if arm.drafts else 0
+
+
+def table(figures: dict) -> str:
+    """The arms in aligned columns; an arm whose text differs has no speed."""
+    head = ("speed-up", "from..to", "x mlx_lm", "predicted", "tau", "c", "v")
+    widths = (8, 12, 8, 9, 5, 5, 5)
+    lines = [_columns("method", head, widths) + "  equal  acceptance"]
+    for name, arm in figures["arms"].items():
+        speed, over, predicted = (
+            arm.get(key) for key in ("speedup_vs_plain", "speedup_vs_mlx_lm", "predicted_speedup")
+        )
+        cells = (
+            f"{speed['median']:.2f}x" if speed else "-",
+            f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
+            f"{over['median']:.2f}x" if over else "-",
+            f"{predicted:.2f}x" if predicted else "-",
+            *(f"{arm[key]:.2f}" for key in ("tau", "draft_cost", "verify_cost")),
+        )
+        equal = "yes" if arm["mismatches"] == 0 else f"yes ({arm['ties']} ties)" if arm["equal"] else "NO"
+        shares = " ".join(f"{a:.2f}" for a in arm["acceptance"])
+        lines.append(f"{_columns(name, cells, widths)}  {equal:5}  {shares}")
+    for kind, arms in figures["per_kind"].items():
+        if kind:
+            lines.append(
+                f"{kind:12} " + "  ".join(f"{n} {r['median']:.2f}x" for n, r in arms.items() if n != "plain")
+            )
+    return "\n".join(lines)
+
+
+def _columns(name: str, cells, widths) -> str:
+    return f"{name:12} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))

@@ -1,0 +1,136 @@
+"""`m2r2kit bench exits`: curves of quality against depth for every method, then the time of some points."""
+
+import sys
+
+from tqdm import tqdm
+
+from ...bench import exits as bench
+from ...bench import records
+from ...bench.merit import LOSSES
+from ...bench.questions import questions
+from ...common import UserError
+from ...exits import trained
+from ...exits.registry import GATES, Method, method, split
+from ...exits.teacher_forced import texts_of
+from ...model.backbone import Backbone
+from ...speculation import generate
+from ...text import prompts as prompt_files
+from .result import command, model_name
+
+
+def run(args) -> int:
+    """Measure, print a table, and with `--record` add a record."""
+    backbone = Backbone.load(args.model)
+    folder = trained.folder(args.model, args.trained)
+    methods = {name: method(name, backbone, folder) for name in args.methods}
+    if "m2r2" not in methods:
+        raise UserError("The others are compared with m2r2; name it among the methods.")
+    prompts = prompt_files.first_of_each_kind(prompt_files.read(args.prompts or prompt_files.ALL), args.limit)
+    asked = questions(backbone, prompts, args.max_tokens)
+    if asked.left_out:
+        print(asked.left_out)
+    texts = texts_of(backbone, asked.ids, args.max_tokens)
+    curves = {}
+    passes = sum(len(m.thresholds) for m in methods.values()) * -(-len(asked.ids) // bench.TOGETHER)
+    with tqdm(total=passes, unit="pass", disable=quiet()) as bar:
+        for name, each in methods.items():
+            bar.set_description(name)
+            curves[name] = bench.measure(each, texts, bar.update)
+    figures = {"methods": bench.figures(curves, methods, bench.nats_of(backbone, texts))}
+    five = {name: m["merit"][str(LOSSES[-1])]["saved"] for name, m in figures["methods"].items()}
+    if five.get("m2r2-oracle"):
+        figures["oracle_share"] = five["m2r2"] / five["m2r2-oracle"]
+    figures["exits"] = {
+        kind: bench.at_exits(reader, backbone, texts) for kind, reader in readers(methods).items()
+    }
+    if args.timed:
+        few = prompt_files.first_of_each_kind(asked.prompts, args.timed)
+        answers = [
+            texts.tokens[i, f + 1 : e + 1].tolist() for i, (f, e) in enumerate(zip(texts.first, texts.end))
+        ]
+        pairs = dict(zip(asked.prompts, zip(asked.ids, answers, strict=True), strict=True))
+        time(backbone, methods, curves, [pairs[p] for p in few], figures["methods"], args.repeats)
+        arithmetic = [pair for p, pair in pairs.items() if p.kind == "arithmetic"]
+        keep_answers(backbone, methods, arithmetic, figures["methods"], args.max_tokens)
+    print(table(figures["methods"], backbone.depth))
+    if args.record:
+        records.append(
+            "exits",
+            command=command(),
+            settings={
+                "model": model_name(args.model),
+                "model_sha256": backbone.sha256,
+                "depth": backbone.depth,
+                "exits": list(methods["m2r2"].reader.exits),
+                "starts": list(methods["m2r2"].reader.starts),
+                "prompts": len(asked.prompts),
+                "tokens": int(texts.gated.sum()),
+                "max_tokens": args.max_tokens,
+                "parameters": {name: trained.numbers(each.module) for name, each in methods.items()},
+                "timed": args.timed,
+                "repeats": args.repeats,
+            },
+            figures=figures,
+            prompts_sha256=prompt_files.sha256(asked.prompts),
+        )
+    return 0
+
+
+def readers(methods: dict[str, Method]) -> dict:
+    """What is read at the exits by the methods, each kind once."""
+    return {
+        GATES[split(name)[0]][0]: each.reader for name, each in methods.items() if each.reader is not None
+    }
+
+
+def quiet() -> bool:
+    return not sys.stderr.isatty()
+
+
+def time(backbone: Backbone, methods: dict, curves: dict, pairs, figures: dict, repeats: int) -> None:
+    """Add `timed` points to the figures of each method that can decode; `pairs` are prompts and answers."""
+    arms = []
+    for name, each in methods.items():
+        if name in bench.UNTIMED:
+            continue
+        arms += [bench.timed(each, t) for t in bench.points_to_time(curves[name])]
+
+    def plain(prompt, tokens):
+        return generate(backbone, prompt, max_tokens=tokens).seconds
+
+    with tqdm(total=(repeats + 1) * len(pairs), unit="prompt", desc="time", disable=quiet()) as bar:
+        seconds = bench.time_points(arms, plain, pairs, repeats, bar.update)
+    for arm in arms:
+        figures[arm.name].setdefault("timed", []).append(arm.figures(seconds))
+    for name in figures:
+        best = bench.fastest(figures[name].get("timed", []), LOSSES[-1])
+        figures[name]["fastest"] = best
+
+
+def keep_answers(backbone: Backbone, methods: dict, pairs, figures: dict, max_tokens: int) -> None:
+    """Add to the figures of each method, at its fastest point, how many arithmetic answers stay."""
+    for name, each in methods.items():
+        if best := figures[name].get("fastest"):
+            arm = bench.timed(each, best["threshold"])
+            figures[name]["answers"] = bench.answers_kept(backbone, arm, pairs, max_tokens)
+
+
+def table(figures: dict, depth: int) -> str:
+    """The methods, those that save most at 5 % loss first."""
+    heads = ("method", "saved at 1 %", "saved at 5 %", "less than m2r2", "speed-up", "answers")
+    lines = [row(*heads)]
+    order = sorted(figures, key=lambda name: -figures[name]["merit"][str(LOSSES[-1])]["saved"])
+    for name in order:
+        one, five = (figures[name]["merit"][str(loss)] for loss in LOSSES)
+        timed, kept = figures[name].get("timed"), figures[name].get("answers")
+        saved = [f"{m['saved']:.1%} ({m['from']:.1%}..{m['to']:.1%})" for m in (one, five)]
+        less = f"{100 * five['lead']:.1f} ({100 * five['lead_from']:.1f}..{100 * five['lead_to']:.1f})"
+        speed = f"{bench.speedup_at(timed, LOSSES[-1]):.2f}x" if timed else "-"
+        lines.append(row(name, *saved, less, speed, f"{kept['same']} of {kept['asked']}" if kept else "-"))
+    return "\n".join(
+        [*lines, f"Share of the {depth} blocks saved, at 1 % and 5 % loss of agreement; speed-up at 5 %."]
+    )
+
+
+def row(name, one, five, less, speed, kept) -> str:
+    return f"{name:21} {one:>21} {five:>21} {less:>18} {speed:>9}  {kept}"

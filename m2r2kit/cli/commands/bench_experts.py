@@ -1,0 +1,133 @@
+"""`m2r2kit bench experts`: ways of streaming experts side by side; or, with `--plan`, on paper."""
+
+import sys
+
+from tqdm import tqdm
+
+from ...bench import records
+from ...bench.experts import ARMS, Disk, compare
+from ...bench.questions import questions
+from ...common import UserError
+from ...experts.decode import StreamedModel
+from ...model.backbone import Backbone
+from ...text import prompts as prompt_files
+from .result import command, model_name, write_json
+
+
+def run(args) -> int:
+    """Measure, print a table, and with `--record` add a record. 1 if an arm's text differs."""
+    if args.plan:
+        from . import plan
+
+        return plan.run(args)
+    if not args.experts:
+        raise UserError("Say where the experts are with --experts STORE, or ask for --plan.")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"There is no folder {args.json.parent} to write {args.json.name} in.")
+    quiet = not sys.stderr.isatty()
+    prompts = prompt_files.read(args.prompts or prompt_files.ALL)
+    prompts = prompt_files.first_of_each_kind(prompts, args.limit)
+    model = StreamedModel(args.model, args.experts)
+    manifest = model.store.manifest
+    if any(round(share * manifest.experts) < manifest.top_k for share in args.budgets):
+        raise UserError(
+            f"{manifest.top_k} of {manifest.experts} experts run for a token; a budget of "
+            f"{min(args.budgets):.1%} does not hold them."
+        )
+    whole = Backbone.load(args.model) if args.resident else None
+    if whole:
+        asked = questions(whole, prompts, args.max_tokens)
+        prompts, ids = asked.prompts, asked.ids
+    else:
+        ids = [model.backbone.encode(p.prompt) for p in prompts]
+    disk = Disk(args.reads, args.threads, args.link)
+    total = len(ids) * len(ARMS) * (args.repeats + 1) * len(args.budgets)
+    with tqdm(total=total, unit="text", leave=False, disable=quiet) as bar:
+        figures = compare(
+            model, args.model, ids, args.budgets, disk, args.max_tokens, args.repeats,
+            args.distance, args.width, whole, lambda: bar.update(),
+        )  # fmt: skip
+    print(table(figures))
+    settings = {
+        "model": model_name(args.model),
+        "model_sha256": model.backbone.sha256,
+        "dtype": manifest.dtype,
+        "record_bytes": manifest.record_bytes,
+        "reads": args.reads,
+        "threads": args.threads,
+        "link": args.link,
+        "distance": args.distance,
+        "width": args.width or manifest.top_k,
+        "max_tokens": args.max_tokens,
+        "repeats": args.repeats,
+        "prompts": len(ids),
+        "limit": args.limit,
+        "resident": args.resident,
+    }
+    if args.json:
+        write_json(args.json, settings, figures)
+    if args.record:
+        records.append(
+            "experts",
+            command=command(),
+            settings=settings,
+            figures=figures,
+            prompts_sha256=prompt_files.sha256(prompts),
+        )
+    arms = [arm for budget in figures["budgets"] for arm in budget["arms"].values()]
+    return 0 if figures["resident_equal"] is not False and all(arm["equal"] for arm in arms) else 1
+
+
+HEADS = (
+    "tok/s",
+    "x demand",
+    "x lru",
+    "resident",
+    "in time",
+    "late",
+    "missed",
+    "recall",
+    "MB/token",
+    "predicted",
+)
+
+
+def table(figures: dict) -> str:
+    """One block of lines a budget; an arm whose text differs has no speed."""
+    simulated = " (simulated)" if figures["simulated"] else ""
+    lines = [
+        f"computing a token {1000 * figures['compute_seconds']:.2f} ms ({figures['compute_from']}); "
+        f"disk{simulated} {figures['disk_bytes_per_second'] / 1e6:.0f} MB/s"
+    ]
+    if figures["resident_equal"] is None:
+        lines.append("the model was not held in memory: the arms' texts are compared with each other")
+    else:
+        overhead, stops = (figures[f"overhead_{name}"]["median"] for name in ("resident", "stops"))
+        lines.append(
+            f"all experts in memory: {overhead:.3f} times plain decoding; with stops {stops:.3f} times that"
+            + ("" if figures["resident_equal"] else "; THE TEXTS DIFFER")
+        )
+    for budget in figures["budgets"]:
+        lines += [
+            "",
+            f"budget {budget['share']:.1%} ({budget['slots']} slots a block), "
+            f"I/C {budget['io_over_compute']:.2f}, bound over LRU {budget['bound']:.2f}x",
+            f"{'':12} " + " ".join(f"{head:>9}" for head in HEADS),
+        ]
+        for name, arm in budget["arms"].items():
+            lines.append(f"{name:12} " + " ".join(f"{cell:>9}" for cell in _cells(arm)))
+    return "\n".join(lines)
+
+
+def _cells(arm: dict) -> tuple[str, ...]:
+    speed = ("differs", "-", "-")
+    if arm["equal"]:
+        speed = (
+            f"{arm['tokens_per_second']:.1f}",
+            f"{arm['speedup_vs_on_demand']['median']:.2f}x",
+            f"{arm['speedup_vs_lru']['median']:.2f}x",
+        )
+    shares = (f"{arm[key]:.1%}" for key in ("resident", "in_time", "late", "missed"))
+    recall = "-" if arm["recall"] is None else f"{arm['recall']:.1%}"
+    predicted = f"{1 / arm['predicted_seconds_per_token']:.1f}"
+    return (*speed, *shares, recall, f"{arm['bytes_per_token'] / 1e6:.2f}", predicted)

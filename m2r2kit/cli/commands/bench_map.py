@@ -1,0 +1,65 @@
+"""`m2r2kit bench map`: the predicted speed-up of each exit with each number of drafts."""
+
+import sys
+
+from tqdm import tqdm
+
+from ...bench import records
+from ...bench.exit_map import exit_map
+from ...bench.questions import questions
+from ...model.backbone import Backbone
+from ...speculation.registry import drafter, stream_folder
+from ...stream import checkpoints
+from ...stream.stream import StreamConfig
+from ...text import prompts as prompt_files
+from .result import command, model_name
+
+
+def run(args) -> int:
+    """Measure, print the map, and with `--record` add a record. 1 if the text of an exit differs."""
+    prompts = prompt_files.first_of_each_kind(prompt_files.read(args.prompts or prompt_files.ALL), args.limit)
+    backbone = Backbone.load(args.model)
+    folder = stream_folder(args.model, args.stream)
+    exits = args.exits or default_exits(backbone, args.method, folder)
+    drafters = {exit: drafter(args.method, backbone, folder, exit, stops=False) for exit in exits}
+    quiet = not sys.stderr.isatty()
+    asked = questions(backbone, tqdm(prompts, unit="prompt", leave=False, disable=quiet), args.max_tokens)
+    if asked.left_out:
+        print(asked.left_out)
+    with tqdm(total=len(exits) * len(asked.ids), unit="text", disable=quiet) as bar:
+        figures = exit_map(backbone, drafters, asked.ids, args.drafts, args.max_tokens, lambda: bar.update())
+    print(table(figures))
+    if args.record:
+        records.append(
+            "speculation-map",
+            command=command(),
+            settings={
+                "model": model_name(args.model),
+                "model_sha256": backbone.sha256,
+                "method": args.method,
+                "max_tokens": args.max_tokens,
+                "prompts": len(asked.prompts),
+                "left_out": asked.too_long + asked.no_template,
+                "limit": args.limit,
+            },
+            figures=figures,
+            prompts_sha256=prompt_files.sha256(asked.prompts),
+        )
+    return 0 if all(row["equal"] for row in figures["rows"]) else 1
+
+
+def default_exits(backbone: Backbone, method: str, stream) -> list[int]:
+    """Those that the stream was trained for, or, where nothing is trained, some down to two thirds."""
+    if method == "m2r2":
+        return list(checkpoints.read_settings(stream, "stream", StreamConfig)[0].exits)
+    return sorted({max(1, backbone.depth * part // 24) for part in (1, 2, 3, 4, 6, 8, 12, 16)})
+
+
+def table(figures: dict) -> str:
+    """One line an exit: its speed-up with 1, 2, .. drafts."""
+    lines = ["exit      c  " + " ".join(f"{f'{k}':>5}" for k in figures["drafts"]) + "   drafts"]
+    for row in figures["rows"]:
+        speeds = row["predicted_speedup"]
+        cells = " ".join(f"{s:5.2f}" for s in speeds) if speeds else "the text differs"
+        lines.append(f"{row['exit']:4}  {row['draft_cost']:5.2f}  {cells}")
+    return "\n".join(lines)

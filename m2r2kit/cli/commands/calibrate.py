@@ -1,0 +1,94 @@
+"""`m2r2kit calibrate`: which exits a trained part should use, and what each threshold risks.
+
+Both are written into the JSON of the trained part, where `generate` and `bench exits` find them. The exits
+are chosen on the tuning prompts; the risk is measured on the model's answers to questions from documents that
+no training has seen, and promised by learn then test (`exits/calibrate.py`).
+"""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ...bench import records
+from ...bench.exits import best_exits, measure
+from ...exits import trained
+from ...exits.calibrate import CONFIDENCE, RISK, calibrate, holds
+from ...exits.registry import GATES, METHODS, PROBABLE, split, with_gate
+from ...exits.teacher_forced import Texts, texts_of
+from ...model.backbone import Backbone
+from ...stream import checkpoints
+from ...stream import train as distillation
+from ...text import download, prompts
+from ...text.corpus import documents
+from ...text.rows import for_training, tokens_of
+from .result import command
+
+TEXTS, TOKENS = 240, 40  # from which the risk is measured
+TUNING = 4  # prompts of each kind on which exits are chosen
+WAYS = ("wait", "linear")  # of filling skipped blocks, calibrated each by itself
+RESAMPLINGS = 100  # of the promise, each time on half of the texts
+CALIBRATED = ("m2r2",)  # kinds whose gate gives `generate` a promise
+
+
+def run(args) -> int:
+    """Calibrate each kind that is asked for."""
+    backbone = for_training(args.model)
+    fresh = held_out_texts(backbone, args.corpus, args.seed)
+    for kind in args.kind:
+        folder = Path(args.out) if args.out else trained.folder(args.model, None) / kind
+        one(backbone, kind, folder, fresh)
+    return 0
+
+
+def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
+    """Choose exits, measure risks, write both beside the weights, and record them."""
+    module, _ = trained.load(backbone, folder, kind)
+    few = prompts.first_of_each_kind(prompts.read(prompts.TUNING), TUNING)
+    tuning = texts_of(backbone, [backbone.encode(p.prompt) for p in few], TOKENS)
+    names = [name for name in METHODS if GATES.get(split(name)[0], ("",))[0] == kind]
+    use = {}
+    for name in tqdm(names, desc=f"{kind}: which exits", unit="method"):
+        gate, fill = GATES[split(name)[0]][1], split(name)[1]
+        use[name] = best_exits(with_gate(name, backbone, module, gate, fill), tuning)
+    known, losses, promises = {}, {}, {}
+    for way in WAYS if kind in CALIBRATED else ():
+        name = kind if way == "wait" else f"{kind}-{way}"
+        method = with_gate(name, backbone, module, "arla", way, use.get(name))
+        lost = measure(method, fresh).losses()
+        losses[way] = lost.round(4).tolist()
+        known[way] = {
+            "thresholds": list(method.thresholds),
+            "means": lost.mean(1).tolist(),
+            "texts": lost.shape[1],
+        }
+        kept, mean = holds(method.thresholds, lost, RISK, CONFIDENCE, RESAMPLINGS)
+        chosen = calibrate(*known[way].values(), RISK, CONFIDENCE)
+        promises[way] = {"threshold": chosen, "kept": kept, "lost": mean}
+    checkpoints.note(folder, "exits", use=use, calibration=known)
+    exits = {name: [module.config.exits[j] for j in numbers] for name, numbers in use.items() if numbers}
+    print(f"{kind}: exits in use: " + ", ".join(f"{n} {e}" for n, e in exits.items()), flush=True)
+    records.append(
+        "exits-calibration",
+        command=command(),
+        settings={
+            "kind": folder.name,  # `m2r2-equal` is an m2r2 as well
+            "model_sha256": backbone.sha256,
+            "texts": len(fresh.first),
+            "tokens": TOKENS,
+            "risk": RISK,
+            "confidence": CONFIDENCE,
+            "resamplings": RESAMPLINGS,
+        },
+        figures={"exits": exits, "promise": promises, "thresholds": PROBABLE, "losses": losses},
+    )
+
+
+def held_out_texts(backbone: Backbone, corpus, seed: int) -> Texts:
+    """The model's answers to questions from documents that no training has seen, the kinds in equal parts."""
+    folder = Path(corpus) if corpus else download.corpus_folder()
+    tokens = tokens_of(backbone, documents(folder), True, TEXTS, seed)
+    rng = np.random.default_rng(seed)
+    each = -(-TEXTS // len(tokens))
+    asked = [q for ids in tokens.values() if len(ids) for q in distillation.asked(backbone, ids, each, rng)]
+    return texts_of(backbone, [q.tolist() for q in asked], TOKENS)

@@ -1,0 +1,45 @@
+"""`m2r2kit make-moe`: a mixture of experts to measure on: of random weights, as large as asked, or a trained
+one with wider experts."""
+
+import sys
+
+from tqdm import tqdm
+
+from ...common import UserError
+from ...pocket import widen as wider_moe
+from ...pocket.random_olmoe import LargeConfig, sized, write
+from ..arguments import MODEL, MOE
+
+SIZE, WIDTH = 4_500_000_000, 512  # bytes, and width of an expert, if nothing else is asked for
+
+
+def run(args) -> int:
+    if args.widen:
+        if args.size or args.width:
+            raise UserError("--widen keeps the model's other sizes; leave out --size and --width.")
+        model = args.model or MOE
+        nbytes = wider_moe.write(model, args.out, args.widen)
+        print(
+            f"{args.out}: {model} with experts {args.widen} times as wide, {nbytes / 2**20:.2f} MiB\n"
+            "each in float32. It says the same, chooses the same experts, and has the same predictors."
+        )
+        return 0
+    if args.model:
+        raise UserError("--model names the model to widen; say how much with --widen, or leave it out.")
+    config = sized(args.size or SIZE, width=args.width or WIDTH, seed=args.seed)
+    bar = tqdm(total=config.total_bytes, unit="B", unit_scale=True, desc="weights", leave=False,
+               disable=not sys.stderr.isatty())  # fmt: skip
+    with bar:
+        write(config, args.out, MODEL, bar.update)
+    print(in_words(config, args.out))
+    return 0
+
+
+def in_words(config: LargeConfig, out) -> str:
+    """What it is, and what it is not."""
+    return (
+        f"{out}: {config.total_bytes / 1e9:.2f} GB in float32, {config.blocks} blocks of {config.experts} "
+        f"experts of {config.expert_bytes / 2**20:.2f} MiB, of which a token takes {config.top}.\n"
+        "All weights are random, and so is its text. Its routers prefer some experts to others by rule, as a "
+        f"trained model's do: expert number r by rank is favoured by {config.skew} ln(1/r) in its logit."
+    )

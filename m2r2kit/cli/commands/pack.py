@@ -1,0 +1,48 @@
+"""`m2r2kit pack`: the experts of a model as a store that can be read one expert at a time."""
+
+import sys
+
+from tqdm import tqdm
+
+from ...experts.packing import pack
+from ...experts.store import Store
+from ...model.backbone import model_folder, weights_sha256
+
+
+def run(args) -> int:
+    """Pack, or with `--verify` check a store that is there; 1 if a record is not the one packed."""
+    return verify(args) if args.verify else write(args)
+
+
+def write(args) -> int:
+    with _bar() as bar:
+
+        def report(done: int, total: int):
+            bar.total = total
+            bar.update(done)
+
+        manifest = pack(args.model, args.out, report)
+    print(
+        f"Packed {len(manifest.blocks)} blocks of {manifest.experts} experts into {args.out}: "
+        f"{manifest.total_bytes / 1e9:.3f} GB in records of {manifest.record_bytes / 1024:.0f} KiB."
+    )
+    return 0
+
+
+def verify(args) -> int:
+    store = Store(args.out)
+    store.belongs_to(weights_sha256(model_folder(args.model)))
+    with _bar() as bar:
+        bar.total = store.manifest.total_bytes
+        damaged = store.damaged(bar.update)
+    if damaged:
+        block, expert = damaged[0]
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        print(f"Expert {expert} of block {block}{more} in {args.out} is damaged; pack the model again.")
+        return 1
+    print(f"All {len(store.manifest.blocks) * store.manifest.experts} experts in {args.out} are whole.")
+    return 0
+
+
+def _bar() -> tqdm:
+    return tqdm(unit="B", unit_scale=True, desc="experts", leave=False, disable=not sys.stderr.isatty())

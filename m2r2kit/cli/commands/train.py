@@ -1,0 +1,128 @@
+"""`m2r2kit train backbone`: the pocket model from nothing."""
+
+import hashlib
+import json
+import math
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from ...bench import records
+from ...common import UserError
+from ...model.cpu import parallel
+from ...pocket import export as pocket
+from ...pocket.pretrain import PretrainConfig, Run, settings
+from ...pocket.tokenizer import Batches, prepare
+from ...text import download
+from ...text.corpus import KINDS, documents
+
+
+def backbone(args) -> int:
+    """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
+
+    Args:
+        args: out, corpus, type, start, tokens, minutes, to, config, processes: as in
+            `m2r2kit train backbone --help`.
+
+    Returns:
+        0, or 1 if it was interrupted (what was learnt is saved).
+    """
+    if args.processes > 1 and not parallel.started():
+        return parallel.launch(args.processes, args.words)
+    folder = Path(args.out)
+    command = _command(args)
+    run = Run(folder, _settings(args))
+    if args.tokens:
+        run.config = replace(run.config, tokens=args.tokens)
+    first = run.group.rank() == 0
+    if not first:
+        parallel.any_of(False)  # the first process makes the tokens, the others wait here and read them
+    start = getattr(run.config, "start", "")
+    tokenizer, tokens = prepare(
+        folder,
+        lambda: documents(_corpus(args.corpus)),
+        run.config.vocabulary,
+        Path(start) / "tokenizer.json" if start else None,  # the model it starts from knows these tokens
+    )
+    if first:
+        parallel.any_of(False)
+    run.batches = Batches(tokens)
+    _train(run, 60 * args.minutes if args.minutes else math.inf)
+    if not first:
+        return 0  # the first process says how it ended
+    if run.stopped or (run.seen < run.config.tokens and not args.to):
+        print(f"Saved after {run.seen:,} of {run.config.tokens:,} tokens; go on with: {command}")
+        return 1 if run.stopped else 0
+    target = pocket.export(run, tokenizer, Path(args.to) if args.to else folder / "model")
+    print(f"{target}: {run.blocks} blocks, {run.seen:,} tokens seen. Held-out documents:")
+    figures = pocket.evaluate(target, documents(_corpus(args.corpus)), window=run.config.window)
+    print(f"{'':10} {'nats':>6} {'bits/byte':>9} {'next token right':>16}")
+    for kind in (kind for kind in KINDS if kind in figures):
+        f = figures[kind]
+        print(f"{kind:10} {f['loss']:6.3f} {f['bits_per_byte']:9.3f} {f['accuracy']:16.1%}")
+    if "experts" in figures:
+        share = figures["experts"]["share"]
+        least, most = (run.config.experts * f(map(f, share)) for f in (min, max))
+        print(
+            f"The least used expert gets {least:.2f} times an even share of the tokens, the most {most:.2f}"
+        )
+    records.append("pretrain", command=command, settings=_facts(run, target), figures=figures)
+    return 0
+
+
+def _settings(args) -> PretrainConfig | None:
+    """What `--config`, `--type` and `--start` ask for; None where nothing does."""
+    asked = {"type": args.type, "start": args.start and str(args.start)}
+    asked = {name: value for name, value in asked.items() if value}
+    try:
+        if args.config:
+            asked = json.loads(Path(args.config).read_text()) | asked
+        if asked.get("type") != "olmoe" and "start" in asked:
+            raise UserError("--start is for a mixture of experts; add --type olmoe")
+        return settings(asked) if asked else None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{args.config} is not a JSON object of settings of a run ({error})") from None
+
+
+def _corpus(folder: Path | None) -> Path:
+    return Path(folder) if folder else download.corpus_folder()
+
+
+def _train(run: Run, seconds: float) -> None:
+    total = run.config.tokens
+    silent = run.group.rank() > 0
+    with tqdm(
+        total=total, initial=min(run.seen, total), unit=" tokens", unit_scale=True, disable=silent
+    ) as bar:
+
+        def report(run, loss, rate):
+            bar.set_postfix(loss=f"{loss:.3f}", blocks=run.blocks, refresh=False)
+            bar.update(min(run.seen, total) - bar.n)
+
+        run.train(seconds, report)
+
+
+def _facts(run: Run, folder: Path) -> dict:
+    """What a record says of how a model came to be."""
+    weights = (folder / "model.safetensors").read_bytes()
+    return {
+        "model": folder.name,
+        "model_sha256": hashlib.sha256(weights).hexdigest(),
+        "parameters": sum(w.size for _, w in tree_flatten(run.parameters)),
+        "blocks_now": run.blocks,
+        "tokens_seen": run.seen,
+        "training_seconds": round(run.seconds),
+        "kinds": list(KINDS),
+        **asdict(run.config),
+    }
+
+
+def _command(args) -> str:
+    words = ["m2r2kit", "train", "backbone"]
+    for name in ("out", "corpus", "type", "start", "tokens", "minutes", "to", "config", "processes"):
+        if getattr(args, name, None) not in (None, 1):
+            words += [f"--{name}", str(getattr(args, name))]
+    return shlex.join(words)

@@ -1,0 +1,97 @@
+"""`m2r2kit train exits`: what lets tokens leave early, M2R2's and its peers', on the same rows."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ...bench import records
+from ...common import UserError
+from ...exits import trained
+from ...model.backbone import Backbone
+from ...stream import checkpoints
+from ...stream.distil import DistilConfig
+from ...stream.stream import load_stream
+from ...text.rows import for_training, text
+from . import calibrate
+from .result import command, model_name
+
+ROUTED = ("m2r2", "lens")  # kinds that have a router
+
+
+def run(args) -> int:
+    """Train, save and record each kind that is asked for."""
+    if args.rows < args.batch:
+        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
+    if args.out and len(args.kind) > 1:
+        raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
+    backbone = for_training(args.model)
+    if args.router_only:
+        modules = {kind: saved(backbone, kind, args) for kind in args.kind}
+    else:
+        modules = {kind: trained.new(backbone, kind, args.exits, args.seed) for kind in args.kind}
+    if args.start:
+        if args.kind != ["m2r2"]:
+            raise UserError("Only m2r2 begins with a stream; leave --start out, or ask for --kind m2r2.")
+        modules["m2r2"].begin_with(load_stream(backbone, args.start))
+    rows, _ = text(backbone, args.corpus, args.rows, args.seed)
+    fresh = calibrate.held_out_texts(backbone, args.corpus, args.seed) if args.calibrate else None
+    for kind, module in modules.items():
+        one(backbone, kind, module, rows, fresh, folder_of(kind, args), args)
+    return 0
+
+
+def folder_of(kind: str, args) -> Path:
+    """Where a kind is saved."""
+    return Path(args.out) if args.out else trained.folder(args.model, None) / kind
+
+
+def saved(backbone: Backbone, kind: str, args):
+    """A trained module of which only the router is to be new.
+
+    Raises:
+        UserError: this kind has no router, or something is asked for that stays as it is.
+    """
+    if kind not in ROUTED:
+        raise UserError(f"{kind} has no router; --router-only is for {' and '.join(ROUTED)}.")
+    if args.exits or args.start:
+        raise UserError("With --router-only, exits and stream stay as they are; leave out --exits, --start.")
+    return trained.load(backbone, folder_of(kind, args), kind)[0]
+
+
+def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> None:
+    """Train, save and record one kind."""
+    distil = DistilConfig(steps=args.steps or trained.STEPS, seed=args.seed)
+    losses: list[float] = []
+    with tqdm(total=distil.steps, unit="step", desc=kind) as bar:
+
+        def report(step, loss):
+            losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        limit = 60 * args.minutes if args.minutes else math.inf
+        seconds = trained.train(backbone, module, rows, distil, args.batch, report, limit, args.router_only)
+    facts = {"steps": len(losses), "train_seconds": round(seconds)}
+    if args.router_only:  # beside what the rest of it took
+        before = checkpoints.read_settings(out, "exits", type(module.config))[1]
+        facts = {f"router_{name}": value for name, value in facts.items()}
+        facts |= {name: before[name] for name in ("steps", "train_seconds") if name in before}
+    trained.save(module, backbone, out, **facts)
+    figures = facts | {"parameters": trained.numbers(module), "loss": sum(losses[-20:]) / len(losses[-20:])}
+    settings = {
+        "kind": kind,
+        "model": model_name(args.model),
+        "model_sha256": backbone.sha256,
+        "rows": args.rows,
+        "batch": args.batch,
+        **asdict(module.config),
+        **asdict(distil),
+        "start": str(args.start) if args.start else None,
+        "router_only": args.router_only,
+    }
+    records.append("exits-training", command=command(), settings=settings, figures=figures)
+    print(f"{kind}: {len(losses)} steps. Saved in {out}.", flush=True)
+    if fresh is not None and isinstance(module, trained.Exits):
+        calibrate.one(backbone, kind, out, fresh)

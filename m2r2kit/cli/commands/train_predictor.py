@@ -1,0 +1,81 @@
+"""`m2r2kit train predictor`: what names experts ahead of time, trained on the same rows, and compared."""
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from ...bench import records
+from ...common import UserError
+from ...experts import train as learn
+from ...experts import trained
+from ...experts.state_predictors import DirectMap
+from ...model.backbone import Backbone
+from ...stream import checkpoints
+from ...stream.distil import DistilConfig
+from ...text.rows import for_training, text
+from .result import command, model_name
+
+
+def run(args) -> int:
+    """Train, save and record each kind that is asked for."""
+    if args.rows < args.batch:
+        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
+    backbone = for_training(args.model)
+    if not backbone.is_moe:
+        raise UserError(f"{args.model} is no mixture of experts; it has no experts to name.")
+    modules = {kind: new(kind, backbone, args) for kind in args.kind}
+    train, held_out = text(backbone, args.corpus, args.rows, args.seed)
+    lessons, judges = (taught(backbone, rows, args.batch) for rows in (train, held_out))
+    for kind, module in modules.items():
+        one(kind, module, backbone, lessons, judges, args)
+    return 0
+
+
+def new(kind: str, backbone: Backbone, args):
+    """An untrained predictor; the direct map stands against the stream of the same rate."""
+    rate = 1.0 if kind == "m2r2-r1" else args.rate
+    exits = tuple(args.exits) if args.exits else None
+    stream = learn.new_stream(backbone, rate, exits, args.rank, args.ffn_width)
+    return DirectMap.like(stream) if kind == "direct" else stream
+
+
+def taught(backbone: Backbone, rows: np.ndarray, batch: int) -> list[learn.RouterLesson]:
+    """Lessons of `batch` rows each."""
+    starts = range(0, len(rows) - batch + 1, batch) if len(rows) >= batch else [0]
+    starts = tqdm(starts, desc="the model teaches", leave=False)
+    return [learn.teach(backbone, rows[i : i + batch]) for i in starts]
+
+
+def one(kind: str, module, backbone: Backbone, lessons, judges, args) -> None:
+    """Train one kind, save and record it."""
+    predictor = learn.predictor_of(module)
+    settings = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
+    before = learn.by_distance(learn.recall(predictor, judges))
+    with tqdm(total=settings.steps, unit="step", desc=kind) as bar:
+
+        def report(step, loss):
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        seconds = 60 * args.minutes if args.minutes else math.inf
+        history = learn.train(module, lessons, settings, report, seconds)
+    after = learn.by_distance(learn.recall(predictor, judges))
+    folder, name = trained.folder_of(args.model, kind), trained.file_of(kind)
+    facts = {"steps": len(history.losses), "train_seconds": round(history.seconds)}
+    checkpoints.save(module, module.config, backbone.sha256, folder, name, **facts)
+    said = ", ".join(f"{apart} ahead {before[apart]:.3f} -> {r:.3f}" for apart, r in after.items())
+    print(f"{kind}: held-out slot recall, by blocks: {said}. Saved in {folder}.", flush=True)
+    parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
+    figures = facts | {"parameters": parameters, "recall": after, "recall_before": before}
+    described = {
+        "kind": kind,
+        "model": model_name(args.model),
+        "model_sha256": backbone.sha256,
+        "rows": args.rows,
+        "batch": args.batch,
+    }
+    described |= asdict(module.config) | asdict(settings)
+    records.append("predictors", command=command(), settings=described, figures=figures)

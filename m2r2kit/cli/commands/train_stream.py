@@ -1,0 +1,187 @@
+"""`m2r2kit train stream`: the accelerated stream of a model, which itself stays as it is."""
+
+import math
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from ...bench import records
+from ...bench.tune import tune_stream
+from ...common import UserError
+from ...model.backbone import Backbone
+from ...model.cpu import parallel
+from ...stream import checkpoints
+from ...stream import train as distillation
+from ...stream.distil import DistilConfig, Lesson, needs
+from ...stream.stream import AcceleratedStream, StreamConfig, check, tau
+from ...text.rows import for_training, text
+from .result import command, model_name
+
+UNTUNED = 4  # drafts in a step where --no-tune leaves it to `m2r2kit tune`
+
+
+def run(args) -> int:
+    """Train, measure, tune the number of drafts, save and record; or `--compare`."""
+    if args.processes > 1 and args.compare:
+        raise UserError("--compare times each training, so it runs in one process; leave --processes out.")
+    if args.processes > 1 and not parallel.started():
+        return parallel.launch(args.processes, args.words)
+    group = parallel.group()
+    if group.rank():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process saves, and ends the others
+    backbone = for_training(args.model)
+    config = settings(args)
+    check(backbone, config)
+    out = Path(args.out) if args.out else Path(args.model) / "stream"
+    distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
+    seed = args.seed + 1000 * group.rank()  # each process reads rows of its own
+    if args.rows < args.batch:
+        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
+    if args.compare:
+        train, held_out = text(backbone, args.corpus, args.rows, seed)
+        return compare(backbone, config, train, held_out, distil, args)
+
+    mx.random.seed(args.seed)  # all processes begin with the same numbers
+    stream = AcceleratedStream(backbone, config)
+    if args.start:
+        begin_with(stream, args.start, config)
+    unfinished = out / "unfinished"
+    done = resume(stream, unfinished, backbone, config)
+    if done:
+        print(f"Going on after {done} steps" + (", not from --start." if args.start else "."))
+    train, held_out = text(backbone, args.corpus, args.rows // group.size(), seed)
+    depths, blocks = needs(stream)
+    lessons = distillation.lessons(backbone, train, depths, blocks, args.batch)
+    judges = [] if group.rank() else distillation.lessons(backbone, held_out, depths, blocks)
+    seconds = 60 * args.minutes if args.minutes else math.inf
+    step = done
+    with tqdm(total=distil.steps, initial=done, unit="step", disable=group.rank() > 0) as bar:
+
+        def report(now, loss):
+            nonlocal step
+            step = now + 1
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        try:
+            trained = distillation.train_stream(
+                backbone, config, lessons, judges, replace(distil, first_step=done), seconds, report, stream
+            )
+        except KeyboardInterrupt:
+            checkpoints.save(stream, config, backbone.sha256, unfinished, "stream", steps=step)
+            print(f"\nInterrupted; saved after {step} steps. The same command goes on from there.")
+            return 1
+    if group.rank():
+        return 0
+    print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
+    tuned, estimate = tune_stream(backbone, stream) if args.tune else ({"drafts": UNTUNED}, None)
+    facts = {"steps": step, "train_seconds": round(trained.seconds)} | tuned
+    checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)
+    forget(unfinished)
+    figures = trained.figures | facts | {"parameters": trained.parameters}
+    figures |= {"predicted_speedup": estimate} if args.tune else {}
+    records.append(
+        "stream", command=command(), settings=described(backbone, config, distil, args), figures=figures
+    )
+    print(f"Saved in {out}.")
+    return 0
+
+
+def settings(args) -> StreamConfig:
+    """The stream that the arguments ask for; what they leave out is `StreamConfig`'s default."""
+    default = StreamConfig()
+    return StreamConfig(
+        form=args.form,
+        exits=(args.exit,) if args.exit else default.exits,
+        rate=args.rate,
+        rank=default.rank if args.rank is None else args.rank,
+        ffn_width=default.ffn_width if args.ffn_width is None else args.ffn_width,
+        deep=default.deep if args.deep is None else args.deep,
+        near=args.near,
+        carry=args.carry,
+    )
+
+
+def resume(stream: AcceleratedStream, folder: Path, backbone: Backbone, config: StreamConfig) -> int:
+    """Load what an interrupted run left; returns its steps, 0 if there is none."""
+    if not (folder / "stream.json").exists():
+        return 0
+    old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
+    if old != config:
+        raise UserError(
+            f"{folder} holds an unfinished stream with other settings; delete it or use its settings."
+        )
+    checkpoints.load_weights(stream, facts, backbone.sha256, folder, "stream")
+    return facts["steps"]
+
+
+def begin_with(stream: AcceleratedStream, folder: Path, config: StreamConfig) -> None:
+    """Start from another trained stream: of this model, or of one with the same shapes. One that
+    carries nothing from token to token may go on as one that does, as that begins with zeros."""
+    old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
+    if old not in (config, replace(config, carry=False)):
+        raise UserError(f"The stream in {folder} has other settings ({old}); ask for the same ones.")
+    start = stream if old == config else AcceleratedStream(stream._backbone, old)
+    try:
+        checkpoints.load_weights(start, facts, facts["base_sha256"], folder, "stream")
+    except UserError as error:
+        raise UserError(f"{error} If it is whole, its model has other shapes than this one.") from error
+    stream.update(start.trainable_parameters())
+
+
+def forget(folder: Path) -> None:
+    """Delete what an interrupted run left."""
+    for name in ("stream.json", "stream.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    if folder.exists():
+        folder.rmdir()
+
+
+def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: DistilConfig, args) -> int:
+    """Every readout of the same size, trained the same number of steps; one record, `alignment`."""
+    exit = base.exits[0]
+    depths = {backbone.depth, *range(exit + 1)}
+    depths |= {tau(l, 0, exit, backbone.depth, r) for l in range(exit + 1) for r in (base.rate, 1.0)}
+    _, blocks = needs(AcceleratedStream(backbone, base))
+    blocks |= set(range(exit))
+    lessons: list[Lesson] = distillation.lessons(backbone, train, depths, blocks, args.batch)
+    judges = distillation.lessons(backbone, held_out, depths, blocks)
+    rows = []
+    print(f"{'form':24} {'numbers':>9} {'seconds':>7} {'agreement':>9} {'nats':>6} {'cos h_N':>7}")
+    for name, made in distillation.comparison(backbone, exit, base):
+        if isinstance(made, StreamConfig):
+            got = distillation.train_stream(backbone, made, lessons, judges, distil)
+        else:
+            got = distillation.train_readout(backbone, made(), lessons, judges, distil)
+        f = got.figures
+        rows.append(
+            {"form": name, "exit": exit, "parameters": got.parameters, "train_seconds": got.seconds, **f}
+        )
+        print(
+            f"{name:24} {got.parameters:9,} {got.seconds:7.0f} {f['agreement']:9.3f} "
+            f"{f['cross_entropy']:6.3f} {f['cosine_final']:7.3f}",
+            flush=True,
+        )
+    records.append(
+        "alignment",
+        command=command(),
+        settings=described(backbone, base, distil, args),
+        figures={"rows": rows},
+    )
+    return 0
+
+
+def described(backbone: Backbone, config: StreamConfig, distil: DistilConfig, args) -> dict:
+    """What a record says of how a stream was trained."""
+    model = model_name(args.model)
+    return {
+        "model": model,
+        "model_sha256": backbone.sha256,
+        "rows": args.rows,
+        "batch": args.batch,
+        **asdict(config),
+        **asdict(distil),
+    }

@@ -1,0 +1,26 @@
+"""`m2r2kit tune`: how long drafts should be on this machine: a stream's, its tree's and the peers'."""
+
+from dataclasses import asdict
+
+from ...bench.tune import tune_peer, tune_stream
+from ...model.backbone import Backbone
+from ...speculation import trained as peers
+from ...speculation.registry import drafters_folder, stream_folder
+from ...stream import checkpoints
+from ...stream.stream import load_stream
+
+
+def run(args) -> int:
+    """Tune all that lies there on the tuning prompts, and write the answers into their JSON."""
+    folder = stream_folder(args.model, args.stream)
+    backbone = Backbone.load(args.model)
+    facts, _ = tune_stream(backbone, load_stream(backbone, folder))
+    checkpoints.note(folder, "stream", **facts)
+    for kind in peers.KINDS:
+        folder = drafters_folder(args.model, args.drafters) / kind
+        if (folder / "drafter.json").exists():
+            module, _ = peers.load(backbone, kind, folder)
+            tuned = tune_peer(backbone, kind, module)
+            print(f"{kind}: {tuned}", flush=True)
+            checkpoints.note(folder, "drafter", drafts=tuned.drafts, config=asdict(module.config))
+    return 0

@@ -1,0 +1,209 @@
+"""What a gate would do along given texts, many at once: depth, agreement and loss of every token.
+
+The texts are the whole model's own (prompt and greedy answer). Each answer's tokens pass the exits
+as they would in decoding, and what a token leaves in the blocks that it skips is what later tokens
+find there; only the token that follows is the given one. All rows run through all blocks, so this
+shows quality and depth, and no time; `decode.py` has the time.
+
+Where tokens wait for the next deep pass, all blocks have their true states; only a reader that looks
+at keys of blocks that a token has not yet been through finds the fill's there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..model.backbone import Backbone
+from ..model.cache import FixedKV, Traced
+from .fill import Fill
+from .gates import Gate, Seen
+
+
+@dataclass
+class Texts:
+    """Rows of text by the whole model.
+
+    Attributes:
+        tokens: int32 (B, T), prompt and answer; what follows a row's end is never looked at.
+        first: (B,) position whose token is the first to be gated: the last of the prompt.
+        end: (B,) positions that count, the last token being only an answer.
+    """
+
+    tokens: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+
+    @property
+    def gated(self) -> np.ndarray:
+        """bool (B, T - 1): positions that stand before an exit."""
+        at = np.arange(self.tokens.shape[1] - 1)
+        return (at >= self.first[:, None]) & (at < self.end[:, None])
+
+    def part(self, rows) -> "Texts":
+        """Some of the rows."""
+        end = int(self.end[rows].max()) + 1
+        return Texts(self.tokens[rows, :end], self.first[rows], self.end[rows])
+
+
+@dataclass
+class Outcome:
+    """What came of a gate along texts; each (B, T - 1), meaningful where `gated`.
+
+    Attributes:
+        exit: number of the exit taken, J where all blocks ran.
+        right: whether the token given is the one that the whole model gives.
+        nats: cross-entropy of that token.
+        blocks: run for it, where that is not the exit's to say.
+        vain: heads read at exits where it did not leave, of gates that need them only with hope.
+    """
+
+    gated: np.ndarray
+    exit: np.ndarray
+    right: np.ndarray
+    nats: np.ndarray
+    blocks: np.ndarray | None = None
+    vain: np.ndarray | int = 0
+
+    @property
+    def agreement(self) -> float:
+        return float(self.right[self.gated].mean())
+
+
+class ForcedPass:
+    """A gate and a fill, compiled for one token of many texts.
+
+    Args:
+        reader: of `readers.py`.
+        gate: of `gates.py`, or ARLA.
+        fill: of `fill.py`.
+        waits: whether skipped tokens run along with the next one that goes deep (`decode.py`).
+        use: numbers of the exits that may be tried, all by default; others are not even computed.
+    """
+
+    def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits: bool = False, use=None):
+        self.backbone, self.reader, self.gate, self.fill, self.waits = backbone, reader, gate, fill, waits
+        self.use = tuple(range(len(reader.exits))) if use is None else tuple(use)
+        reader.prepare()
+        mx.eval(gate.parameters(), fill.parameters())
+        entries = backbone.depth + (len(reader.reads) if waits else 0)  # those of the fill come last
+        self.traced = Traced(self._step, entries, range(entries))
+
+    def _step(self, entries, token, gated, before, progress, chance, answer, threshold, caught):
+        """One token of each row: (exit's number, what the head reads, right, nats, heads read in vain,
+        caught); `caught` (reads, B) are the positions before which the blocks that a reader looks at have
+        been run."""
+        backbone, reader = self.backbone, self.reader
+        position = entries[0].offset
+        known = self._known(entries, caught) if self.waits else entries
+        mask = entries[0].make_mask(1)
+        seen = Seen(backbone.head, progress, chance, answer, used=threshold < mx.inf)
+        h = backbone.embed(token)
+        J = len(reader.exits)
+        left, number = mx.zeros(gated.shape, mx.bool_), mx.full(gated.shape, J)
+        fillings: list[tuple] = []
+        taken, vain = h, mx.zeros(gated.shape, mx.int32)
+        for l in range(backbone.depth):
+            for j in [j for j in self.use if reader.starts[j] == l]:
+                seen.starts[j], seen.states[j] = h, reader.at(j, h, known, position, before)
+                there = gated & ~left
+                goes, looked = self.gate.ask(j, seen, threshold[j])
+                go = there & goes
+                vain = vain + (there & looked & ~goes)
+                taken = mx.where(go, seen.states[j], taken)
+                number = mx.where(go, j, number)
+                left = left | go
+                fillings.append((go, self.fill(j, h, seen.states[j], before)))
+            x = h
+            for go, filled in fillings:
+                x = mx.where(go, filled(l), x)
+            if self.waits and l in reader.reads:  # only keys and values of it are evaluated
+                backbone.blocks[l](x, mask, cache=entries[backbone.depth + reader.reads.index(l)])
+            h = backbone.blocks[l](h if self.waits else x, mask, cache=entries[l])
+        run = mx.array([*reader.starts, backbone.depth])[number[:, 0, 0]]  # blocks
+        caught = (
+            mx.where(run > mx.array(reader.reads)[:, None], position + 1, caught) if self.waits else caught
+        )
+        read = mx.where(left, taken, h)
+        logits = backbone.head(read)
+        right = mx.argmax(logits, axis=-1) == answer
+        chosen = mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
+        return number[..., 0], read, right, mx.logsumexp(logits, axis=-1) - chosen, vain[..., 0], caught
+
+    def _known(self, entries, caught) -> list:
+        """What a reader finds while tokens wait: true keys and values before `caught`, the fill's behind."""
+        N, known = self.backbone.depth, list(entries)
+        for i, l in enumerate(self.reader.reads):
+            true, filled = entries[l], entries[N + i]
+            there = mx.arange(true.keys.shape[2])[:, None] < caught[i][:, None, None, None]
+            pairs = (true.keys, filled.keys), (true.values, filled.values)
+            known[l] = FixedKV(*(mx.where(there, t, f) for t, f in pairs), true.offset)
+        return known
+
+    def __call__(
+        self,
+        texts: Texts,
+        threshold: float | Sequence[float],
+        seed: int = 0,
+        longest: int = 128,
+        report: Callable | None = None,
+    ) -> Outcome:
+        """Run along texts.
+
+        Args:
+            threshold: score from which a token leaves, one for all exits or one for each; infinite at
+                those that are not in use.
+            seed: of what a gate tosses.
+            longest: length of an answer at which a schedule has come to its end.
+        """
+        levels = mx.array(np.broadcast_to(np.float32(threshold), len(self.reader.exits)))
+        B, T = texts.tokens.shape
+        rng, gated, first = np.random.default_rng(seed), texts.gated, int(texts.first.min())
+        tokens, N = mx.array(texts.tokens), self.backbone.depth
+        cache = self.backbone.new_cache(T, B)
+        before = mx.zeros((B, 1, self.backbone.width))
+        if first:  # the beginning that no row gates, in one pass
+            before = self.backbone.run(self.backbone.embed(tokens[:, :first]), cache)[:, -1:]
+        caught = mx.full((len(self.reader.reads), B), first)
+        if self.waits:
+            cache += [self.backbone.new_cache(T, B)[l] for l in self.reader.reads]
+            for entry in cache[N:]:
+                entry.offset = first  # never looked at before it: all is caught there
+        out = []
+        for t in range(first, T - 1):
+            progress = np.clip((t - texts.first) / longest, 0, 1).astype(np.float32)[:, None, None]
+            number, before, right, nats, vain, caught = self.traced(
+                cache,
+                tokens[:, t : t + 1],
+                mx.array(gated[:, t, None, None]),
+                before,
+                mx.array(progress),
+                mx.array(rng.random((B, 1, 1), dtype=np.float32)),
+                tokens[:, t + 1 : t + 2],
+                levels,
+                caught,
+            )
+            mx.eval(number, before, right, nats, vain, caught, [(c.keys, c.values) for c in cache])
+            out.append([np.array(x)[:, 0] for x in (number, right, nats, vain)])
+            if report:
+                report(B)
+        exit, right, nats, vain = (
+            np.pad(np.stack([row[i] for row in out], axis=1), [(0, 0), (first, 0)]) for i in range(4)
+        )
+        return Outcome(gated, exit, right.astype(bool), nats, vain=vain)
+
+
+def texts_of(backbone: Backbone, prompts: list[list[int]], max_tokens: int) -> Texts:
+    """The whole model's greedy answers to prompts, as rows; an answer ends with its end-of-text mark."""
+    from ..text.self_generated import continue_greedily
+
+    length = max(map(len, prompts)) + max_tokens
+    rows = continue_greedily(backbone, [np.array(p, np.int32) for p in prompts], length)
+    first = np.array([len(p) - 1 for p in prompts])
+    end = np.minimum(first + max_tokens, length - 1)
+    for row, (tokens, start) in enumerate(zip(rows, first, strict=True)):
+        stops = np.flatnonzero(np.isin(tokens[start + 1 :], list(backbone.eos)))
+        if len(stops):
+            end[row] = min(end[row], start + 1 + stops[0])
+    return Texts(rows, first, end)

@@ -1,0 +1,153 @@
+"""Training for exits: readers at all exits at once, and ARLA, both on texts with holes.
+
+In decoding, tokens that left early have no true keys in the deeper blocks and no last state; what stands
+there is the fill's. A reader that has never seen that reads it badly. So in training, too, tokens drawn at
+random have left at exits drawn at random, and the others read what a fill has put in their places.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..model.backbone import Backbone
+from ..stream.distil import DistilConfig, KeptKV, Lesson, divergence, shifted
+from .arla import Arla
+from .fill import LinearFill
+from .gates import Seen
+
+LEFT = 0.6  # share of the tokens that have left early in training
+
+
+class CaughtKV:
+    """Takes the place of a cache and keeps the keys and values that a block makes of whole rows."""
+
+    offset = 0
+
+    def update_and_fetch(self, keys, values):
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def keys_of(backbone: Backbone, l: int, states: mx.array) -> KeptKV:
+    """Keys and values that block l makes of states (B, T, D) at positions 0..T-1; the rest of the block
+    is never evaluated."""
+    caught = CaughtKV()
+    backbone.blocks[l](states, None, cache=caught)
+    return KeptKV(caught.keys, caught.values)
+
+
+@dataclass
+class Holes:
+    """A lesson in which some tokens have left early.
+
+    Attributes:
+        number: of the exit at which each token left, J for none; int (B, T, 1).
+        cache: keys and values by block, true ones and those of the fill.
+        before: what was read of the token before each, (B, T, D).
+        states: the fill's state for a block, (B, T, D), where a token has left before it: block -> state.
+    """
+
+    number: mx.array
+    cache: dict
+    before: mx.array
+    states: Callable
+
+    def gone(self, l: int, starts) -> mx.array:
+        """Which tokens have left before block l, (B, T, 1)."""
+        return mx.any(mx.stack([(self.number == j) & (s <= l) for j, s in enumerate(starts)]), axis=0)
+
+
+def holes(reader, lesson: Lesson, fill, rng: np.random.Generator, share: float = LEFT) -> Holes:
+    """Draw who has left where, a share of all, and put the fill's states in the places of theirs."""
+    backbone = reader_backbone(reader)
+    B, T = lesson.tokens.shape
+    J = len(reader.exits)
+    number = mx.array(np.where(rng.random((B, T, 1)) < share, rng.integers(0, J, (B, T, 1)), J))
+    true = shifted(lesson.states[backbone.depth])
+    read = [mx.stop_gradient(reader.over(j, lesson, None, true)) for j in range(J)]
+    last = lesson.states[backbone.depth]
+    for j in range(J):
+        last = mx.where(number == j, read[j], last)
+    before = mx.stop_gradient(shifted(last))
+
+    filled = [fill(j, lesson.states[start], read[j], before) for j, start in enumerate(reader.starts)]
+
+    def states(l):
+        found = None
+        for j, start in enumerate(reader.starts):
+            if start <= l:
+                found = filled[j](l) if found is None else mx.where(number == j, filled[j](l), found)
+        return found
+
+    out = Holes(number, {}, before, states)
+    for l in reader.reads:
+        kept, new = lesson.cache[l], keys_of(backbone, l, states(l))
+        gone = out.gone(l, reader.starts)[:, None]  # (B, 1, T, 1), as keys and values have heads
+        pairs = ((new.keys, kept.keys), (new.values, kept.values))
+        out.cache[l] = KeptKV(*(mx.stop_gradient(mx.where(gone, n, k)) for n, k in pairs))
+    return out
+
+
+def exits_loss(reader, lesson: Lesson, settings: DistilConfig, fill, rng) -> mx.array:
+    """KL from the whole model at every exit; with a fill, on a lesson with holes. One number."""
+    backbone = reader_backbone(reader)
+    final = lesson.states[backbone.depth]
+    cut = holes(reader, lesson, fill, rng) if fill is not None else None
+    cache, before = (cut.cache, cut.before) if cut else (None, shifted(final))
+    total = 0.0
+    for j in range(len(reader.exits)):
+        state = reader.over(j, lesson, cache, before)
+        total = total + divergence(backbone, state, final, rng, positions=settings.positions)
+    if isinstance(fill, LinearFill):
+        total = total + deep_loss(reader, lesson, settings, fill, cut, rng)
+    return total
+
+
+def deep_loss(reader, lesson: Lesson, settings: DistilConfig, fill, cut: Holes, rng) -> mx.array:
+    """The same at the whole model's own end, for tokens that went through all blocks past those holes:
+    what a fill is for. The gradient passes through the frozen blocks into the fill."""
+    backbone = reader_backbone(reader)
+    final, h = lesson.states[backbone.depth], lesson.states[reader.starts[0]]
+    for l in range(reader.starts[0], backbone.depth):
+        h = backbone.blocks[l](mx.where(cut.gone(l, reader.starts), cut.states(l), h), "causal")
+    through = np.flatnonzero(np.array(cut.number == len(reader.exits)).reshape(-1))
+    return divergence(backbone, h, final, rng, positions=settings.positions, among=through)
+
+
+def reader_backbone(reader) -> Backbone:
+    """The model that a reader belongs to."""
+    return reader.stream._backbone if "stream" in reader else reader._backbone
+
+
+def seen_in(reader, lesson: Lesson, cache, before, head) -> Seen:
+    """What a gate sees at all exits of whole rows."""
+    seen = Seen(head, progress=None)
+    for j, start in enumerate(reader.starts):
+        seen.starts[j] = mx.stop_gradient(lesson.states[start])
+        seen.states[j] = mx.stop_gradient(reader.over(j, lesson, cache, before))
+    return seen
+
+
+def gate_loss(gate: Arla, reader, lesson: Lesson, fill, rng) -> mx.array:
+    """Binary cross-entropy of both looks of `Arla` against "the head is right here", over all exits, at some
+    positions; one number. Drawn anew each time: these, how many tokens have left (few leave holes where
+    tokens wait), and which of the exits are in use, so that any may be left out in decoding."""
+    backbone, T = reader_backbone(reader), lesson.tokens.shape[1]
+    cut = holes(reader, lesson, fill, rng, LEFT * rng.random())
+    seen = seen_in(reader, lesson, cut.cache, cut.before, backbone.head)
+    some = mx.array(rng.choice(T, min(T, DistilConfig.positions), replace=False))
+    for known in (seen.starts, seen.states):
+        known.update({j: state[:, some] for j, state in known.items()})
+    answer = mx.argmax(backbone.head(lesson.states[backbone.depth][:, some]), axis=-1)
+    seen.used = mx.array(rng.random(len(seen.states)) < 0.5)
+    total = 0.0
+    for j, state in seen.states.items():
+        logits = mx.stop_gradient(backbone.head(state))
+        right = (mx.argmax(logits, axis=-1) == answer).astype(mx.float32)[..., None]
+        view = gate.view(j, seen)
+        for look in (gate.first(j, view), gate.second(j, view, logits)):
+            total = total + nn.losses.binary_cross_entropy(look, right).mean()
+    return total

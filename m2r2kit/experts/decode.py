@@ -1,0 +1,331 @@
+"""Decoding with experts that come from disk: block by block, the reads beside the computing.
+
+    compute up to block l's router           meanwhile: reads asked for at earlier blocks
+    ask for the experts it chose             now
+    ask for those named for later blocks     later
+    wait for the chosen ones                 the only wait: the stall
+    go on
+
+The router decides, always; a prediction only starts a read. Tokens are those of the model in memory.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.base import create_attention_mask
+
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..model.cache import FIRST_ROOM
+from ..model.cpu.threads import decoding
+from . import moe
+from .generation import Event, ExpertGeneration
+from .packing import load_without_experts
+from .predictors import Predictor
+from .reader import AHEAD, PARKED, Reader, Request
+from .residency import Load, Residency
+from .slots import Bank
+from .state_predictors import StatePredictor
+from .store import Store
+from .trace import Named, Pass, Trace
+
+CHUNK = 512  # tokens of a prompt that are read at once: each expert is read once a chunk
+
+
+class StreamedModel:
+    """A model without its experts, and the store that has them.
+
+    Raises:
+        UserError: the model or the store cannot be used, or they do not belong together.
+    """
+
+    def __init__(self, model: str | Path, store: str | Path | Store):
+        self.store = store if isinstance(store, Store) else Store(store)
+        manifest = self.store.manifest
+        dtype, sha256 = getattr(mx, manifest.dtype), self.store.model_sha256
+        self.backbone, self.experts = load_without_experts(model, dtype, sha256)
+        self.store.belongs_to(self.backbone.sha256)
+
+    def residency(self, slots: int, policy: Callable, shared: bool = False) -> Residency:
+        """An empty memory with so many slots in each block (in all, if `shared`)."""
+        m = self.store.manifest
+        return Residency(m.blocks, m.experts, m.top_k, slots, policy, shared)
+
+
+class ExpertDecoder:
+    """Decodes a streamed model with one memory, one reader and one predictor.
+
+    Args:
+        residency: which experts are in memory; from `StreamedModel.residency`.
+        reader: of the same store; it stays the caller's to close.
+        predictor: None names nothing.
+        trace: a trace to add all passes to.
+        timeline: a list to add `Event`s to; reads appear when they are used, computing for tokens only.
+
+    Attributes:
+        cut: stop at each router also where all experts are in memory, to measure what the stops cost; it
+            may be changed between texts.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        residency: Residency,
+        reader: Reader,
+        predictor: Predictor | None = None,
+        trace: Trace | None = None,
+        timeline: list[Event] | None = None,
+    ):
+        self.timeline = timeline
+        self.backbone: Backbone = model.backbone
+        self.residency, self.reader, self.trace = residency, reader, trace
+        self.predictor = predictor or Predictor()
+        manifest = model.store.manifest
+        banks = [Bank(manifest, pool.slots) for pool in residency.pools]
+        self.bank_of = {l: banks[residency.pools.index(pool)] for l, pool in residency.pool_of.items()}
+        self.switches = {l: self.bank_of[l].switch(model.experts[l]) for l in manifest.blocks}
+        looks = isinstance(self.predictor, StatePredictor)
+        parts = self.backbone, self.switches, self.predictor if looks else None
+        first = {l: residency.shared * i * manifest.experts for i, l in enumerate(manifest.blocks)}
+        pieces = (piece.nbytes for piece in manifest.pieces)
+        self.matrix_bytes = max(self.backbone.matrix_bytes, *pieces)
+        self.cut, self.cut_pass = False, moe.TokenPass(*parts)
+        self.whole_pass = moe.TokenPass(*parts, first) if residency.whole else None
+        self.pending: dict[int, Request] = {}  # reads of experts that have not been used since
+        self.texts, self.broken = 0, False
+        self._out = ExpertGeneration()
+
+    @property
+    def bank_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(bank.nbytes for bank in {id(bank): bank for bank in self.bank_of.values()}.values())
+
+    # --- text ---
+
+    def generate(
+        self,
+        prompt: list[int],
+        max_tokens: int = 128,
+        choose: Callable[[mx.array], int] | None = None,
+        on_tokens: Callable | None = None,
+    ) -> ExpertGeneration:
+        """Continue a prompt.
+
+        Args:
+            prompt: token ids, at least one.
+            choose: logits (V,) -> the next token; by default the likeliest.
+            on_tokens: called with ([token], [False]) after each.
+
+        Raises:
+            UserError: an empty or over-long prompt, or a record that cannot be read.
+        """
+        limit = min(max_tokens, self.backbone.room_after(prompt))
+        if self.broken:  # a slot may not hold what it should
+            raise UserError("This decoder was stopped by an error; open the model again.")
+        self.broken = True
+        out = self._out = ExpertGeneration()
+        begun, before = time.perf_counter(), replace(self.residency.counts)
+        self._fill(self.residency.new_text())
+        self.predictor.new_text()
+        cache = moe.new_cache(self.backbone, len(prompt) + min(limit, FIRST_ROOM))
+        last = mx.zeros((1, 1, self.backbone.width))
+        for i in range(0, len(prompt) - 1, CHUNK):
+            last = self._read(prompt[i : min(i + CHUNK, len(prompt) - 1)], cache)
+        out.prefill = self.residency.counts - before
+        out.in_time, out.late, out.stall_seconds = 0, 0, 0.0  # of the prompt's passes
+        out.prefill_seconds = time.perf_counter() - begun
+        token, self._next = prompt[-1], None
+        ahead = type(self.predictor) is not Predictor  # otherwise nothing is read while something is computed
+        with decoding(self.matrix_bytes, apart=ahead):
+            while len(out.tokens) < limit and out.stopped != "eos":
+                if self.whole_pass and not self.cut:
+                    more = choose is None and len(out.tokens) + 1 < limit
+                    logits, last, choice = self._flow(token, cache, last, more)
+                else:
+                    logits, last = self._token(token, cache, last)
+                    choice = mx.argmax(logits)
+                token = choice.item() if choose is None else choose(logits)
+                out.tokens.append(token)
+                if token in self.backbone.eos:
+                    out.stopped = "eos"
+                if on_tokens:
+                    on_tokens([token], [False])
+        self.texts += 1
+        out.counts = self.residency.counts - before - out.prefill
+        out.seconds = time.perf_counter() - begun
+        self.broken = False
+        return out
+
+    def settle(self) -> None:
+        """Wait for what was asked for ahead and not needed, so that it does not meet what is timed next."""
+        self.reader.wait(r for r in self.pending.values() if r.rank != PARKED)
+
+    # --- passes ---
+
+    def _token(self, token: int, cache: list, last: mx.array) -> tuple[mx.array, mx.array]:
+        """One token through all blocks: (logits (V,), h_N (1, 1, D))."""
+        residency, predictor = self.residency, self.predictor
+        number = residency.passes
+        residency.begin()
+        named = [*predictor.before(number), *predictor.of(token)]
+        for m, experts in named:
+            self._start(residency.speculate(m, experts), urgent=False)
+        self._again(named)
+        noted = Pass(self.texts, False, named=[named])
+        steps = self.cut_pass.run(mx.array([[token]]), cache, last)
+        decision = next(steps)
+        while decision.l is not None:
+            begun = time.perf_counter()
+            mx.eval(decision.arrays())
+            self._note("compute", decision.l, begun, time.perf_counter())
+            l, (wanted,) = decision.l, decision.ids.tolist()
+            named = self._chosen(noted, number, l, wanted, decision.named)
+            now, ahead = residency.arrive(l, wanted, named)
+            self._start(now, urgent=True)
+            self._start(ahead, urgent=False)
+            self._sort(l, wanted, named)
+            decision = steps.send(self._ready(l, wanted))
+        mx.eval(decision.arrays())
+        residency.end()
+        if self.trace:
+            self.trace.passes.append(noted)
+        return decision.logits[0, -1], decision.u
+
+    def _flow(
+        self, token: int, cache: list, last: mx.array, more: bool
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """`_token` where all experts are in memory, so that no block has to stop; and the likeliest token.
+        If there is to be one `more`, its pass is being computed while this one is read."""
+        residency, number, begun = self.residency, self.residency.passes, time.perf_counter()
+        decision = self._next or next(self.whole_pass.run(mx.array([[token]]), cache, last))
+        choice = mx.argmax(decision.logits, axis=-1)  # (1, 1)
+        mx.async_eval(choice, *decision.arrays())
+        self._next = next(self.whole_pass.run(choice, cache, decision.u)) if more else None
+        if more:
+            mx.async_eval(self._next.arrays())
+        mx.eval(choice, *decision.arrays())
+        self._note("compute", residency.blocks[-1], begun, time.perf_counter())
+        residency.begin()
+        named = [*self.predictor.before(number), *self.predictor.of(token)]
+        for m, experts in named:
+            residency.speculate(m, experts)
+        noted = Pass(self.texts, False, named=[named])
+        for l, wanted in zip(residency.blocks, decision.ids.tolist(), strict=True):
+            at = [each for each in decision.named if each[0] == l]
+            residency.arrive(l, wanted, self._chosen(noted, number, l, wanted, at))
+        residency.end()
+        if self.trace:
+            self.trace.passes.append(noted)
+        return decision.logits[0, -1], decision.u, choice
+
+    def _chosen(self, noted: Pass, number: int, l: int, wanted: list[int], named: list) -> Named:
+        """Block l's router has chosen: what is named at this moment, which is noted with it."""
+        at = self.predictor.at(number, l, wanted)
+        for _, blocks, experts in named:
+            at = [*at, *zip(blocks, experts.tolist(), strict=True)]
+        noted.wanted.append(wanted)
+        noted.named.append(at)
+        return at
+
+    def _read(self, tokens: list[int], cache: list) -> mx.array:
+        """A chunk of a prompt through all blocks, each expert that it needs read once; the last h_N."""
+        backbone, residency = self.backbone, self.residency
+        residency.begin()
+        noted = Pass(self.texts, True, named=[[] for _ in range(len(residency.blocks) + 1)])
+        h = backbone.embed(mx.array([tokens]))
+        for l in range(backbone.depth):
+            mask = create_attention_mask(h, cache[l])
+            u = moe.attend(backbone, l, h, mask, cache[l])
+            if l not in self.switches:
+                h = moe.dense(backbone, l, u)
+                continue
+            rows, ids, weights = moe.route(backbone, l, u)
+            mx.eval(u, rows, ids, weights)
+            chosen = np.array(ids)  # (T, k)
+            h = moe.combine(u, self._grouped(l, rows, chosen), weights)
+            noted.wanted.append(np.unique(chosen).tolist())
+        mx.eval(h, [(c.keys, c.values) for c in cache])
+        residency.end()
+        if self.trace:
+            self.trace.passes.append(noted)
+        return mx.contiguous(h[:, -1:])
+
+    def _grouped(self, l: int, rows: mx.array, chosen: np.ndarray) -> mx.array:
+        """What the chosen experts (T, k) give for rows (T, D), one group of experts that fits the slots
+        after the other: (T, k, D)."""
+        T, k = chosen.shape
+        parts, places = [], []
+        for group in self.residency.groups(l, chosen.ravel().tolist()):
+            self._start(self.residency.demand(l, group), urgent=True)
+            slots = dict(zip(group, self._ready(l, group), strict=True))
+            where = np.flatnonzero(np.isin(chosen, group))  # of the T k pairs of row and expert
+            here = mx.array([[slots[e]] for e in chosen.ravel()[where].tolist()])  # (n, 1)
+            y = self.switches[l](rows[mx.array(where // k)], here)  # (n, 1, D)
+            mx.eval(y)  # before the slots are given to the next group
+            self.residency.release(l, group)
+            parts.append(y)
+            places.append(where)
+        order = np.argsort(np.concatenate(places))
+        return mx.concatenate(parts)[mx.array(order)].reshape(T, k, -1)
+
+    # --- reads ---
+
+    def _fill(self, loads: Sequence[Load]) -> None:
+        """Read all experts, where all fit."""
+        self._start(loads, urgent=True)
+        self.reader.wait(self.pending.pop(load.key) for load in loads)
+
+    def _start(self, loads: Sequence[Load], urgent: bool) -> None:
+        """Ask for records; what they evict will not land any more."""
+        E = self.residency.experts
+        for key, slot, evicted in loads:
+            if evicted in self.pending:
+                self.reader.cancel(self.pending.pop(evicted))
+            l, expert = divmod(key, E)
+            bank = self.bank_of[l]
+            self.pending[key] = self.reader.submit(l, expert, _into(bank, slot), urgent)
+
+    def _sort(self, l: int, wanted: Sequence[int], named: Named) -> None:
+        """Block l has chosen: what was named for it and is not wanted is parked, or it would be read before
+        what is named rightly; what is named anew goes ahead again."""
+        pending = self.pending
+        if not pending:
+            return
+        self._again((m, experts) for m, experts in named if m != l)
+        wrong = self.residency.wrong(l, wanted)
+        self.reader.rank([pending[key] for key in wrong if key in pending], PARKED)
+
+    def _again(self, named: Iterable[tuple[int, Sequence[int]]]) -> None:
+        keys = self.residency.keys(named)
+        requests = [self.pending[key] for key in keys if key in self.pending]
+        self.reader.rank([r for r in requests if r.rank == PARKED], AHEAD)
+
+    def _ready(self, l: int, experts: Sequence[int]) -> list[int]:
+        """The slots of these experts, when all of them are there."""
+        keys, held, out = self.residency.keys([(l, experts)]), self.residency.pool_of[l].held, self._out
+        waiting = [self.pending.pop(key) for key in keys if key in self.pending]
+        if waiting:
+            for request in waiting:
+                if not request.urgent:
+                    out.in_time += request.done
+                    out.late += not request.done
+            begun = time.perf_counter()
+            self.reader.wait(waiting)
+            ended = time.perf_counter()
+            out.stall_seconds += ended - begun
+            self._note("wait", l, begun, ended)
+            for r in waiting:
+                self._note("demand" if r.urgent else "ahead", l, r.begun, r.finished, r.expert)
+        return [held[key] for key in keys]
+
+    def _note(self, *event) -> None:
+        if self.timeline is not None:
+            self.timeline.append(Event(*event))
+
+
+def _into(bank: Bank, slot: int) -> Callable[[np.ndarray], None]:
+    return lambda record: bank.write(slot, record)

@@ -1,0 +1,151 @@
+"""Train what names experts: a stream or a direct map, to say what the routers of blocks to come will.
+
+    loss = mean over (l, m) of KL(softmax s g_m(u_m) || softmax s g_m(what stands for u_m at block l))
+           + align_weight * (1 - cos(p_l, h_tau(l)))                            for a stream
+
+s makes a token's logits differ by `SPREAD` from one expert to another: routers that balance their load are
+nearly flat, and what counts is who comes first. The model, its routers included, is frozen. It needs all its
+experts in memory while it teaches.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.base import create_attention_mask
+
+from ..model.backbone import Backbone
+from ..stream.distil import DistilConfig, History, KeptKV, cosine, distance, distil
+from ..stream.stream import AcceleratedStream, StreamConfig, intervals, tau
+from . import moe
+from .state_predictors import DirectMap, StreamPredictor, router
+
+SPREAD = 2.5  # standard deviation of a router's logits in the loss
+
+
+@dataclass
+class RouterLesson:
+    """What the model did with one batch of rows (B, T).
+
+    Attributes:
+        states: h_0 .. h_N, each (B, T, D); `after`: u_0 .. u_{N-1}.
+        cache: keys and values of each block.
+        logits: of each router, block -> (B, T, E).
+    """
+
+    states: list[mx.array]
+    after: list[mx.array]
+    cache: list[KeptKV]
+    logits: dict[int, mx.array]
+
+
+def teach(backbone: Backbone, rows: np.ndarray) -> RouterLesson:
+    """Run the frozen model over rows of token ids (B, T)."""
+    cache = backbone.new_cache()
+    states, after, logits = [backbone.embed(mx.array(rows))], [], {}
+    for l in range(backbone.depth):
+        mask = create_attention_mask(states[-1], cache[l])
+        u = moe.attend(backbone, l, states[-1], mask, cache[l])
+        after.append(u)
+        states.append(moe.dense(backbone, l, u))  # its experts are there: it runs as it is
+        if moe.has_experts(backbone, l):
+            logits[l] = router(backbone, l, u)
+    kept = [KeptKV(*map(mx.contiguous, c.keys_and_values())) for c in cache]
+    mx.eval(states, after, logits, [(k.keys, k.values) for k in kept])
+    return RouterLesson(states, after, kept, logits)
+
+
+def default_exits(depth: int) -> tuple[int, ...]:
+    """Intervals of one block each, so that every p begins at what the model really knows: at a rate of 2 each
+    looks two blocks ahead."""
+    return tuple(range(1, max(2, depth)))
+
+
+def new_stream(
+    backbone: Backbone,
+    rate: float,
+    exits: tuple[int, ...] | None = None,
+    rank: int = 0,
+    ffn_width: int = 320,
+) -> AcceleratedStream:
+    """An untrained stream for naming experts: shared-KV attention and a small FFN in each block. Without a
+    change of the attention (`rank` 0), a p that begins at a block need not attend a second time there."""
+    config = StreamConfig(
+        "attention", exits or default_exits(backbone.depth), rate=rate, rank=rank, ffn_width=ffn_width,
+        deep=0.0, carry=False,
+    )  # fmt: skip
+    return AcceleratedStream(backbone, config)
+
+
+def predictor_of(module) -> StreamPredictor | DirectMap:
+    """What names experts with a trained module."""
+    return StreamPredictor(module) if isinstance(module, AcceleratedStream) else module
+
+
+def loss(module, lesson: RouterLesson, settings: DistilConfig) -> mx.array:
+    """One number, as in the head of this file; pairs that nothing trained stands for are left out."""
+    predictor, total, pairs = predictor_of(module), 0.0, 0
+    backbone = predictor._backbone
+    for (l, m), state in predictor.over(lesson.states, lesson.after, lesson.cache).items():
+        if state is not lesson.after[l]:
+            E = lesson.logits[m].shape[-1]
+            said, right = router(backbone, m, state).reshape(-1, E), lesson.logits[m].reshape(-1, E)
+            right = mx.stop_gradient(right)
+            scale = SPREAD * mx.rsqrt(right.var(-1, keepdims=True) + 1e-6)
+            total, pairs = total + distance(said * scale, right * scale).mean(), pairs + 1
+    total = total / max(1, pairs)
+    if isinstance(module, AcceleratedStream) and settings.align_weight:
+        total = total + settings.align_weight * misalignment(predictor, lesson)
+    return total
+
+
+def misalignment(predictor: StreamPredictor, lesson: RouterLesson) -> mx.array:
+    """Mean of 1 - cos(p_l, h_tau(l)) over the stream's blocks."""
+    N, config, apart = predictor._backbone.depth, predictor._stream.config, []
+    for a, b in intervals(config):
+        p = predictor.path(lesson.states, lesson.after, lesson.cache, a, b)
+        for l in range(a + 1, b + 1):
+            right = lesson.states[tau(l, a, b, N, config.rate)]
+            apart.append(1 - cosine(p[l - a], mx.stop_gradient(right)).mean())
+    return mx.stack(apart).mean()
+
+
+def train(
+    module,
+    lessons: list[RouterLesson],
+    settings: DistilConfig,
+    report: Callable | None = None,
+    seconds: float = math.inf,
+) -> History:
+    """Train a stream or a direct map in place."""
+    return distil(
+        module, lambda m, lesson, rng: loss(m, lesson, settings), lessons, settings, report, seconds
+    )
+
+
+def recall(
+    predictor: StreamPredictor | DirectMap, lessons: list[RouterLesson]
+) -> dict[tuple[int, int], float]:
+    """Slot recall on held-out rows: (l, m) -> the share of block m's top-k that was named at block l; pairs
+    that nothing trained stands for are left out."""
+    backbone, found = predictor._backbone, {}
+    k = backbone.config["num_experts_per_tok"]
+    for lesson in lessons:
+        for (l, m), state in predictor.over(lesson.states, lesson.after, lesson.cache).items():
+            if state is lesson.after[l]:
+                continue
+            said = np.array(mx.argsort(-router(backbone, m, state), axis=-1)[..., : predictor.width])
+            right = np.array(mx.argsort(-lesson.logits[m], axis=-1)[..., :k])
+            both = (said[..., :, None] == right[..., None, :]).any(-2).mean()
+            found.setdefault((l, m), []).append(float(both))
+    return {pair: float(np.mean(values)) for pair, values in found.items()}
+
+
+def by_distance(recalls: dict[tuple[int, int], float]) -> dict[int, float]:
+    """The mean recall of all pairs as many blocks apart."""
+    found: dict[int, list[float]] = {}
+    for (l, m), value in recalls.items():
+        found.setdefault(m - l, []).append(value)
+    return {distance: float(np.mean(values)) for distance, values in sorted(found.items())}

@@ -1,0 +1,1 @@
+"""Pictures drawn from records and arrays; the same pictures with controls."""

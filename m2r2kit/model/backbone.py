@@ -1,0 +1,360 @@
+"""One view of a language model from mlx-lm: embedding, blocks one by one, final norm and head.
+
+The model itself is never changed. Every wing of the kit goes through this view, so whatever
+works on a pocket model works on any model of the families below.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from ..common import UserError
+from .cache import FEW, FixedKV, Traced, is_fixed, round_up
+
+DENSE = ("llama", "qwen3", "phi3", "gemma", "olmo2")
+MOE = ("olmoe", "qwen3_moe", "mixtral")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a block keeps its parts, by mlx-lm's attribute names.
+
+    `norm_after` marks families (olmo2) that normalise what a sub-layer gives, not what it takes.
+    """
+
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    ffn: str = "mlp"
+    ffn_norm: str = "post_attention_layernorm"
+    norm_after: bool = False
+
+
+PARTS = {
+    "olmo2": Parts(
+        attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm", norm_after=True
+    ),
+    "mixtral": Parts(ffn="block_sparse_moe"),
+}
+
+
+class Backbone:
+    """A model of mlx-lm, seen as `embed -> blocks -> head`.
+
+    Shapes: B sequences, T tokens, D width, V vocabulary, N blocks.
+    Make one with `Backbone.load(folder_or_repo)`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, config: dict, sha256: str):
+        check_served(config)
+        self.family = config["model_type"]
+        self.model, self.tokenizer, self.config, self.sha256 = model, tokenizer, config, sha256
+        self.parts = PARTS.get(self.family, Parts())
+        self.blocks: list[nn.Module] = list(model.layers)
+        self._traced: dict[tuple, Traced] = {}  # compiled passes, by what they do
+        self._entry_shapes: list | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path_or_repo: str | Path,
+        dtype: mx.Dtype | None = None,
+        take_out: Callable | None = None,
+        sha256: Callable | None = None,
+    ) -> "Backbone":
+        """Load a Hugging Face folder or repository with mlx-lm.
+
+        Args:
+            dtype: arithmetic of the weights; by default float32 on a CPU, as stored elsewhere.
+            take_out: called with the model before its weights are read; what it takes out of the
+                model is never read.
+            sha256: folder -> the hash of its weights; by default `weights_sha256`, which reads them all.
+
+        Raises:
+            UserError: the folder is missing, incomplete, or of a family that is not served.
+        """
+        folder = model_folder(path_or_repo)
+        from mlx_lm import utils  # imports transformers: seconds that `--help` should not cost
+
+        try:
+            model, config = utils.load_model(folder, lazy=True)
+            tokenizer = utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+            if take_out:
+                take_out(model)
+            if dtype is None and mx.default_device() == mx.Device(mx.cpu):
+                dtype = mx.float32
+            if dtype is not None:
+                model.set_dtype(dtype)
+            mx.eval(model.parameters())
+        except Exception as error:  # mlx-lm raises whatever its parts raise; the user needs one sentence
+            reason = str(error).splitlines()[0].rstrip(":. ") if str(error) else type(error).__name__
+            raise UserError(
+                f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole."
+            ) from error
+        return cls(model, tokenizer, config, (sha256 or weights_sha256)(folder))
+
+    # --- sizes ---
+
+    @property
+    def depth(self) -> int:
+        """N, the number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """D, the width of the residual stream."""
+        return self.config["hidden_size"]
+
+    @property
+    def context(self) -> int:
+        """The most tokens (prompt and answer) that the model was made for."""
+        return self.config.get("max_position_embeddings", 1 << 30)
+
+    @property
+    def is_moe(self) -> bool:
+        return self.family in MOE
+
+    @cached_property
+    def matrix_bytes(self) -> int:
+        """Of the largest matrix that a token is multiplied by in the blocks; of experts, that of one."""
+        weights = (w for _, w in tree_flatten([block.parameters() for block in self.blocks]) if w.ndim > 1)
+        return max((w.nbytes // math.prod(w.shape[:-2]) for w in weights), default=0)
+
+    # --- the forward pass, in pieces ---
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """h_0, what enters the first block: (B, T) token ids -> (B, T, D)."""
+        h = self.model.model.embed_tokens(tokens)
+        return h * (self.width**0.5) if self.family == "gemma" else h
+
+    def run(
+        self, h: mx.array, cache: list | None = None, start: int = 0, stop: int | None = None
+    ) -> mx.array:
+        """Blocks start..stop-1: h_start -> h_stop, (B, T, D) -> (B, T, D).
+
+        `cache` has one entry a block and grows by T positions in the blocks that run. With a
+        cache of fixed size (`new_cache`) a pass of few tokens is compiled.
+        """
+        stop = self.depth if stop is None else stop
+        if start == stop:
+            return h
+        if is_fixed(cache, start) and h.shape[1] <= FEW:
+            return self._pass("run", start, stop)(cache, h)
+        return self._run(h, cache, start, stop)
+
+    def _run(self, h, cache, start, stop):
+        cache = [None] * self.depth if cache is None else cache
+        mask = create_attention_mask(h, cache[start])
+        for block, c in zip(self.blocks[start:stop], cache[start:stop], strict=True):
+            h = block(h, mask, cache=c)
+        return h
+
+    def _pass(self, kind: str, start: int, stop: int) -> Traced:
+        """A compiled pass through blocks start..stop-1: `run`, from states to states; `logits` and
+        `read`, from tokens to logits, or to the last states as well; `finish` and `close`, the same
+        two from states."""
+        if (kind, start, stop) not in self._traced:
+
+            def body(entries, x):
+                h = self._run(self.embed(x) if kind in ("logits", "read") else x, entries, start, stop)
+                if kind == "run":
+                    return h
+                return (h, self.head(h)) if kind in ("read", "close") else self.head(h)
+
+            self._traced[kind, start, stop] = Traced(body, self.depth, range(start, stop))
+        return self._traced[kind, start, stop]
+
+    def states(self, tokens: mx.array, cache: list | None = None) -> list[mx.array]:
+        """All residual states [h_0, .., h_N] of a sequence; each (B, T, D)."""
+        states = [self.embed(tokens)]
+        for l in range(self.depth):
+            states.append(self.run(states[-1], cache, l, l + 1))
+        return states
+
+    def norm(self, h: mx.array) -> mx.array:
+        """The final norm (nu in the notebooks)."""
+        return self.model.model.norm(h)
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits of a residual state: final norm, then the head; (.., D) -> (.., V)."""
+        return self.unembed(self.norm(h))
+
+    def unembed(self, x: mx.array) -> mx.array:
+        """The head (H in the notebooks) on an already normalised state."""
+        if "lm_head" in self.model:
+            return self.model.lm_head(x)
+        return self.model.model.embed_tokens.as_linear(x)
+
+    def logits(self, tokens: mx.array, cache: list | None = None) -> mx.array:
+        """The model's own logits, computed through this view: (B, T) -> (B, T, V)."""
+        if is_fixed(cache, 0) and tokens.shape[1] <= FEW:
+            return self._pass("logits", 0, self.depth)(cache, tokens)
+        return self.head(self.run(self.embed(tokens), cache))
+
+    def finish(self, h: mx.array, cache: list, start: int) -> mx.array:
+        """From a state to the logits: h_start (B, T, D) -> (B, T, V), blocks start..N-1 and the head."""
+        if is_fixed(cache, start) and h.shape[1] <= FEW:
+            return self._pass("finish", start, self.depth)(cache, h)
+        return self.head(self.run(h, cache, start))
+
+    def close(self, h: mx.array, cache: list, start: int) -> tuple[mx.array, mx.array]:
+        """`finish` with the last states as well: h_start (B, T, D) -> h_N (B, T, D), logits (B, T, V)."""
+        if is_fixed(cache, start) and h.shape[1] <= FEW:
+            return self._pass("close", start, self.depth)(cache, h)
+        h = self.run(h, cache, start)
+        return h, self.head(h)
+
+    def read(self, tokens: mx.array, cache: list, exit: int) -> tuple[mx.array, mx.array]:
+        """The bare residual at an exit, and what the head reads in it (the logit lens):
+        tokens (B, T) -> h_E (B, T, D), logits (B, T, V)."""
+        if is_fixed(cache, 0) and tokens.shape[1] <= FEW:
+            return self._pass("read", 0, exit)(cache, tokens)
+        h = self.run(self.embed(tokens), cache, 0, exit)
+        return h, self.head(h)
+
+    def new_cache(self, room: int | None = None, batch: int = 1) -> list:
+        """An empty KV cache for one sequence, or for `batch` of one length; one entry a block.
+
+        Args:
+            room: positions to allocate at once (it grows if need be); passes of few tokens are
+                then compiled. By default, and where a model's positions cannot be compiled,
+                mlx-lm's own cache, which grows with each token.
+        """
+        cache = make_prompt_cache(self.model)
+        if not all(type(c) is KVCache for c in cache):
+            raise UserError("This model's cache cannot be cut back after a rejected draft; it is not served.")
+        ropes = {type(getattr(block[self.parts.attention], "rope", None)).__name__ for block in self.blocks}
+        if room is None or "DynamicNTKScalingRoPE" in ropes:  # its angles depend on the text's length
+            return cache
+        if self._entry_shapes is None:  # asked of the model, as each family makes its own
+            self.run(self.embed(mx.array([[0]])), cache)
+            self._entry_shapes = [[(x.shape, x.dtype) for x in c.keys_and_values()] for c in cache]
+        return [
+            FixedKV(
+                *(
+                    mx.zeros((batch, heads, round_up(room), width), dtype)
+                    for (_, heads, _, width), dtype in entry
+                )
+            )
+            for entry in self._entry_shapes
+        ]
+
+    # --- text ---
+
+    @property
+    def eos(self) -> set[int]:
+        """Token ids that end a text."""
+        return set(self.tokenizer.eos_token_ids)
+
+    def encode(self, text: str, chat: bool = True, before: Sequence[str] = ()) -> list[int]:
+        """Token ids of a prompt, as a user's turn where the model has a chat template.
+
+        Args:
+            before: what was said before it, by the user and the model in turn.
+
+        Raises:
+            UserError: the prompt is empty, or leaves no room in the model's context, or there is
+                something before it and no template that says who said what.
+        """
+        if not text.strip():
+            raise UserError("The prompt is empty; write something to continue.")
+        chat = chat and self.tokenizer.has_chat_template
+        if before and not chat:
+            raise UserError("A conversation needs a chat template, which this tokenizer has not.")
+        if chat:
+            said = [*before, text.strip()]
+            turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(said)]
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+            ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
+        else:
+            ids = list(self.tokenizer.encode(text))
+        self.room_after(ids)
+        return ids
+
+    def room_after(self, prompt: list[int]) -> int:
+        """How many tokens the model can add to a prompt of token ids.
+
+        Raises:
+            UserError: the prompt is empty, or leaves no room.
+        """
+        if not prompt:
+            raise UserError("The prompt is empty; write something to continue.")
+        if len(prompt) >= self.context:
+            raise UserError(
+                f"The prompt has {len(prompt)} tokens and the model reads {self.context}; shorten it."
+            )
+        return self.context - len(prompt)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, without the end-of-text mark."""
+        return self.tokenizer.decode([i for i in ids if i not in self.eos])
+
+
+def check_served(config: dict) -> None:
+    """Refuse, in one sentence, a model that this view cannot show (config: its config.json)."""
+    family = config.get("model_type", "")
+    if family not in DENSE + MOE:
+        raise UserError(f"Models of type '{family}' are not served; use one of {', '.join(DENSE + MOE)}.")
+    if any(kind == "sliding_attention" for kind in config.get("layer_types") or ()):
+        raise UserError("This model slides its attention window, and a rolled cache cannot be cut back.")
+
+
+def crop(cache: list, length: int) -> None:
+    """Cut every entry of a KV cache back to `length` positions; shorter entries stay."""
+    for c in cache:
+        c.trim(max(0, c.offset - length))
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash of a model's weight files: what a trained stream is bound to."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def model_folder(path_or_repo: str | Path) -> Path:
+    """The folder of a model, complete as far as can be seen without loading it."""
+    folder = Path(path_or_repo)
+    if not folder.exists():
+        name = str(path_or_repo)
+        if name.count("/") != 1 or name.startswith((".", "/", "~", "data/")):
+            raise UserError(f"There is no model folder {name}; give a folder or a Hugging Face repository.")
+        from mlx_lm.utils import _download
+
+        try:
+            folder = Path(_download(name))
+        except Exception as error:
+            raise UserError(f"There is no folder {name}, and fetching it as a repository failed.") from error
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json; copy the model's folder again, whole.")
+    check_served(_json(folder / "config.json"))  # before gigabytes are read
+    if not list(folder.glob("model*.safetensors")):
+        raise UserError(f"{folder} has no model*.safetensors; copy the model's folder again, whole.")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = set(_json(index).get("weight_map", {}).values())
+        if missing := sorted(n for n in named if not (folder / n).exists()):
+            raise UserError(f"{folder} lacks {missing[0]}; copy the model's folder again, whole.")
+    return folder
+
+
+def _json(path: Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):  # no JSON, or not even text
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not valid JSON; copy the model's folder again, whole.")
+    return value

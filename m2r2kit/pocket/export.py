@@ -1,0 +1,154 @@
+"""A pocket model as a folder: an ordinary Hugging Face `llama` that mlx-lm loads, and how good it is.
+
+A training run keeps float32 weights and the optimizer's state; what is shipped is `export`'s
+folder in float16. So `evaluate` measures the folder and not the run.
+"""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from ..common import UserError
+from ..text.corpus import ASSISTANT, EOS, KINDS, USER, Document
+from .expert_tiles import TiledExperts
+from .pretrain import FAMILIES, Run
+from .tokenizer import encode
+
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+# Turns as the corpus writes them (`corpus.turn`); the model has seen no other roles.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}" + USER + "{{ message.content | trim }}"
+    "{% elif message.role == 'assistant' %}" + ASSISTANT + "{{ message.content | trim }}" + EOS +
+    "{% else %}{{ raise_exception('this model knows only the roles user and assistant') }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+)  # fmt: skip
+
+
+def export(run: Run, tokenizer: Tokenizer, folder: Path) -> Path:
+    """Write a run's model as a Hugging Face folder; an earlier export of that name is replaced.
+
+    Args:
+        run: the training run; its current weights are written as float16.
+        tokenizer: as `tokens.train_tokenizer` returns it.
+        folder: where; it appears whole or not at all. What else an earlier export's folder holds
+            (a stream) stays; a folder that is no model's is refused.
+    """
+    folder = Path(folder).resolve()
+    is_model = (folder / "config.json").exists()
+    if folder.exists() and not is_model and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds something else than a model; name a new folder")
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    weights = {name: w.astype(mx.float16) for name, w in tree_flatten(run.parameters)}
+    config = FAMILIES[run.config.type].hf_config(run.config, run.blocks) | {"torch_dtype": "float16"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "add_bos_token": False,
+        "additional_special_tokens": [USER, ASSISTANT],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": run.config.context,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    try:
+        temporary.mkdir(parents=True)
+        mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "mlx"})
+        (temporary / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+        for name, content in (
+            ("config.json", config),
+            ("tokenizer_config.json", settings),
+            ("generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}),
+        ):
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+        if folder.exists():
+            folder.replace(old)  # a folder cannot be renamed onto a full one
+        temporary.replace(folder)
+        for other in old.iterdir() if old.exists() else ():
+            if other.name not in FILES:
+                other.replace(folder / other.name)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError) as error:  # MLX reports a full disk as RuntimeError
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        raise UserError(f"the model cannot be written to {folder} ({error}); free some space") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def evaluate(folder: Path, documents: list[Document], most: int = 60_000, window: int = 256) -> dict:
+    """How well an exported model predicts held-out documents, through mlx-lm in float32.
+
+    Args:
+        documents: any; those that are not held out are left out.
+        most: tokens of a kind, at most.
+        window: tokens that the model reads at once, as in training.
+
+    Returns:
+        a kind -> `loss` (mean cross-entropy of the next token, nats), `bits_per_byte` (the same by
+        the bytes that the tokens stand for), `accuracy` (the most likely token is the right one),
+        `tokens` (predicted). Kinds without a full window are left out. For a mixture also `experts` ->
+        `share` (of each block's experts, of what was chosen, the sum is 1), `entropy` (of these, in bits,
+        per block; log2 of the number of experts if all are used alike).
+    """
+    folder = Path(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    mixtures = [block.mlp for block in model.layers if hasattr(block.mlp, "switch_mlp")]
+    for mixture in mixtures:  # mlx-lm's own experts take ten times as long on a CPU
+        mixture.switch_mlp = TiledExperts(mixture.switch_mlp)
+    # a byte-level token is written with one letter a byte; marks such as end-of-text stand for none
+    specials = {EOS, USER, ASSISTANT}
+    size = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    for token, i in tokenizer.get_vocab().items():
+        size[i] = 0 if token in specials else len(token)
+
+    rows = encode(tokenizer, [d for d in documents if d.held_out])
+    counts = {kind: (min(most, len(rows[kind])) - 1) // window for kind in KINDS}
+    figures = {}
+    with tqdm(total=sum(counts.values()) * window, unit="token", unit_scale=True, desc="held out") as bar:
+        for kind, count in counts.items():
+            if count < 1:
+                continue
+            ids = rows[kind][: count * window + 1]
+            inputs, targets = ids[:-1].reshape(count, window), ids[1:].reshape(count, window)
+            loss = right = 0.0
+            for i in range(0, count, 8):
+                logits = model(mx.array(inputs[i : i + 8]))  # (8, window, V)
+                wanted = mx.array(targets[i : i + 8])
+                loss += nn.losses.cross_entropy(logits, wanted, reduction="sum").item()
+                right += (logits.argmax(-1) == wanted).sum().item()
+                bar.update(wanted.size)
+            figures[kind] = {
+                "loss": loss / targets.size,
+                "bits_per_byte": loss / math.log(2) / int(size[targets].sum()),
+                "accuracy": right / targets.size,
+                "tokens": targets.size,
+            }
+    if mixtures:
+        share = np.array([m.switch_mlp.used / max(1, m.switch_mlp.used.sum()) for m in mixtures])
+        entropy = -(share * np.log2(np.maximum(share, 1e-12))).sum(1)
+        figures["experts"] = {"share": share.round(5).tolist(), "entropy": entropy.round(4).tolist()}
+    return figures

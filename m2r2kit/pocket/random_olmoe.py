@@ -1,0 +1,171 @@
+"""An `olmoe` of random weights and any size: to try on it what a real one would need memory for.
+
+Written tensor by tensor, an expert at a time, so that making it takes little memory. Its text is noise.
+What is made real is how unevenly its experts are used. All states share a direction c: the embeddings
+have it, the residual stream keeps it, and a router has some liking for it in each expert's row:
+
+    w_e = n_e + (skew ln p_e / x.c) c        n_e  random and without c, so that a token has its own choice
+                                             p_e  1 / rank, the ranks shuffled in each block
+                                             x.c  what a normalised state has of c
+
+so that an expert's logit is random by token and higher by skew ln p_e.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..common import UserError
+from .new_model import new_model
+
+BRANCH = 0.12  # what a block's attention and experts each add to a state's energy, about
+
+
+@dataclass(frozen=True)
+class LargeConfig:
+    """Settings. `width` is also that of an expert; `skew` 0.3 lets the busier half of a block's
+    experts do some four fifths of the work (three quarters are reported for OLMoE-1B-7B)."""
+
+    width: int = 512
+    experts: int = 128
+    blocks: int = 12
+    heads: int = 8
+    top: int = 4
+    vocabulary: int = 4096
+    context: int = 512
+    skew: float = 0.3
+    seed: int = 0
+
+    @property
+    def expert_bytes(self) -> int:
+        return 3 * self.width * self.width * 4
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(4 * math.prod(shape) for _, shape in shapes(self))
+
+
+def sized(nbytes: int, **settings) -> LargeConfig:
+    """The settings of a model of at least so many bytes: as many experts as that takes.
+
+    Raises:
+        UserError: it would have fewer experts than run for a token, or too many to be one model.
+    """
+    none = LargeConfig(**settings, experts=0)
+    each = none.blocks * (none.expert_bytes + 4 * none.width)  # and its router's row
+    experts = -(-(nbytes - none.total_bytes) // each)
+    if not none.top <= experts <= 1024:
+        least, most = (none.total_bytes + n * each for n in (none.top, 1024))
+        raise UserError(
+            f"With width {none.width} a model has {least / 1e6:.0f} to {most / 1e6:.0f} MB, not "
+            f"{nbytes / 1e6:.0f}; change --size or --width."
+        )
+    return LargeConfig(**settings, experts=experts)
+
+
+def hf_config(config: LargeConfig) -> dict:
+    """Its `config.json`."""
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.blocks,
+        "intermediate_size": config.width,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "num_experts": config.experts,
+        "num_experts_per_tok": config.top,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.context,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": "float32",
+    }
+
+
+def shapes(config: LargeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of its tensors, in the order of the file."""
+    D, E, V = config.width, config.experts, config.vocabulary
+    yield "model.embed_tokens.weight", (V, D)
+    for l in range(config.blocks):
+        at = f"model.layers.{l}."
+        for name in ("q_norm", "k_norm"):
+            yield f"{at}self_attn.{name}.weight", (D,)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{at}{name}.weight", (D,)
+        for name in "qkvo":
+            yield f"{at}self_attn.{name}_proj.weight", (D, D)
+        yield f"{at}mlp.gate.weight", (E, D)
+        for name in ("gate", "up", "down"):
+            yield f"{at}mlp.switch_mlp.{name}_proj.weight", (E, D, D)
+    yield "model.norm.weight", (D,)
+    yield "lm_head.weight", (V, D)
+
+
+def parts(name: str, shape: tuple[int, ...], config: LargeConfig, number: int) -> Iterator[np.ndarray]:
+    """A tensor in pieces, float32: an expert at a time, all else at once."""
+    rng, D = np.random.default_rng([config.seed, number]), config.width
+    c = np.random.default_rng(config.seed).standard_normal(D).astype(np.float32)
+    c *= math.sqrt(D) / np.linalg.norm(c)  # as long as the random part of an embedding
+    if len(shape) == 3:  # `down` is larger, as SwiGLU's numbers are smaller
+        scale = (2 if "down" in name else 1) / math.sqrt(D)
+        for _ in range(shape[0]):
+            yield rng.standard_normal(shape[1:], np.float32) * np.float32(scale)
+        return
+    if len(shape) == 1:
+        yield np.ones(shape, np.float32)
+        return
+    w = rng.standard_normal(shape, np.float32)
+    if "embed" in name:
+        yield w + c
+        return
+    if "o_proj" not in name:
+        w -= np.outer(w @ c, c) / np.float32(D)
+    if "mlp.gate" in name:
+        l = int(name.split(".")[2])
+        energy = 2 + (2 * l + 1) * BRANCH  # of a number of the state before it is normalised
+        liking = config.skew * np.log(1 / (1 + rng.permutation(shape[0])))
+        yield w / np.float32(math.sqrt(D)) + (liking[:, None] * c * math.sqrt(energy) / D).astype(np.float32)
+    else:
+        yield w / np.float32(math.sqrt(D))
+
+
+def write(config: LargeConfig, out: Path, tokenizer: Path, report: Callable | None = None) -> None:
+    """Make the folder, which is whole or absent.
+
+    Args:
+        tokenizer: a model's folder, whose tokenizer is copied.
+        report: called with the bytes of each piece that was written.
+
+    Raises:
+        UserError: `out` exists, there is no such tokenizer, or the disk is too small or fails.
+    """
+    with new_model(out, config.total_bytes, tokenizer) as folder:
+        (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(_header(config))
+            for number, (name, shape) in enumerate(shapes(config), 1):
+                for piece in parts(name, shape, config, number):
+                    file.write(piece.tobytes())
+                    if report:
+                        report(piece.nbytes)
+
+
+def _header(config: LargeConfig) -> bytes:
+    """What a safetensors file begins with: its length, and where each tensor lies."""
+    found, offset = {"__metadata__": {"format": "mlx"}}, 0
+    for name, shape in shapes(config):
+        end = offset + 4 * math.prod(shape)
+        found[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(found).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,140 @@
+"""From documents to what training reads: a tokenizer, one long row of ids a kind, and windows of it."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ..common import UserError
+from ..text.corpus import ASSISTANT, EOS, KINDS, USER, Document
+
+# Share of the training windows that each kind gets. By size alone arithmetic would get .18, and
+# it is the hardest of the three.
+SHARES = {"code": 0.4, "arithmetic": 0.3, "shell": 0.3}
+SAMPLE = 3_500_000  # characters of each kind that the tokenizer learns from: the kinds count alike
+
+
+def train_tokenizer(texts: list[str], vocabulary: int = 4096) -> Tokenizer:
+    """Byte-level BPE in which each digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[EOS, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def sample(documents: list[Document], characters: int = SAMPLE, seed: int = 1) -> list[str]:
+    """Texts for the tokenizer: random documents, about `characters` of each kind."""
+    order = random.Random(seed)
+    texts = []
+    for kind in KINDS:
+        of_kind = [d.text for d in documents if d.kind == kind]
+        order.shuffle(of_kind)
+        size = 0
+        for text in of_kind:
+            texts.append(text)
+            size += len(text)
+            if size > characters:
+                break
+    return texts
+
+
+def encode(tokenizer: Tokenizer, documents: list[Document], seed: int = 0) -> dict[str, np.ndarray]:
+    """Token ids of shuffled documents, each closed by end-of-text: int32 of shape (tokens,) a kind."""
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    rows: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    encodings = tokenizer.encode_batch([d.text + EOS for d in order])
+    for document, encoding in zip(order, encodings, strict=True):
+        rows[document.kind] += encoding.ids
+    return {kind: np.array(ids, dtype=np.int32) for kind, ids in rows.items()}
+
+
+def prepare(
+    folder: Path,
+    documents: Callable[[], list[Document]],
+    vocabulary: int = 4096,
+    known: Path | None = None,
+) -> tuple[Tokenizer, dict[str, np.ndarray]]:
+    """The tokenizer and the training tokens of a run, made once and kept in its folder.
+
+    A run that goes on must read the very tokens it began with, whatever became of the corpus;
+    so `documents` is called only where there are none yet. Held-out documents are left out.
+    The tokenizer is that of the file `known`, or learnt from these documents.
+    """
+    tokenizer_file, tokens_file = folder / "tokenizer.json", folder / "tokens.npz"
+    try:
+        if not (tokenizer_file.exists() and tokens_file.exists()):
+            seen = [d for d in documents() if not d.held_out]
+            if known is None:
+                tokenizer = train_tokenizer(sample(seen), vocabulary)
+            else:
+                tokenizer = Tokenizer.from_str(known.read_text())
+            tokens = encode(tokenizer, seen)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(tokens_file, lambda file: np.savez(file, **tokens))
+            _write(tokenizer_file, lambda file: file.write(tokenizer.to_str().encode()))
+        return Tokenizer.from_file(str(tokenizer_file)), dict(np.load(tokens_file))
+    except OSError as error:
+        raise UserError(f"{folder} cannot hold the run's tokens ({error.strerror or error})") from None
+    except Exception as error:  # tokenizers and NumPy each raise their own for a damaged file
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{tokenizer_file} or tokens.npz is damaged; delete both and start again") from None
+
+
+def _write(path: Path, write: Callable) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Batches:
+    """Random windows of the corpus, the same for the same seed and step (so a run can resume).
+
+    Args:
+        tokens: token ids a kind, each of shape (tokens,).
+        shares: share of the windows that each kind gets; kinds without tokens get none.
+    """
+
+    def __init__(self, tokens: dict[str, np.ndarray], shares: dict[str, float] = SHARES, seed: int = 0):
+        self.tokens, self.seed = tokens, seed
+        self.kinds = [k for k in KINDS if len(tokens.get(k, ()))]
+        share = np.array([shares[k] for k in self.kinds], dtype=np.float64)
+        self.shares = share / share.sum()
+
+    def __call__(self, step: int, rows: int, length: int) -> np.ndarray:
+        """Windows of step `step`: int32 of shape (rows, length)."""
+        random_ = np.random.default_rng((self.seed, step))
+        # the same number of each kind in every batch, up to one: less noise than drawing kinds
+        edges = np.floor(np.cumsum(self.shares) * rows + random_.random()).astype(int)
+        counts = np.diff(np.concatenate([[0], np.minimum(edges, rows)]))
+        counts[-1] += rows - counts.sum()
+        windows = []
+        for kind, count in zip(self.kinds, counts, strict=True):
+            ids = self.tokens[kind]
+            if len(ids) < length:
+                raise UserError(
+                    f"the {kind} text has {len(ids)} tokens, and a window needs {length}; add text"
+                )
+            starts = random_.integers(0, max(1, len(ids) - length), count)
+            windows += [ids[s : s + length] for s in starts]
+        return np.stack(windows)

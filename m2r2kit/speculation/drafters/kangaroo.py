@@ -1,0 +1,97 @@
+"""Kangaroo: an early exit with one trained block, that stops when it is not sure."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.base import create_attention_mask
+
+from ...model.backbone import Backbone
+from ...stream.distil import Lesson, divergence
+from .base import Draft, Drafter, as_row, check_exit, confidence
+from .parts import OwnPass, new_block
+
+
+@dataclass(frozen=True)
+class KangarooConfig:
+    """Settings of a Kangaroo drafter.
+
+    Attributes:
+        exit: blocks of the model that run on each drafted token.
+        threshold: a draft ends before a token whose first choice has less probability than this;
+            the first token is drafted in any case.
+    """
+
+    exit: int = 2
+    threshold: float = 0.6
+
+    @classmethod
+    def for_model(cls, backbone: Backbone, exit: int | None = None) -> "KangarooConfig":
+        return cls(exit or cls.exit)
+
+
+class KangarooBlock(nn.Module):
+    """One block on h_E with keys and values of its own; at first it changes nothing."""
+
+    def __init__(self, backbone: Backbone, config: KangarooConfig):
+        super().__init__()
+        check_exit(backbone, config.exit)
+        self.config, self._backbone = config, backbone
+        self.block = new_block(backbone)
+        self.scale = mx.ones(backbone.width)  # of the norm before the head
+
+    @property
+    def depths(self) -> set[int]:
+        """Depths of the model's states that the loss reads."""
+        return {self.config.exit, self._backbone.depth}
+
+    def __call__(self, h, mask="causal", cache=None) -> mx.array:
+        """h_E (B, T, D) -> what the head reads, normalised, (B, T, D)."""
+        return self._backbone.norm(self.block(h, mask, cache)) * self.scale
+
+    def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
+        """KL to the model's distribution of each next token."""
+        backbone, guess = self._backbone, self(lesson.states[self.config.exit])
+        return divergence(backbone, guess, lesson.states[backbone.depth], rng, backbone.unembed)
+
+
+class Kangaroo(Drafter):
+    """Drafts from the block at the exit while it is sure of its first choice; the model goes on from h_E.
+
+    Kangaroo (arXiv 2404.18911) reports up to 1.68x on Spec-Bench, a chain; we have the shared first
+    blocks, the adapter with its own cache (ours a whole block; theirs has no FFN) and the confidence stop.
+    """
+
+    def __init__(self, backbone: Backbone, module: KangarooBlock):
+        self.backbone, self.threshold = backbone, module.config.threshold
+        self.exit = self.learns = module.config.exit
+
+        def body(entry, h):
+            logits = backbone.unembed(module(h, create_attention_mask(h, entry), entry)[:, -1:])
+            return logits, confidence(logits)
+
+        self.own = OwnPass(module, module.block.self_attn, body)
+
+    def begin(self, prompt, room):
+        self.own.begin(room)
+        self.states = None  # h_E of what was verified last
+
+    def learn(self, states):
+        self.states = states
+
+    def __call__(self, text, drafts, sampler, cache):
+        self.own.crop(len(text) - 1)
+        # h_E of drafts are those of the text; missing are only the prompt's and, when all drafts
+        # were accepted, that of the last one
+        missing = len(text) - 1 - self.own.offset
+        unread = [self.states[:, -missing:]] if missing else []
+        draft, token = Draft(), as_row(text[-1])
+        while len(draft.tokens) < drafts:
+            h = self.backbone.run(self.backbone.embed(token), cache, 0, self.exit)
+            draft.states.append(h)
+            logits, sure = self.own(mx.concatenate([*unread, h], axis=1))
+            if draft.tokens and sure.item() < self.threshold:
+                break
+            token, unread = draft.take(logits, sampler), []
+        return draft

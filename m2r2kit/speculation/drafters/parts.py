@@ -1,0 +1,74 @@
+"""What trained peers have of their own: a block, and a KV cache that is cut back with the text."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama
+
+from ...model.backbone import Backbone, crop
+from ...model.cache import FEW, FixedKV, Traced, round_up
+from ...stream.fast_block import head_dim
+
+
+def new_block(backbone: Backbone) -> llama.TransformerBlock:
+    """A block of a llama, of the shape of the model's blocks; it changes nothing before training."""
+    config = backbone.config
+    heads = config["num_attention_heads"]
+    block = llama.TransformerBlock(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=backbone.width,
+            num_hidden_layers=1,
+            intermediate_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads", heads),
+            head_dim=head_dim(backbone),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-5),
+            rope_theta=config.get("rope_theta", 10000.0),
+            vocab_size=config["vocab_size"],
+        )
+    )
+    for last in (block.self_attn.o_proj, block.mlp.down_proj):
+        last.weight = mx.zeros_like(last.weight)
+    return block
+
+
+class OwnPass:
+    """A pass of a trained module through one attention with keys and values of its own.
+
+    Like the model's passes it is compiled for few rows. The weights are those of this moment: after
+    more training, make a new one.
+
+    Args:
+        module: whose weights the pass reads.
+        attention: of the module, as mlx-lm's llama has it.
+        body: (entry, x (1, T, ..), *more) -> arrays; it takes `entry` for a block's cache.
+    """
+
+    def __init__(self, module: nn.Module, attention: nn.Module, body: Callable):
+        mx.eval(module.parameters())  # or the compiled pass would make them anew each time
+        self.shape = attention.n_kv_heads, attention.head_dim
+        self.body = body
+        self.traced = Traced(lambda entries, *x: body(entries[0], *x), 1, range(1))
+        self.cache: list[FixedKV] = []
+
+    def begin(self, room: int) -> None:
+        """An empty cache for a new text."""
+        heads, width = self.shape
+        keys, values = (mx.zeros((1, heads, round_up(room), width)) for _ in range(2))
+        self.cache = [FixedKV(keys, values)]
+
+    @property
+    def offset(self) -> int:
+        """Positions that the cache holds."""
+        return self.cache[0].offset
+
+    def crop(self, length: int) -> None:
+        """Forget what lies beyond `length` positions."""
+        crop(self.cache, length)
+
+    def __call__(self, x: mx.array, *more: mx.array):
+        if x.shape[1] <= FEW:
+            return self.traced(self.cache, x, *more)
+        return self.body(self.cache[0], x, *more)

@@ -1,0 +1,123 @@
+"""The ways of decoding by name, as the command line and the notebooks ask for them."""
+
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..stream import checkpoints
+from ..stream.stream import StreamConfig, load_stream
+from . import trained as peers
+from .decode import Generation
+from .drafters.base import M2R2, Drafter, EarlyExit, Plain
+from .drafters.lookahead import Lookahead
+from .drafters.m2r2_tree import LEAVES, M2R2Tree
+from .drafters.prompt_lookup import PromptLookup
+
+METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup", "lookahead", *peers.KINDS)
+DRAFTS = 4  # where the stream does not say better
+
+
+def stream_folder(model: str | Path, stream: str | Path | None) -> Path:
+    """Where the trained stream of a model lies: as given, or beside its weights."""
+    return Path(stream) if stream else Path(model) / "stream"
+
+
+def drafters_folder(model: str | Path, drafters: str | Path | None) -> Path:
+    """Where the trained peers of a model lie, a folder each: as given, or beside its weights."""
+    return Path(drafters) if drafters else Path(model) / "drafters"
+
+
+def tuned_drafts(method: str, stream: Path, drafters: Path) -> int:
+    """How many drafts a method was tuned to (on tuning prompts), from its JSON; the folders are as for
+    `drafter`."""
+    try:
+        if method in peers.KINDS:
+            settings = peers.KINDS[method].settings
+            facts = checkpoints.read_settings(drafters / method, "drafter", settings)[1]
+        else:
+            facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
+            if method == "m2r2-tree":
+                facts = facts.get("tree", facts)  # before it was tuned, as long as the chain
+        return int(facts.get("drafts", DRAFTS))
+    except UserError:
+        return DRAFTS
+
+
+def drafter(
+    method: str,
+    backbone: Backbone,
+    stream: Path,
+    exit: int | None = None,
+    drafters: Path | None = None,
+    stops: bool = True,
+) -> Drafter:
+    """The drafter of a method.
+
+    Args:
+        stream: folder of the trained stream, for `m2r2`, `m2r2-tree` and the default exit of `early-exit`.
+        exit: the depth at which these draft; by default the stream's first exit.
+        drafters: folder of the trained peers; by default beside the stream.
+        stops: whether `m2r2` and `m2r2-tree` may end a draft where they were tuned to, or draft as many as
+            they are asked for.
+
+    Raises:
+        UserError: nothing trained, or for another model, or an exit that it does not have.
+    """
+    if method == "plain":
+        return Plain()
+    if method == "early-exit":
+        if exit is None:
+            exit = checkpoints.read_settings(stream, "stream", StreamConfig)[0].exits[0]
+        return EarlyExit(backbone, exit)
+    if method == "m2r2":
+        facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
+        threshold = float(facts.get("threshold", 0.0)) if stops and exit is None else 0.0  # of its own exit
+        return M2R2(backbone, load_stream(backbone, stream), exit, threshold)
+    if method == "m2r2-tree":
+        facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
+        facts = {"leaves": LEAVES} | facts.get("tree", {"threshold": facts.get("threshold", 0.0)})
+        threshold = float(facts["threshold"]) if stops and exit is None else 0.0
+        return M2R2Tree(backbone, load_stream(backbone, stream), exit, threshold, int(facts["leaves"]))
+    if method == "prompt-lookup":
+        return PromptLookup(backbone)
+    if method == "lookahead":
+        return Lookahead(backbone)
+    if method in peers.KINDS:
+        folder = (Path(stream).parent / "drafters" if drafters is None else drafters) / method
+        return peers.drafter(backbone, method, peers.load(backbone, method, folder)[0])
+    raise UserError(f"There is no method {method}; choose {', '.join(METHODS)}.")
+
+
+def training(method: str, stream: Path, drafters: Path) -> dict:
+    """`parameters`, `train_steps` and `train_seconds` of a method, 0 where it trains nothing; the folders
+    are as for `drafter`.
+
+    Raises:
+        UserError: it needs training and has had none.
+    """
+    if method in peers.KINDS:
+        return checkpoints.trained(drafters / method, "drafter", peers.KINDS[method].settings)
+    if method in ("m2r2", "m2r2-tree"):
+        return checkpoints.trained(stream, "stream", StreamConfig)
+    return {"parameters": 0, "train_steps": 0, "train_seconds": 0}
+
+
+def mlx_lm_generate(backbone: Backbone, prompt: list[int], max_tokens: int, sampler=None) -> Generation:
+    """mlx-lm's own generation of the same weights, for comparison; greedy unless given its sampler."""
+    from mlx_lm.generate import generate_step
+
+    out, begun = Generation(), time.perf_counter()
+    limit = min(max_tokens, backbone.context - len(prompt))
+    for token, _ in generate_step(mx.array(prompt), backbone.model, max_tokens=limit, sampler=sampler):
+        out.tokens.append(int(token))
+        out.drafted.append(0)
+        out.accepted.append(0)
+        out.from_draft.append(False)
+        if out.tokens[-1] in backbone.eos:
+            out.stopped = "eos"
+            break
+    out.seconds = time.perf_counter() - begun
+    return out

@@ -1,0 +1,90 @@
+"""The peers that need training: made, trained, saved and loaded in one way.
+
+Each is a small module beside the frozen model, with `loss(lesson)` and the `depths` of the states
+that its loss reads, and a drafter that decodes with it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..stream import checkpoints
+from ..stream.distil import DistilConfig, History, Lesson, distil
+from .drafters.base import Drafter
+from .drafters.deed import Deed, DeedConfig, DeedExits
+from .drafters.draft_model import DraftModel, DraftModelConfig, TwoModels
+from .drafters.eagle import Eagle, EagleBlock, EagleConfig
+from .drafters.kangaroo import Kangaroo, KangarooBlock, KangarooConfig
+from .drafters.medusa import Medusa, MedusaConfig, MedusaHeads
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of peer: its settings, its module (backbone, settings), its drafter (backbone, module)."""
+
+    settings: type
+    module: type[nn.Module]
+    drafter: type[Drafter]
+
+
+KINDS = {
+    "draft-model": Kind(DraftModelConfig, DraftModel, TwoModels),
+    "eagle": Kind(EagleConfig, EagleBlock, Eagle),
+    "medusa": Kind(MedusaConfig, MedusaHeads, Medusa),
+    "kangaroo": Kind(KangarooConfig, KangarooBlock, Kangaroo),
+    "deed": Kind(DeedConfig, DeedExits, Deed),
+}
+
+
+def new(backbone: Backbone, kind: str, exit: int | None = None, seed: int = 0) -> nn.Module:
+    """An untrained peer, in the shape for a model; some kinds have an `exit`."""
+    mx.random.seed(seed)
+    return KINDS[kind].module(backbone, KINDS[kind].settings.for_model(backbone, exit))
+
+
+def train(
+    module: nn.Module,
+    lessons: list[Lesson],
+    settings: DistilConfig,
+    report: Callable | None = None,
+    seconds: float = math.inf,
+) -> History:
+    """Distil a peer from the model, with the optimiser and the rows of the accelerated stream."""
+    return distil(module, lambda m, lesson, rng: m.loss(lesson, rng), lessons, settings, report, seconds)
+
+
+def mean_loss(module: nn.Module, lessons: list[Lesson]) -> float:
+    """Its loss on lessons, as when training."""
+    rng = np.random.default_rng(0)
+    return float(np.mean([module.loss(lesson, rng).item() for lesson in lessons]))
+
+
+def drafter(backbone: Backbone, kind: str, module: nn.Module) -> Drafter:
+    """Who drafts with a peer; made after training, for it keeps compiled passes."""
+    return KINDS[kind].drafter(backbone, module)
+
+
+def save(module: nn.Module, backbone: Backbone, folder: str | Path, **facts) -> None:
+    """Write a peer, bound to its model."""
+    checkpoints.save(module, module.config, backbone.sha256, folder, "drafter", **facts)
+
+
+def load(backbone: Backbone, kind: str, folder: str | Path) -> tuple[nn.Module, dict]:
+    """A saved peer, and everything that its JSON says.
+
+    Raises:
+        UserError: there is none, it is of another kind, damaged, or belongs to another model.
+    """
+    config, text = checkpoints.read_settings(folder, "drafter", KINDS[kind].settings)
+    if text.get("kind") != KINDS[kind].module.__name__:
+        raise UserError(f"{folder} holds a {text.get('kind')}, which is no {kind}; name its own folder.")
+    module = KINDS[kind].module(backbone, config)
+    checkpoints.load_weights(module, text, backbone.sha256, folder, "drafter")
+    return module, text

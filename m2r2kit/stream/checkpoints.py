@@ -1,0 +1,152 @@
+"""Trained small modules on disk: `NAME.safetensors` with `NAME.json` beside it.
+
+The JSON holds the settings, the SHA-256 of the model that the module belongs to (loading it
+with another model is refused), and the SHA-256 of its own safetensors: two files cannot be
+replaced in one act, so a crash between the two is found when they are loaded. Nothing in
+either file is code.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..common import UserError
+
+FORMAT = 1
+
+
+def save(module: nn.Module, config, base_sha256: str, folder: str | Path, name: str, **facts) -> None:
+    """Write a module's trainable weights (float16) and its settings; both or neither appear.
+
+    Args:
+        config: a dataclass of plain values.
+        facts: what else should be kept beside it (steps, seconds, the command).
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    names = [folder / f"{name}.safetensors", folder / f"{name}.json"]
+    new = [folder / f"{name}.new.safetensors", folder / f"{name}.json.new"]
+    weights = {k: v.astype(mx.float16) for k, v in tree_flatten(module.trainable_parameters())}
+    text = {"format": FORMAT, "kind": type(module).__name__, "base_sha256": base_sha256}
+    text |= {"config": asdict(config), **facts}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(new[0]), weights)
+        text["weights_sha256"] = _sha256(new[0])
+        new[1].write_text(json.dumps(text, indent=1) + "\n")
+        for made, wanted in zip(new, names, strict=True):
+            made.replace(wanted)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{name} could not be saved in {folder} ({error}); free some space.") from error
+    finally:  # also after an interrupt
+        for path in new:
+            if path.exists():
+                path.unlink()
+
+
+def read_settings(folder: str | Path, name: str, config_type: type):
+    """The settings of a saved module: (config, everything in the JSON).
+
+    Raises:
+        UserError: there is none, or its JSON cannot be used.
+    """
+    path = Path(folder) / f"{name}.json"
+    if not path.exists():
+        raise UserError(f"There is no trained {name} in {folder}; train one with `m2r2kit train {name}`.")
+    try:
+        text = json.loads(path.read_text())
+        if text["format"] != FORMAT:
+            raise UserError(f"{path} was written by another version of this kit; train anew.")
+        known = {f.name for f in fields(config_type)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in text["config"].items()}
+        if unknown := values.keys() - known:
+            raise UserError(f"{path} has a setting that this version does not know: {sorted(unknown)[0]}.")
+        config = config_type(**values)
+        defaults = asdict(config_type()) | {"base_sha256": "", "weights_sha256": ""}
+        for key, value in (values | {k: text[k] for k in ("base_sha256", "weights_sha256")}).items():
+            if not _fits(value, defaults[key]):
+                raise TypeError(f"{key} is {value!r}")
+        return config, text
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again or train anew.") from error
+
+
+def note(folder: str | Path, name: str, **facts) -> None:
+    """Add facts to the JSON of a saved module, or put others in their place.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    path, new = Path(folder) / f"{name}.json", Path(folder) / f"{name}.json.new"
+    text = json.loads(path.read_text()) | facts
+    try:
+        new.write_text(json.dumps(text, indent=1) + "\n")
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); free some space.") from error
+
+
+def trained(folder: str | Path, name: str, config_type: type) -> dict:
+    """What training a saved module took: `parameters` (how many numbers it changed), `train_steps` and
+    `train_seconds`, each None where nobody noted it.
+
+    Raises:
+        UserError: there is no such module, or it is damaged.
+    """
+    text = read_settings(folder, name, config_type)[1]
+    path = Path(folder) / f"{name}.safetensors"
+    try:
+        parameters = sum(weight.size for weight in mx.load(str(path)).values())  # lazy: reads no weights
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is missing or damaged; copy it again or train anew.") from error
+    return {
+        "parameters": parameters,
+        "train_steps": text.get("steps"),
+        "train_seconds": text.get("train_seconds"),
+    }
+
+
+def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | Path, name: str) -> None:
+    """Fill a module with saved weights, in float32 on a CPU.
+
+    Raises:
+        UserError: they belong to another model, or do not fit.
+    """
+    if text["base_sha256"] != base_sha256:
+        raise UserError(
+            f"The {name} in {folder} was trained for another model "
+            f"({text['base_sha256'][:12]}, this one is {base_sha256[:12]}); train one for this model."
+        )
+    path = Path(folder) / f"{name}.safetensors"
+    try:
+        if _sha256(path) != text["weights_sha256"]:
+            raise ValueError("not the file that the JSON was written for")
+        weights = {k: v.astype(mx.float32) for k, v in mx.load(str(path)).items()}
+        module.load_weights(list(weights.items()))
+        mx.eval(module.parameters())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path} is missing, damaged or not of one piece with its JSON; copy both again or train anew."
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fits(value, default) -> bool:
+    """Whether a setting from JSON has the type of its default (None: a number or nothing)."""
+    if default is None or isinstance(default, float):
+        return type(value) in (int, float) or (value is None and default is None)
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(type(v) is type(default[0]) for v in value)
+    return type(value) is type(default)

@@ -1,0 +1,230 @@
+"""Distil a small module against the frozen model: the model is its own teacher.
+
+The teacher is asked once for each window of text (its states, keys and values are kept in
+memory), and the small module then learns from the same windows for several rounds: a
+forward pass through all blocks costs far more than one step of what is trained.
+
+Loss, for each exit E (notebook 02):
+
+    KL(softmax H nu(h_N) || softmax H nu(p_E))  +  weight * mean over l of 1 - cos(p_l, h_tau(l))
+
+summed over the drafts of a chain, as it is decoded: the first draft knows the model's states of all
+tokens before it, each further one has the stream's own p_E in the place of the newest (`chain`).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from ..model.backbone import Backbone
+from ..model.cpu import parallel
+from ..model.cpu.fast_math import fast_exp
+from .stream import AcceleratedStream, intervals, shifted, tau
+
+
+@dataclass
+class DistilConfig:
+    """Settings of `train stream`."""
+
+    steps: int = 2000
+    first_step: int = 0  # where an interrupted run goes on
+    learning_rate: float = 4e-3  # the peak; AdamW
+    warmup: int = 50
+    align_weight: float = 0.1
+    ahead: int = 3  # drafts of a chain that are learnt from; the gradient passes through all of them
+    positions: int = 64  # tokens of each row whose logits are compared, drawn anew for each draft
+    seed: int = 0
+
+
+# --- the teacher ----------------------------------------------------------------------------
+
+
+class KeptKV:
+    """Keys and values of one block, as the stream reads them (`keys_and_values`, `offset`)."""
+
+    def __init__(self, keys, values):
+        self.keys, self.values = keys, values
+        self.offset = keys.shape[2]
+
+    def keys_and_values(self):
+        return self.keys, self.values
+
+
+@dataclass
+class Lesson:
+    """What the teacher says of one batch of windows (B, T)."""
+
+    tokens: mx.array  # (B, T)
+    states: dict[int, mx.array]  # slow states by depth, each (B, T, D)
+    cache: dict[int, KeptKV]  # slow keys and values by block
+
+
+def teach(backbone: Backbone, windows: np.ndarray, depths: set[int], blocks: set[int]) -> Lesson:
+    """Run the frozen model over windows (B, T) and keep the states and keys that are asked for."""
+    tokens = mx.array(windows)
+    cache = backbone.new_cache()
+    states = backbone.states(tokens, cache)
+    kept = {l: KeptKV(*map(mx.contiguous, cache[l].keys_and_values())) for l in blocks}
+    lesson = Lesson(tokens, {d: states[d] for d in depths}, kept)
+    mx.eval(lesson.states, [(k.keys, k.values) for k in kept.values()])
+    return lesson
+
+
+def needs(stream: AcceleratedStream) -> tuple[set[int], set[int]]:
+    """Depths of the states, and blocks of the keys, that training a stream asks the teacher for."""
+    depth, config = stream._backbone.depth, stream.config
+    depths, blocks = {depth}, set()
+    for a, b in intervals(config):
+        depths |= {*range(a, b + 1), *(tau(l, a, b, depth, config.rate) for l in range(a, b + 1))}
+        blocks |= set(range(a, b))
+    if config.deep:
+        blocks |= {f.read for f in stream.fast}
+    return depths, blocks
+
+
+# --- losses ---------------------------------------------------------------------------------
+
+
+exp = mx.compile(fast_exp)  # outside a compiled step it would be twenty passes over the logits
+
+
+@mx.custom_function
+def distance(student, teacher):
+    """KL(softmax teacher || softmax student) of logits (n, V), without the teacher's entropy; (n,)."""
+    t = exp(teacher)
+    mean = (t * student).sum(-1) / t.sum(-1)
+    return mx.log(exp(student).sum(-1)) - mean
+
+
+@distance.vjp
+def _(primals, cotangent, output):
+    s, t = exp(primals[0]), exp(primals[1])
+    left, right = (cotangent / s.sum(-1))[:, None], (cotangent / t.sum(-1))[:, None]
+    return s * left - t * right, mx.zeros_like(primals[1])
+
+
+def divergence(
+    backbone: Backbone,
+    guess: mx.array,
+    final: mx.array,
+    rng: np.random.Generator,
+    read: Callable | None = None,
+    positions: int | None = None,
+    among: np.ndarray | None = None,
+) -> mx.array:
+    """Mean KL from the model's distribution to another's, without the model's entropy: what the stream and
+    every peer are trained with, at some tokens, drawn anew each time.
+
+    Args:
+        guess: states (B, T, D') that are to say what the model's last states say.
+        final: the model's states h_N there, (B, T, D).
+        read: logits of such a guess; by default the model's norm and head.
+        positions: so many tokens for each row; by default `DistilConfig.positions`.
+        among: the tokens to draw from, as numbers 0..B T - 1; by default all.
+    """
+    count = (DistilConfig.positions if positions is None else positions) * final.shape[0]
+    guess, final = (x.reshape(-1, x.shape[-1]) for x in (guess, final))
+    among = np.arange(len(final)) if among is None else among
+    some = mx.array(rng.choice(among, min(count, len(among)), replace=False))
+    teacher = mx.stop_gradient(backbone.head(final[some]))
+    return distance((read or backbone.head)(guess[some]), teacher).mean()
+
+
+def cosine(x: mx.array, y: mx.array) -> mx.array:
+    """Cosine of the last axis."""
+    return (x * y).sum(-1) * mx.rsqrt((x * x).sum(-1) * (y * y).sum(-1) + 1e-12)
+
+
+def chain(stream: AcceleratedStream, lesson: Lesson, ahead: int, exit: int | None = None):
+    """The drafts of a chain at all tokens at once: `ahead` lists p_a .. p_E, each (B, T, D).
+
+    The j-th (from 1) at token t is the draft after t where t and the j - 2 tokens before it are drafts
+    themselves: the model has verified the others, and p_E stands for its last state at t - 1.
+    """
+    carries = stream.config.carry
+    before = shifted(lesson.states[stream._backbone.depth]) if carries else None
+    for j in range(ahead):
+        verified = mx.maximum(mx.arange(lesson.tokens.shape[1]) - j, 0)
+        p = stream(lesson.states, lesson.cache, verified, exit, before)
+        yield p
+        before = shifted(p[-1]) if carries else None
+
+
+FADES = 0.8  # each further draft counts so much less: it is reached only if the ones before were right
+
+
+def stream_loss(
+    stream: AcceleratedStream, lesson: Lesson, settings: DistilConfig, rng: np.random.Generator
+) -> mx.array:
+    """The loss above, summed over the exits and drafts; one number."""
+    backbone, config = stream._backbone, stream.config
+    depth, final = backbone.depth, lesson.states[backbone.depth]
+    total = 0.0
+    for a, b in intervals(config):
+        targets = [lesson.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
+        for j, p in enumerate(chain(stream, lesson, settings.ahead, b)):
+            loss = divergence(backbone, p[-1], final, rng, positions=settings.positions)
+            if settings.align_weight:
+                off = sum((1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True))
+                loss = loss + settings.align_weight * off / (b - a)
+            total = total + FADES**j * loss
+    return total
+
+
+# --- the run --------------------------------------------------------------------------------
+
+
+@dataclass
+class History:
+    """Losses of a run, and what it took."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def distil(
+    module: nn.Module, loss, lessons: list[Lesson], config: DistilConfig, report=None, seconds=math.inf
+) -> History:
+    """Train a small module on lessons, in rounds, with AdamW and a cosine rate.
+
+    Among several processes (`parallel.py`) each brings lessons of its own, as many as the others.
+
+    Args:
+        module: its trainable parameters change in place.
+        loss: (module, lesson, rng) -> one number.
+        report: called with (step, loss) after each step.
+        seconds: stop early after this long; the rate falls with time as with steps.
+
+    Raises:
+        FloatingPointError: the loss became infinite or not a number.
+    """
+    rng = np.random.default_rng(config.seed)
+    optimizer = optim.AdamW(learning_rate=config.learning_rate, betas=[0.9, 0.98], weight_decay=0.0)
+    optimizer.init(module.trainable_parameters())
+    gradient = nn.value_and_grad(module, loss)
+    history, begun, order = History(), time.perf_counter(), []
+    for step in range(config.first_step, config.steps):
+        done = max(step / config.steps, parallel.largest((time.perf_counter() - begun) / seconds))
+        if done >= 1:
+            break
+        optimizer.learning_rate = (
+            config.learning_rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        )
+        order = order or list(rng.permutation(len(lessons)))
+        lesson = lessons[order.pop()]
+        value, gradients = gradient(module, lesson, rng)
+        optimizer.update(module, parallel.average(gradients))
+        mx.eval(value, module.parameters(), optimizer.state)
+        if not math.isfinite(value.item()):
+            raise FloatingPointError(f"the loss is not a number at step {step}; lower the rate")
+        history.losses.append(value.item())
+        if report:
+            report(step, value.item())
+    history.seconds = time.perf_counter() - begun
+    return history

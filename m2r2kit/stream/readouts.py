@@ -1,0 +1,67 @@
+"""What else could be read at an exit, with as many trained numbers as the stream has.
+
+| readout | what it reads | kin |
+|---|---|---|
+| `Bare` | h_E as it is | logit lens, LayerSkip's draft |
+| `WideHead` | h_E + Up s(Down norm(h_E)) | tuned lens, Medusa's first head |
+| `ExtraBlock` | one more transformer block on h_E | Kangaroo, EESD |
+
+Each has the stream's interface for training: (lesson) -> the state that the head reads.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..model.backbone import Backbone
+from .fast_block import SmallFFN, head_dim
+
+
+class Bare(nn.Module):
+    """The residual at the exit, as it is. Nothing to train."""
+
+    def __init__(self, exit: int):
+        super().__init__()
+        self.exit = exit
+
+    def __call__(self, lesson) -> mx.array:
+        return lesson.states[self.exit]
+
+
+class WideHead(nn.Module):
+    """A residual layer before the head; its hidden width makes up the number of parameters."""
+
+    def __init__(self, backbone: Backbone, exit: int, parameters: int):
+        super().__init__()
+        self.exit = exit
+        self.ffn = SmallFFN(backbone.width, max(1, parameters // (2 * backbone.width)))
+
+    def __call__(self, lesson) -> mx.array:
+        h = lesson.states[self.exit]
+        return h + self.ffn(h)
+
+
+class ExtraBlock(nn.Module):
+    """One transformer block of its own on h_E, with keys and values of its own."""
+
+    def __init__(self, backbone: Backbone, exit: int, parameters: int):
+        super().__init__()
+        D = backbone.width
+        self.exit, self._head_dim = exit, head_dim(backbone)
+        self._rope = backbone.blocks[0][backbone.parts.attention].rope
+        self._heads = D // self._head_dim
+        self.norm = nn.RMSNorm(D)
+        self.qkv = mx.random.normal((D, 3 * D)) * D**-0.5
+        self.o = mx.zeros((D, D))
+        self.ffn = SmallFFN(D, max(1, (parameters - 4 * D * D) // (2 * D)))
+
+    def __call__(self, lesson) -> mx.array:
+        h = lesson.states[self.exit]
+        B, T, D = h.shape
+        shape = (B, T, self._heads, self._head_dim)
+        q, k, v = (
+            y.reshape(shape).transpose(0, 2, 1, 3) for y in mx.split(self.norm(h) @ self.qkv, 3, axis=-1)
+        )
+        scale = self._head_dim**-0.5
+        y = mx.fast.scaled_dot_product_attention(self._rope(q), self._rope(k), v, scale=scale, mask="causal")
+        h = h + y.transpose(0, 2, 1, 3).reshape(B, T, D) @ self.o
+        return h + self.ffn(h)

@@ -1,0 +1,160 @@
+"""Train a stream for a model: text, lessons, rounds, and what came of it.
+
+Used by `m2r2kit train stream` and by notebook 02; the loss and the loop are in `training.py`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..model.cpu import parallel
+from ..text.corpus import ASSISTANT, USER
+from ..text.self_generated import beginnings, continue_greedily, questions
+from . import evaluate as alignment
+from .distil import DistilConfig, Lesson, distance, distil, stream_loss, teach
+from .readouts import Bare, ExtraBlock, WideHead
+from .stream import AcceleratedStream, StreamConfig
+
+WINDOW, ROWS = 192, 8  # tokens of a lesson's rows, rows of a lesson if nothing else is asked for
+BEGINNING, LONGEST = 24, 112  # tokens of a beginning where nobody asks, of a question at most
+
+
+def windows(
+    backbone: Backbone, tokens: dict[str, np.ndarray], rows: int, own: float, seed: int = 0
+) -> np.ndarray:
+    """Rows of text (rows, WINDOW): a share `own` written by the model, the rest from the corpus,
+    the kinds in equal parts and the rows shuffled."""
+    rng = np.random.default_rng(seed)
+    kinds = [ids for ids in tokens.values() if len(ids) > WINDOW]
+    parts = []
+    for i, ids in enumerate(kinds):
+        share = rows // len(kinds) + (i < rows % len(kinds))
+        written = round(share * own)
+        starts = rng.integers(0, len(ids) - WINDOW, share - written)
+        parts += [ids[s : s + WINDOW] for s in starts]
+        parts += _written(backbone, asked(backbone, ids, written, rng))
+    # joined with an empty text, ids would have become numbers with a point
+    return np.stack(parts)[rng.permutation(len(parts))].astype(np.int32)
+
+
+def asked(backbone: Backbone, ids: np.ndarray, rows: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """What the model is to go on from: `rows` whole questions where one of its kind's documents (`ids`, in
+    one row) asks any and the tokenizer knows how, else beginnings from anywhere."""
+    asks, answers = (backbone.tokenizer.convert_tokens_to_ids(mark) for mark in (USER, ASSISTANT))
+    known = asks != answers and {asks, answers} <= set(range(backbone.config["vocab_size"]))
+    found = questions(ids, asks, answers, rows, LONGEST, rng) if known and rows else []
+    return found or beginnings(ids, rows, BEGINNING, rng)
+
+
+def _written(backbone: Backbone, starts: list[np.ndarray]) -> list[np.ndarray]:
+    """Each beginning continued to a whole row; those of about one length at once."""
+    starts = sorted(starts, key=len)
+    batch = 64 if mx.default_device() == mx.Device(mx.cpu) else 1024
+    batches = [starts[i : i + batch] for i in range(0, len(starts), batch)]
+    rows = []
+    total = sum(len(b) * (WINDOW - len(b[0])) for b in batches)
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="the model writes", leave=False) as bar:
+        for b in batches:
+            rows += list(continue_greedily(backbone, b, WINDOW, bar.update))
+    return rows
+
+
+def lessons(
+    backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int], batch: int = ROWS
+) -> list[Lesson]:
+    """Ask the teacher about rows of text (rows, WINDOW), in batches of `batch` rows: those of all
+    processes together, where several train."""
+    rows = max(1, batch // parallel.group().size())
+    if len(text) < rows:
+        raise UserError(f"{len(text)} rows of text are no lesson; ask for at least {batch}.")
+    steps = range(0, len(text) - rows + 1, rows)
+    return [
+        teach(backbone, text[i : i + rows], depths, blocks)
+        for i in tqdm(steps, desc="the model teaches", leave=False)
+    ]
+
+
+@dataclass
+class Trained:
+    """A trained module and its figures on held-out rows."""
+
+    module: object
+    parameters: int
+    seconds: float
+    figures: dict
+    losses: list[float]
+
+
+def train_stream(
+    backbone: Backbone,
+    config: StreamConfig,
+    train: list[Lesson],
+    held_out: list[Lesson],
+    settings: DistilConfig,
+    seconds: float = math.inf,
+    report: Callable | None = None,
+    module: AcceleratedStream | None = None,
+) -> Trained:
+    """Train a stream (or go on with `module`) and measure it on rows that it has not seen, if any."""
+    stream = module or AcceleratedStream(backbone, config)
+    history = distil(
+        stream, lambda m, x, rng: stream_loss(m, x, settings, rng), train, settings, report, seconds
+    )
+    figures = alignment.of_stream(backbone, stream, held_out) if held_out else {}
+    return Trained(stream, stream.parameter_count(), history.seconds, figures, history.losses)
+
+
+def train_readout(
+    backbone: Backbone,
+    readout,
+    train: list[Lesson],
+    held_out: list[Lesson],
+    settings: DistilConfig,
+    seconds: float = math.inf,
+    report: Callable | None = None,
+) -> Trained:
+    """The same training for a readout of `readouts.py`; `Bare` is only measured."""
+    from mlx.utils import tree_flatten
+
+    def loss(m, lesson, rng):
+        student, teacher = (backbone.head(x) for x in (m(lesson), lesson.states[backbone.depth]))
+        V = student.shape[-1]
+        return distance(student.reshape(-1, V), teacher.reshape(-1, V)).mean()
+
+    took, losses = 0.0, []
+    if not isinstance(readout, Bare):
+        history = distil(readout, loss, train, settings, report, seconds)
+        took, losses = history.seconds, history.losses
+    parameters = sum(v.size for _, v in tree_flatten(readout.trainable_parameters()))
+    return Trained(readout, parameters, took, alignment.of_readout(backbone, readout, held_out), losses)
+
+
+def comparison(backbone: Backbone, exit: int, base: StreamConfig) -> list[tuple[str, object]]:
+    """What is compared at one exit: (name, stream settings or a maker of a readout). Forms of the
+    stream whose size differs are widened to the size of `base` through their own FFN."""
+    size = AcceleratedStream(backbone, base).parameter_count()
+
+    def widened(config: StreamConfig) -> StreamConfig:
+        small = AcceleratedStream(backbone, replace(config, ffn_width=1)).parameter_count()
+        each = AcceleratedStream(backbone, replace(config, ffn_width=2)).parameter_count() - small
+        return replace(config, ffn_width=max(1, 1 + round((size - small) / each)))
+
+    bare = replace(base, deep=0, carry=False)
+    return [
+        ("bare", lambda: Bare(exit)),
+        ("low-rank head", lambda: WideHead(backbone, exit, size)),
+        ("adapter", widened(replace(bare, form="adapter"))),
+        ("attention", widened(replace(bare, form="attention"))),
+        ("block, own cache depth", widened(bare)),
+        ("block, nothing carried", widened(replace(base, carry=False))),
+        ("block", base),
+        ("block, own keys too", replace(base, near=True)),
+        ("R=1 block", replace(base, rate=1.0)),
+        ("extra block", lambda: ExtraBlock(backbone, exit, size)),
+    ]

@@ -1,0 +1,1 @@
+"""What models read and generate: corpora, prompt files, self-generated text."""

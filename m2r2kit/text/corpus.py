@@ -1,0 +1,152 @@
+"""The training text of the pocket models: three kinds, each plain or as user/assistant turns.
+
+| kind | source | licence |
+|---|---|---|
+| code | the standard library of the Python that runs this | PSF |
+| arithmetic | GSM8K training questions (openai/grade-school-math) | MIT |
+| shell | tldr-pages, English | CC BY 4.0 |
+
+The first is on every machine. The other two are two files in a folder that you name
+(`--corpus`) or that `download.py` fills; nothing of them is stored in this project.
+
+Documents are held out by the hash of their name. A name stands for all that is made from one
+file or page, so a held-out function is never seen inside its file. Pages of one command on two
+systems have two names: held-out figures for shell are a little kind.
+"""
+
+import ast
+import hashlib
+import json
+import re
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common import UserError
+
+KINDS = ("code", "arithmetic", "shell")
+EOS, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
+GSM8K, TLDR = "gsm8k_train.jsonl", "tldr_en.jsonl"
+HELD_OUT = 0.04  # share of documents, chosen by the hash of their name, that training never sees
+
+# Not prose of Python: data tables, generated parsers, and tests.
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus. `name` decides whether it is held out."""
+
+    kind: str
+    name: str
+    text: str
+
+    @property
+    def held_out(self) -> bool:
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
+
+
+def turn(prompt: str, answer: str) -> str:
+    """One user/assistant exchange, as the pocket models' chat template writes it."""
+    return f"{USER}{prompt.strip()}{ASSISTANT}{answer.strip()}"
+
+
+# --- code ---------------------------------------------------------------------------------
+
+
+LONGEST = 45  # lines of a function that is asked for: what fits the model's window
+
+
+def _function_turns(source: str) -> list[str]:
+    """Functions with a docstring, as 'write this function' exchanges."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []  # templates of other tools' code end in .py too
+    lines = source.splitlines()
+    turns = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or not (doc := ast.get_docstring(node)):
+            continue
+        body = lines[node.lineno - 1 : node.end_lineno]
+        if len(body) > LONGEST:
+            continue
+        indent = len(body[0]) - len(body[0].lstrip())
+        code = "\n".join(line[indent:] for line in body)
+        arguments = ", ".join(a.arg for a in node.args.args if a.arg not in ("self", "cls"))
+        first = " ".join(doc.split("\n\n")[0].split())
+        turns.append(turn(f"Write a Python function {node.name}({arguments}). {first}", code))
+    return turns
+
+
+def code_documents(every: int = 1) -> list[Document]:
+    """The standard library: each file as it is, and its documented functions as exchanges.
+
+    `every` n takes one file in n, and all that are held out: enough for a notebook, in a fraction
+    of the time.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for i, path in enumerate(sorted(root.rglob("*.py"))):
+        name = path.relative_to(root)
+        if i % every and not Document("code", f"{name}", "").held_out:
+            continue
+        if SKIPPED_FOLDERS.intersection(name.parts) or path.stat().st_size > 150_000:
+            continue
+        source = path.read_text(encoding="utf-8", errors="replace")
+        documents.append(Document("code", f"{name}", source.strip()))
+        documents += [Document("code", f"{name}", t) for t in _function_turns(source)]
+    return documents
+
+
+# --- arithmetic and shell -----------------------------------------------------------------
+
+
+def _records(path: Path, *fields: str) -> list[dict]:
+    """The objects of a JSONL file, each with text in `fields`."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; give the folder that holds {GSM8K} and {TLDR} with --corpus")
+    records = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                texts = [record[field] for field in fields]
+            except (ValueError, KeyError, TypeError):
+                texts = [None]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"{path}, line {number}: not a JSON object with text in {' and '.join(fields)}"
+                )
+            records.append(record)
+    return records
+
+
+def arithmetic_documents(folder: Path) -> list[Document]:
+    """GSM8K's questions and worked answers, without the calculator's marks (`<<48/2=24>>`)."""
+    return [
+        Document("arithmetic", r["question"], turn(r["question"], re.sub(r"<<.*?>>", "", r["answer"])))
+        for r in _records(folder / GSM8K, "question", "answer")
+    ]
+
+
+def shell_documents(folder: Path) -> list[Document]:
+    """tldr pages: the page asked for by name, and each of its examples asked for by its purpose."""
+    documents = []
+    for record in _records(folder / TLDR, "page", "text"):
+        page, text = record["page"], record["text"].strip()
+        command = page.rsplit("/", 1)[-1]
+        about = " ".join(re.findall(r"^> (.*)$", text, re.M)[:1])
+        documents.append(Document("shell", page, turn(f"How do I use the command {command}? {about}", text)))
+        # "- Remove [f]orcibly:" marks the letter of the flag; a person asking would not
+        examples = re.findall(r"^- (.+?):\n\n`(.+?)`$", re.sub(r"\[(\w)\]", r"\1", text), re.M)
+        exchanges = [turn(f"{what} with {command}.", f"`{how}`") for what, how in examples]
+        if exchanges:
+            documents.append(Document("shell", page, EOS.join(exchanges)))
+    return documents
+
+
+def documents(folder: Path) -> list[Document]:
+    """Every document of the three kinds, held-out ones included."""
+    return code_documents() + arithmetic_documents(folder) + shell_documents(folder)

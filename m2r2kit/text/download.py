@@ -1,0 +1,128 @@
+"""Fetch the two parts of the corpus that are not on every machine, for a user who retrains.
+
+What is pinned, and what is not:
+
+- GSM8K: one file of one commit, and its SHA-256. Training sees the very bytes we saw.
+- tldr-pages: the English archive of release v2.2. The project writes the archive of its newest
+  release again with every change of a page, and v2.2 is not the newest; but nobody promises
+  that it stays. So there is no hash: `tldr_lines` checks that what comes looks like the pages
+  (thousands of them, each with a title, well-known commands among them). `data/pocket-dense`
+  was trained on a later state (7,055 pages), so a model retrained from here reads like it and
+  is not equal to it.
+
+Neither is part of this project. GSM8K is MIT, tldr-pages CC BY 4.0.
+"""
+
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..common import UserError, cache_dir
+from .corpus import GSM8K, TLDR
+
+GSM8K_URL = (
+    "https://raw.githubusercontent.com/openai/grade-school-math/"
+    "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/train.jsonl"
+)
+GSM8K_SHA256 = "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"
+TLDR_URL = "https://github.com/tldr-pages/tldr/releases/download/v2.2/tldr-pages.en.zip"
+
+LIMIT = 64 << 20  # bytes; both files together are under 10 MB
+ELSEWHERE = f"or name a folder that holds {GSM8K} and {TLDR} with --corpus"
+
+
+def corpus_folder(gsm8k: str = GSM8K_URL, tldr: str = TLDR_URL) -> Path:
+    """The folder with both files, downloaded on the first call; the arguments are their addresses."""
+    folder = cache_dir() / "corpus"
+    fetch(gsm8k, folder / GSM8K, gsm8k_lines)
+    fetch(tldr, folder / TLDR, tldr_lines)
+    return folder
+
+
+def fetch(url: str, target: Path, convert: Callable[[bytes], bytes]) -> None:
+    """Download `url` to `target`, if it is not there: converted and whole, or not at all.
+
+    Raises `UserError` where the network, the disk or the content is not as it should be;
+    `convert` says the last by raising `ValueError`.
+    """
+    if target.exists():
+        return
+    try:
+        content = convert(_get(url))
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url} cannot be downloaded ({error}); check the network, {ELSEWHERE}") from None
+    except ValueError as error:
+        raise UserError(
+            f"{url} is not what this kit expects ({error}); try again later, {ELSEWHERE}"
+        ) from None
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror}); free some space or set M2R2KIT_CACHE"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _get(url: str) -> bytes:
+    content = io.BytesIO()
+    with urllib.request.urlopen(url, timeout=30) as response:
+        size = int(response.headers.get("Content-Length") or 0)
+        name = url.rsplit("/", 1)[-1]
+        with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, leave=False) as bar:
+            while chunk := response.read(1 << 16):
+                bar.update(content.write(chunk))
+                if content.tell() > LIMIT:
+                    raise ValueError(f"more than {LIMIT >> 20} MiB")
+    if content.tell() < size:  # a dropped connection ends like a whole file
+        raise OSError(f"the connection ended after {content.tell():,} of {size:,} bytes")
+    return content.getvalue()
+
+
+def gsm8k_lines(content: bytes) -> bytes:
+    """The file as it is, once its SHA-256 is the known one."""
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != GSM8K_SHA256:
+        raise ValueError(f"SHA-256 {digest[:12]}.. instead of {GSM8K_SHA256[:12]}..")
+    return content
+
+
+def tldr_lines(content: bytes, least: int = 4000) -> bytes:
+    """One JSON object a page (`page`, `text`) from the archive's Markdown, links removed.
+
+    Raises `ValueError` if there are fewer than `least` pages, or if they do not look like tldr's.
+    """
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        # both layouts that the project has used: common/tar.md and pages/common/tar.md
+        names = {
+            f"{match[1]}/{match[2]}": name
+            for name in archive.namelist()
+            if (match := re.fullmatch(r"(?:.*\bpages/)?([\w-]+)/([^/]+)\.md", name))
+        }
+        pages = {page: archive.read(name).decode() for page, name in sorted(names.items())}
+    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"not an archive of pages: {error}") from None
+    pages = {
+        page: re.sub(r"^> More information: .*\n", "", text, flags=re.M)
+        for page, text in pages.items()
+        if text.startswith("# ") and re.search(r"^`.+`$", text, re.M)
+    }
+    known = {"common/tar", "common/curl", "common/git-commit"}
+    if len(pages) < least or not known <= pages.keys():
+        raise ValueError(f"{len(pages):,} pages instead of {least:,} or more with {', '.join(sorted(known))}")
+    lines = [json.dumps({"page": page, "text": text}) for page, text in pages.items()]
+    return ("\n".join(lines) + "\n").encode()

@@ -1,0 +1,77 @@
+"""The rows of text that `train` learns from and judges by, the same for all that is trained for a model."""
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..common import cache_dir
+from ..model.backbone import Backbone
+from ..stream import train as distillation
+from . import download
+from .corpus import KINDS, documents
+
+HELD_OUT_ROWS = 96
+OWN = 0.9  # share of the rows that the model writes itself
+WRITTEN = 1  # changes with the way the rows are made, so that older ones are not taken for them
+SMALL = 1 << 28  # numbers of a model that is trained for in float32 on any device
+
+
+def for_training(model) -> Backbone:
+    """The frozen model: a small one in float32, which half precision of states and logits would blur."""
+    backbone = Backbone.load(model)
+    if sum(w.size for _, w in tree_flatten(backbone.model.parameters())) <= SMALL:
+        backbone.model.set_dtype(mx.float32)
+    return backbone
+
+
+def text(backbone: Backbone, corpus, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn from, and rows to judge by from documents that no training has seen.
+
+    The model writes most of them, which takes minutes: they are kept in the cache folder for the next
+    training that asks for the same.
+    """
+    all_documents = documents(Path(corpus) if corpus else download.corpus_folder())
+    asked = [WRITTEN, backbone.sha256, rows, seed, OWN, distillation.WINDOW, HELD_OUT_ROWS]
+    key = hashlib.sha256(json.dumps(asked).encode())
+    for d in all_documents:
+        key.update(f"{d.name}\0{d.text}\0".encode())
+    file = cache_dir() / f"text-{key.hexdigest()[:16]}.npz"
+    try:
+        with np.load(file) as kept:
+            return kept["train"], kept["held_out"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # none, or not whole
+    train, held_out = write(backbone, all_documents, rows, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.npz")
+    np.savez_compressed(temporary, train=train, held_out=held_out)
+    temporary.replace(file)
+    return train, held_out
+
+
+def write(backbone: Backbone, all_documents: list, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `text` keeps."""
+    train, held_out = (tokens_of(backbone, all_documents, held, rows, seed) for held in (False, True))
+    train = distillation.windows(backbone, train, rows, OWN, seed)
+    return train, distillation.windows(backbone, held_out, HELD_OUT_ROWS, OWN, seed + 1)
+
+
+def tokens_of(
+    backbone: Backbone, all_documents: list, held_out: bool, rows: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Token ids of each kind's documents in one row, as many as `rows` rows are to be drawn from."""
+    ids: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    budget = 40 * rows * distillation.WINDOW  # characters of a kind
+    for d in np.random.default_rng(seed).permutation(np.array(all_documents, dtype=object)):
+        if d.held_out == held_out and len(ids[d.kind]) * 3 < budget:
+            ids[d.kind] += [
+                *backbone.tokenizer.encode(d.text, add_special_tokens=False, verbose=False),
+                *sorted(backbone.eos)[:1],
+            ]
+    return {kind: np.array(i, dtype=np.int32) for kind, i in ids.items()}
