@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder, with `data/` and `notebooks/` in it
@@ -13,6 +14,33 @@ class UserError(Exception):
 
     The command line prints it without a traceback and ends with exit code 2.
     """
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a registry: something that is asked for by name.
+
+    A registry is a dict from names to entries. It imports nothing heavy, because the command line reads its
+    choices and help texts from it before it knows which command will run.
+
+    Attributes:
+        about: what it is, in one sentence without a final stop.
+        needs: the command that makes what it needs, such as `train drafter`; empty if it needs nothing.
+        source: the paper, as author and year; empty for controls and for what is ours.
+    """
+
+    name: str
+    about: str
+    needs: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.about}: {self.source}" if self.source else self.about
+
+
+def registry(*entries: Entry) -> dict[str, Entry]:
+    """Entries by their names, in the order in which they are shown."""
+    return {entry.name: entry for entry in entries}
 
 
 def cache_dir() -> Path:
