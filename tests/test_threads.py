@@ -138,7 +138,7 @@ def test_eig():
 
 REPORT = """
 import json, sys
-from m2r2kit import blas, runtime
+from m2r2kit.model.cpu import blas, threads as runtime
 state = runtime.prepare()
 print(json.dumps([state.kind, state.detail, len(blas._old), runtime._product_is_right()]))
 """
@@ -209,7 +209,7 @@ def test_wrong_products_are_found_and_taken_back(fault, tmp_path):
     program = (
         f"wrong = {WRONG[fault]!r}"
         + """
-from m2r2kit import blas, runtime
+from m2r2kit.model.cpu import blas, threads as runtime
 import json
 blas.uninstall()
 wrong = blas.SHIM.replace(*wrong)
@@ -227,7 +227,7 @@ print(json.dumps([state.kind, state.detail, len(blas._old), runtime._product_is_
 @patched
 def test_install_twice_and_back():
     program = """
-from m2r2kit import blas, runtime
+from m2r2kit.model.cpu import blas, threads as runtime
 import ctypes, json
 old = dict(blas._old)
 blas.install()  # a second time: what is remembered are still MLX's own
@@ -300,7 +300,7 @@ def test_while_decoding_readers_keep_off_the_core_that_computes_and_all_is_as_be
 @patched
 def test_while_decoding_a_product_has_one_thread():
     program = """
-from m2r2kit import blas, runtime
+from m2r2kit.model.cpu import blas, threads as runtime
 import ctypes, json
 threads = ctypes.CDLL(str(blas.openblas_path())).scipy_openblas_get_num_threads
 before = threads()
