@@ -9,7 +9,9 @@ import tiny
 
 from m2r2kit import __main__ as cli
 from m2r2kit.common import UserError
-from m2r2kit.model.backbone import DENSE, MOE, Backbone, crop, weights_sha256
+from m2r2kit.model.backbone import Backbone, crop
+from m2r2kit.model.families import DENSE, MOE
+from m2r2kit.model.load import weights_sha256
 from m2r2kit.speculation import M2R2, EarlyExit, generate
 from m2r2kit.stream.stream import FORMS
 

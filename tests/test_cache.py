@@ -6,8 +6,9 @@ import tiny
 from mlx.utils import tree_map
 
 from m2r2kit.model import cache as fixed_cache
-from m2r2kit.model.backbone import DENSE, MOE, Backbone, crop
+from m2r2kit.model.backbone import Backbone, crop
 from m2r2kit.model.cache import FEW, STEP, FixedKV
+from m2r2kit.model.families import DENSE, MOE
 
 ROWS = (9, 1, 3, 1, FEW, FEW + 1, 1)  # passes of a prompt, of one token, and of drafts
 

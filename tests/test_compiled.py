@@ -12,9 +12,9 @@ from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from m2r2kit.model.backbone import DENSE
 from m2r2kit.model.compiled import is_lean, lean_pass, product
 from m2r2kit.model.cpu.fast_math import falling_exp, logistic
+from m2r2kit.model.families import DENSE
 from m2r2kit.stream.fast_block import Merged
 
 cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="only used on a CPU")

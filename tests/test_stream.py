@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from m2r2kit.common import UserError
-from m2r2kit.model.backbone import MOE, Backbone, crop
+from m2r2kit.model.backbone import Backbone, crop
+from m2r2kit.model.families import MOE
 from m2r2kit.stream.distil import chain, needs, teach
 from m2r2kit.stream.stream import FORMS, AcceleratedStream, StreamConfig, intervals, shifted, tau
 

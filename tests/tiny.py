@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import _get_classes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from m2r2kit.model.backbone import MOE, Backbone
+from m2r2kit.model.backbone import Backbone
+from m2r2kit.model.families import MOE
 from m2r2kit.stream.stream import AcceleratedStream, StreamConfig
 
 WIDTH, BLOCKS, VOCABULARY, CONTEXT = 32, 4, 96, 64

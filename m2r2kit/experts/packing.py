@@ -18,7 +18,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..common import UserError, cache_dir
-from ..model.backbone import PARTS, Backbone, Parts, model_folder, weights_sha256
+from ..model.backbone import Backbone
+from ..model.families import PARTS, Parts
+from ..model.load import model_folder, weights_sha256
 from .store import MANIFEST, PAGE, STAMPS, Manifest, Piece, Store, file_name, stamps
 
 SPARE = 16 << 20  # bytes that packing leaves free on the disk

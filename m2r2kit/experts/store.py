@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..common import UserError
-from ..model.backbone import weights_sha256
+from ..model.load import weights_sha256
 
 FORMAT = 1
 PAGE = 4096  # bytes

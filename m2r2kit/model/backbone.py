@@ -1,14 +1,11 @@
 """One view of a language model from mlx-lm: embedding, blocks one by one, final norm and head.
 
 The model itself is never changed. Every wing of the kit goes through this view, so whatever
-works on a pocket model works on any model of the families below.
+works on a pocket model works on any model of the families in `families.py`.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,44 +17,25 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..common import UserError
 from .cache import FEW, FixedKV, Traced, is_fixed, round_up
-
-DENSE = ("llama", "qwen3", "phi3", "gemma", "olmo2")
-MOE = ("olmoe", "qwen3_moe", "mixtral")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Where a block keeps its parts, by mlx-lm's attribute names.
-
-    `norm_after` marks families (olmo2) that normalise what a sub-layer gives, not what it takes.
-    """
-
-    attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
-    ffn: str = "mlp"
-    ffn_norm: str = "post_attention_layernorm"
-    norm_after: bool = False
-
-
-PARTS = {
-    "olmo2": Parts(
-        attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm", norm_after=True
-    ),
-    "mixtral": Parts(ffn="block_sparse_moe"),
-}
+from .families import MOE, PARTS, Parts, check_served
+from .load import load, object_config, object_sha256
 
 
 class Backbone:
     """A model of mlx-lm, seen as `embed -> blocks -> head`.
 
     Shapes: B sequences, T tokens, D width, V vocabulary, N blocks.
-    Make one with `Backbone.load(folder_or_repo)`.
+    Make one with `Backbone.load(folder_or_repo)`, or `Backbone.of(model, tokenizer)`.
+
+    Args:
+        config: the model's config.json.
+        sha256: hash of the weights, or what computes it on first use.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, config: dict, sha256: str):
+    def __init__(self, model: nn.Module, tokenizer, config: dict, sha256: str | Callable[[], str]):
         check_served(config)
         self.family = config["model_type"]
-        self.model, self.tokenizer, self.config, self.sha256 = model, tokenizer, config, sha256
+        self.model, self.tokenizer, self.config, self._sha256 = model, tokenizer, config, sha256
         self.parts = PARTS.get(self.family, Parts())
         self.blocks: list[nn.Module] = list(model.layers)
         self._traced: dict[tuple, Traced] = {}  # compiled passes, by what they do
@@ -71,36 +49,25 @@ class Backbone:
         take_out: Callable | None = None,
         sha256: Callable | None = None,
     ) -> "Backbone":
-        """Load a Hugging Face folder or repository with mlx-lm.
+        """Load a Hugging Face folder or repository with mlx-lm; arguments and errors as of `load.load`."""
+        return cls(*load(path_or_repo, dtype, take_out, sha256))
 
-        Args:
-            dtype: arithmetic of the weights; by default float32 on a CPU, as stored elsewhere.
-            take_out: called with the model before its weights are read; what it takes out of the
-                model is never read.
-            sha256: folder -> the hash of its weights; by default `weights_sha256`, which reads them all.
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer) -> "Backbone":
+        """The view of a model and its tokenizer as `mlx_lm.load` returns them; neither is changed.
+
+        The hash is taken when it is first asked for (`load.object_sha256`): of an unchanged model it is the
+        hash of the folder that the tokenizer came from.
 
         Raises:
-            UserError: the folder is missing, incomplete, or of a family that is not served.
+            UserError: the model is of a family that is not served.
         """
-        folder = model_folder(path_or_repo)
-        from mlx_lm import utils  # imports transformers: seconds that `--help` should not cost
+        return cls(model, tokenizer, object_config(model, tokenizer), lambda: object_sha256(model, tokenizer))
 
-        try:
-            model, config = utils.load_model(folder, lazy=True)
-            tokenizer = utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-            if take_out:
-                take_out(model)
-            if dtype is None and mx.default_device() == mx.Device(mx.cpu):
-                dtype = mx.float32
-            if dtype is not None:
-                model.set_dtype(dtype)
-            mx.eval(model.parameters())
-        except Exception as error:  # mlx-lm raises whatever its parts raise; the user needs one sentence
-            reason = str(error).splitlines()[0].rstrip(":. ") if str(error) else type(error).__name__
-            raise UserError(
-                f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole."
-            ) from error
-        return cls(model, tokenizer, config, (sha256 or weights_sha256)(folder))
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights: what trained parts are bound to."""
+        return self._sha256() if callable(self._sha256) else self._sha256
 
     # --- sizes ---
 
@@ -299,62 +266,7 @@ class Backbone:
         return self.tokenizer.decode([i for i in ids if i not in self.eos])
 
 
-def check_served(config: dict) -> None:
-    """Refuse, in one sentence, a model that this view cannot show (config: its config.json)."""
-    family = config.get("model_type", "")
-    if family not in DENSE + MOE:
-        raise UserError(f"Models of type '{family}' are not served; use one of {', '.join(DENSE + MOE)}.")
-    if any(kind == "sliding_attention" for kind in config.get("layer_types") or ()):
-        raise UserError("This model slides its attention window, and a rolled cache cannot be cut back.")
-
-
 def crop(cache: list, length: int) -> None:
     """Cut every entry of a KV cache back to `length` positions; shorter entries stay."""
     for c in cache:
         c.trim(max(0, c.offset - length))
-
-
-def weights_sha256(folder: Path) -> str:
-    """One hash of a model's weight files: what a trained stream is bound to."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def model_folder(path_or_repo: str | Path) -> Path:
-    """The folder of a model, complete as far as can be seen without loading it."""
-    folder = Path(path_or_repo)
-    if not folder.exists():
-        name = str(path_or_repo)
-        if name.count("/") != 1 or name.startswith((".", "/", "~", "data/")):
-            raise UserError(f"There is no model folder {name}; give a folder or a Hugging Face repository.")
-        from mlx_lm.utils import _download
-
-        try:
-            folder = Path(_download(name))
-        except Exception as error:
-            raise UserError(f"There is no folder {name}, and fetching it as a repository failed.") from error
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json; copy the model's folder again, whole.")
-    check_served(_json(folder / "config.json"))  # before gigabytes are read
-    if not list(folder.glob("model*.safetensors")):
-        raise UserError(f"{folder} has no model*.safetensors; copy the model's folder again, whole.")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        named = set(_json(index).get("weight_map", {}).values())
-        if missing := sorted(n for n in named if not (folder / n).exists()):
-            raise UserError(f"{folder} lacks {missing[0]}; copy the model's folder again, whole.")
-    return folder
-
-
-def _json(path: Path) -> dict:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):  # no JSON, or not even text
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not valid JSON; copy the model's folder again, whole.")
-    return value

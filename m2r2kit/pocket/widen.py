@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from ..common import UserError
 from ..experts import trained
-from ..model.backbone import Backbone, weights_sha256
+from ..model.backbone import Backbone
+from ..model.load import weights_sha256
 from ..stream import checkpoints
 from .new_model import new_model
 

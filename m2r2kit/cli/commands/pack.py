@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from ...experts.packing import pack
 from ...experts.store import Store
-from ...model.backbone import model_folder, weights_sha256
+from ...model.load import model_folder, weights_sha256
 
 
 def run(args) -> int:
