@@ -18,7 +18,7 @@ from m2r2kit.experts import registry as methods
 from m2r2kit.experts.decode import ExpertDecoder, StreamedModel
 from m2r2kit.experts.predictors import Predictor, Random, Recorded
 from m2r2kit.experts.reader import PARKED, Reader
-from m2r2kit.experts.replay import replay
+from m2r2kit.experts.simulate import replay
 from m2r2kit.experts.slots import Bank, budget_of_share, slots_of_budget
 from m2r2kit.experts.state_predictors import DirectMap, NextRouter, StreamPredictor, router
 from m2r2kit.experts.trace import Trace
@@ -56,7 +56,7 @@ def trace_of(model: StreamedModel) -> Trace:
 
 def run(model, policy="lru", predictor=None, slots=4, shared=False, trace=None, reader=None, given=None):
     """All prompts through one decoder: (token ids of each, its residency, the last answer)."""
-    make = methods.policy(policy, E, given)
+    make = methods.policy(policy, given)
     residency = model.residency(slots, make, shared)
     with reader or Reader(model.store, "buffered") as r:
         decoder = ExpertDecoder(model, residency, r, predictor, trace)
@@ -96,7 +96,7 @@ def test_whatever_the_policy_and_the_replay_counts_the_same(policy):
     trace = trace_of(model)
     tokens, live, _ = run(model, policy, NextRouter(model.backbone, 1), trace=trace, given=given)
     assert tokens == right()
-    again = replay(trace, model.residency(4, methods.policy(policy, E, given)), Recorded(trace))
+    again = replay(trace, model.residency(4, methods.policy(policy, given)), Recorded(trace))
     assert again == live.counts and live.counts.missed > 0 and live.counts.ahead > 0
 
 
@@ -119,7 +119,7 @@ def test_whatever_the_predictor_and_the_replay_counts_the_same(name, shared):
     predictor, trace = methods.predictor(name, model, 2, **others), trace_of(model)
     tokens, live, outs = run(model, "lru", predictor, slots, shared, trace)
     assert tokens == right()
-    fresh = model.residency(slots, methods.policy("lru", E), shared)
+    fresh = model.residency(slots, methods.policy("lru"), shared)
     if name in ("previous", "static", "random", "oracle", "nothing"):  # those that need no model
         assert replay(trace, fresh, methods.predictor(name, model, 2, **others)) == live.counts
     else:
@@ -182,7 +182,7 @@ def test_wrong_guesses_do_not_take_the_disk_from_right_ones():
     model = streamed()
     guess = Random(model.store.manifest.blocks, 1, E, 4)
     with Reader(model.store, "buffered", threads=1, link=2e6) as r:
-        residency = model.residency(6, methods.policy("lru", E))
+        residency = model.residency(6, methods.policy("lru"))
         decoder = ExpertDecoder(model, residency, r, guess)
         out = decoder.generate(PROMPTS[1], 6)
         asked = residency.counts.reads
@@ -201,7 +201,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
 def test_a_token_may_be_drawn_by_the_caller():
     model = streamed()
     with Reader(model.store, "buffered") as r:
-        decoder = ExpertDecoder(model, model.residency(4, methods.policy("lru", E)), r)
+        decoder = ExpertDecoder(model, model.residency(4, methods.policy("lru")), r)
         out = decoder.generate(PROMPTS[1], 5, choose=lambda logits: mx.argmin(logits).item())
         assert len(set(out.tokens) & set(right()[1])) < 5
         assert decoder.generate(PROMPTS[1], TOKENS).tokens == right()[1]  # and another text after it
@@ -249,7 +249,7 @@ def test_a_read_error_ends_the_text_and_the_decoder(monkeypatch):
 
     monkeypatch.setattr(reading.os, "preadv", preadv)
     with Reader(model.store, "buffered") as r:
-        decoder = ExpertDecoder(model, model.residency(K, methods.policy("none", E)), r)
+        decoder = ExpertDecoder(model, model.residency(K, methods.policy("none")), r)
         emitted = []
         with pytest.raises(UserError, match=r"Expert \d of block \d cannot be read"):
             decoder.generate(PROMPTS[1], TOKENS, on_tokens=lambda t, _: emitted.extend(t))
@@ -267,7 +267,7 @@ def test_a_store_of_another_model_is_refused():
 def test_a_prompt_that_does_not_fit_is_refused():
     model = streamed()
     with Reader(model.store, "buffered") as r:
-        decoder = ExpertDecoder(model, model.residency(4, methods.policy("lru", E)), r)
+        decoder = ExpertDecoder(model, model.residency(4, methods.policy("lru")), r)
         for prompt in ([], tiny.prompt(tiny.CONTEXT)):
             with pytest.raises(UserError):
                 decoder.generate(prompt)
@@ -277,7 +277,7 @@ def test_a_prompt_that_does_not_fit_is_refused():
 def test_the_timeline_shows_every_read_that_was_used_and_where_it_was_waited_for():
     model, events = streamed(), []
     with Reader(model.store, "buffered", link=20e6) as r:
-        residency = model.residency(4, methods.policy("none", E))
+        residency = model.residency(4, methods.policy("none"))
         decoder = ExpertDecoder(model, residency, r, NextRouter(model.backbone, 1), timeline=events)
         out = decoder.generate(PROMPTS[0], 5)
     kinds = [e.kind for e in events]
@@ -310,7 +310,7 @@ def test_a_budget_is_kept():
         slots = slots_of_budget(manifest, budget, buffers)
         assert slots == share * E
         with Reader(model.store, "buffered", threads=2) as r:
-            decoder = ExpertDecoder(model, model.residency(slots, methods.policy("lru", E)), r)
+            decoder = ExpertDecoder(model, model.residency(slots, methods.policy("lru")), r)
             assert decoder.bank_bytes + r.buffer_bytes <= budget
     with pytest.raises(UserError, match="too small"):
         slots_of_budget(manifest, budget_of_share(manifest, 0.1, 0), 0)
@@ -348,5 +348,5 @@ def test_names_that_nobody_knows_are_one_sentence():
             methods.predictor(asked[0], model, *asked[1:])
     for policy in ("nothing", "belady"):
         with pytest.raises(UserError):
-            methods.policy(policy, E)
+            methods.policy(policy)
     assert type(methods.predictor("nothing", model)) is Predictor

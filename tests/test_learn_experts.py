@@ -84,7 +84,7 @@ def test_decoding_names_what_the_forced_pass_names(kind, rate):
     m = model.store.manifest
     trace, prompt = Trace(m.blocks, m.experts, m.top_k), tiny.prompt(7)
     with Reader(model.store, "buffered") as r:
-        residency = model.residency(m.experts, methods.policy("lru", m.experts))
+        residency = model.residency(m.experts, methods.policy("lru"))
         decoder = ExpertDecoder(model, residency, r, made(model.backbone), trace)
         tokens = decoder.generate(prompt, 10).tokens
     text = [*prompt, *tokens][: len(prompt) + 9]

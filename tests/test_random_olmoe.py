@@ -70,7 +70,7 @@ def test_more_skew_uses_experts_less_evenly(tmp_path):
         m = streamed.store.manifest
         trace = Trace(m.blocks, m.experts, m.top_k)
         with Reader(streamed.store, "buffered") as r:
-            residency = streamed.residency(32, methods.policy("lru", 32))
+            residency = streamed.residency(32, methods.policy("lru"))
             ExpertDecoder(streamed, residency, r, trace=trace).generate([5, 6, 7], 80)
         trace.save(tmp_path / "t.npz")
         found = bench_memory.skewness(tmp_path / "t.npz")

@@ -9,15 +9,15 @@ from m2r2kit.common import UserError
 from m2r2kit.experts import policies
 from m2r2kit.experts import registry as methods
 from m2r2kit.experts.predictors import Oracle, PreviousToken, Random, Recorded, Static
-from m2r2kit.experts.replay import replay
 from m2r2kit.experts.residency import Residency
+from m2r2kit.experts.simulate import replay
 from m2r2kit.experts.trace import Pass, Trace, jaccard, sticky
 
 TRACE = sticky(blocks=3, experts=12, top_k=3, passes=150, seed=1)
 
 
 def memory(policy="lru", slots=6, trace=TRACE, shared=False):
-    make = methods.policy(policy, trace.experts, trace)
+    make = methods.policy(policy, trace)
     return Residency(trace.blocks, trace.experts, trace.top_k, slots, make, shared)
 
 
@@ -121,34 +121,34 @@ def test_s3_fifo_keeps_what_was_used_again_and_lets_newcomers_go():
         pool.begin()
         pool.arrive(0, [expert], ())
         pool.end()
-    assert 1 in pool.pools[0].held and 2 not in pool.pools[0].held
+    assert (0, 1) in pool.pools[0].held and (0, 2) not in pool.pools[0].held
 
 
 def test_least_stale_evicts_behind_the_pass_before_ahead_of_it():
-    policy = policies.LeastStale(6, experts=10)
-    for key in (1, 21, 41, 61):  # in blocks 0, 2, 4, 6
-        policy.add(key)
+    policy = policies.LeastStale(6)
+    for block in (0, 2, 4, 6):
+        policy.add((block, 1))
     policy.now, policy.block = 1, 4
-    assert policy.victim({}) == 1  # left behind and farthest
-    assert policy.victim({1}) == 21
-    assert policy.victim({1, 21}) == 61  # ahead, farther than block 4
-    policy.hit(61)
-    policy.hit(1)
-    assert policy.victim({21}) == 41  # not touched in this pass
-    assert policy.victim({21, 41}) == 1  # touched, but behind
+    assert policy.victim({}) == (0, 1)  # left behind and farthest
+    assert policy.victim({(0, 1)}) == (2, 1)
+    assert policy.victim({(0, 1), (2, 1)}) == (6, 1)  # ahead, farther than block 4
+    policy.hit((6, 1))
+    policy.hit((0, 1))
+    assert policy.victim({(2, 1)}) == (4, 1)  # not touched in this pass
+    assert policy.victim({(2, 1), (4, 1)}) == (0, 1)  # touched, but behind
 
 
 def test_trace_guided_learns_from_the_text_most_like_this_one():
-    tables = np.zeros((2, 10))
-    tables[0, [0, 1, 2]] = 9, 5, 1
-    tables[1, [5, 6, 7]] = 9, 5, 1
+    tables = np.zeros((2, 2, 5))  # texts, blocks, experts
+    tables[0, 0, [0, 1, 2]] = 9, 5, 1
+    tables[1, 1, [0, 1, 2]] = 9, 5, 1
     policy = policies.TraceGuided(3, tables)
-    for key in (5, 6, 0):
+    for key in ((1, 0), (1, 1), (0, 0)):
         policy.add(key)
-    policy.hit(5)
+    policy.hit((1, 0))
     policy.begin()
-    assert policy.victim({}) == 0  # of the other text
-    assert policy.victim({0}) == 6
+    assert policy.victim({}) == (0, 0)  # of the other text
+    assert policy.victim({(0, 0)}) == (1, 1)
 
 
 # --- pins and counts ------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_nothing_in_use_or_predicted_is_evicted_and_no_slot_has_two_owners(polic
 
     def carry_out(loads):
         for key, slot, evicted in loads:
-            pool = residency.pools.index(residency.pool_of[key // TRACE.experts])
+            pool = residency.pools.index(residency.pool_of[key[0]])
             if evicted is not None:
                 assert owner[pool, slot] == evicted
             owner[pool, slot] = key
@@ -174,15 +174,15 @@ def test_nothing_in_use_or_predicted_is_evicted_and_no_slot_has_two_owners(polic
         for m, experts in guess.before(number):
             carry_out(residency.speculate(m, experts))
         for l, wanted in zip(TRACE.blocks, p.wanted):
-            pinned = {k for pool in residency.pools for k in pool.pinned if k // TRACE.experts != l}
+            pinned = {k for pool in residency.pools for k in pool.pinned if k[0] != l}
             if residency.running:  # that block is through
                 block, experts = residency.running
-                pinned -= {block * TRACE.experts + e for e in experts}
+                pinned -= {(block, e) for e in experts}
             named = [(l, [number % TRACE.experts, 1]), *guess.at(number, l, wanted)]
             loads = residency.arrive(l, wanted, named)
             carry_out(itertools.chain(*loads))
             held = {k: s for pool in residency.pools for k, s in pool.held.items()}
-            assert all(l * TRACE.experts + e in held for e in wanted)
+            assert all((l, e) in held for e in wanted)
             assert not any(load.evicted in pinned for load in itertools.chain(*loads))
             for i, pool in enumerate(residency.pools):
                 assert all(owner[i, slot] == key for key, slot in pool.held.items())
@@ -212,7 +212,7 @@ def test_what_is_named_and_here_does_not_go_for_what_is_named_and_missing():
     for expert in (1, 2, 3):  # 1 is the oldest
         pool.demand(0, [expert])
         pool.release(0, [expert])
-    assert [(load.key, load.evicted) for load in pool.speculate(0, [9, 1, 9])] == [(9, 2)]
+    assert [(load.key, load.evicted) for load in pool.speculate(0, [9, 1, 9])] == [((0, 9), (0, 2))]
     assert pool.counts.speculated == 1 and not pool.demand(0, [9, 1])
 
 

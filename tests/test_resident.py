@@ -10,7 +10,7 @@ from m2r2kit.experts import registry as methods
 from m2r2kit.experts.decode import ExpertDecoder
 from m2r2kit.experts.predictors import Recorded
 from m2r2kit.experts.reader import Reader
-from m2r2kit.experts.replay import replay
+from m2r2kit.experts.simulate import replay
 from m2r2kit.experts.slots import Bank
 from m2r2kit.experts.state_predictors import NextRouter, StreamPredictor
 
@@ -36,9 +36,9 @@ def test_what_is_predicted_is_counted_as_in_the_replay_and_as_with_stops(name):
     predictor, trace = methods.predictor(name, model, 2, made=t.made(name, model)), t.trace_of(model)
     tokens, live, _ = t.run(model, "lru", predictor, E, trace=trace)
     assert tokens == t.right() and live.counts.predicted > 0
-    fresh = model.residency(E, methods.policy("lru", E))
+    fresh = model.residency(E, methods.policy("lru"))
     assert replay(trace, fresh, Recorded(trace)) == live.counts
-    cut, residency = t.trace_of(model), model.residency(E, methods.policy("lru", E))
+    cut, residency = t.trace_of(model), model.residency(E, methods.policy("lru"))
     with Reader(model.store, "buffered") as r:
         predictor.new_text()
         decoder = ExpertDecoder(model, residency, r, predictor, cut)
@@ -52,7 +52,7 @@ def test_what_is_predicted_is_counted_as_in_the_replay_and_as_with_stops(name):
 def test_there_is_one_pass_a_token_and_a_token_may_be_drawn():
     model, events = t.streamed(), []
     with Reader(model.store, "buffered") as r:
-        residency = model.residency(E, methods.policy("lru", E))
+        residency = model.residency(E, methods.policy("lru"))
         decoder = ExpertDecoder(model, residency, r, StreamPredictor(t.stream(model)), timeline=events)
         drawn = decoder.generate(t.PROMPTS[1], 5, choose=lambda logits: mx.argmax(logits).item())
         assert drawn.tokens == t.right()[1][:5]
@@ -78,7 +78,7 @@ def test_dense_blocks_between_run_along(tmp_path):
         trace = t.trace_of(model)
         tokens, live, _ = t.run(model, predictor=predictor, slots=E, trace=trace)
         assert tokens == [generate(view, p, max_tokens=t.TOKENS).tokens for p in t.PROMPTS]
-        fresh = model.residency(E, methods.policy("lru", E))
+        fresh = model.residency(E, methods.policy("lru"))
         assert replay(trace, fresh, Recorded(trace)) == live.counts
 
 

@@ -4,9 +4,8 @@ import pytest
 
 from m2r2kit.experts import registry as methods
 from m2r2kit.experts.predictors import Oracle, Predictor, PreviousToken, Random
-from m2r2kit.experts.replay import replay
 from m2r2kit.experts.residency import Residency
-from m2r2kit.experts.simulate import Clock
+from m2r2kit.experts.simulate import Clock, replay
 from m2r2kit.experts.trace import Pass, Trace, distances, sticky
 
 TRACE = sticky(blocks=4, experts=12, top_k=3, passes=40, stay=0.4, seed=3)
@@ -14,7 +13,7 @@ COMPUTE = [1.0] * 5
 
 
 def memory(policy="lru", slots=6, trace=TRACE):
-    return Residency(trace.blocks, trace.experts, trace.top_k, slots, methods.policy(policy, trace.experts))
+    return Residency(trace.blocks, trace.experts, trace.top_k, slots, methods.policy(policy))
 
 
 def passed(read, predictor=None, policy="lru", slots=6, trace=TRACE):

@@ -12,7 +12,6 @@ arm comes back to a prompt it has decoded all others since. What a token takes i
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..cli.arguments import TRAINED
 from ..common import UserError
 from ..experts import registry as methods
 from ..experts import trained
@@ -84,7 +83,7 @@ class ExpertArm:
 def predictor_of(name: str, model: StreamedModel, folder, distance: int, width: int | None, trace: Trace):
     """An arm's predictor, or the sentence that says what it lacks."""
     made = None
-    if name in TRAINED:
+    if name in methods.TRAINED:
         try:
             made = trained.predictor(model.backbone, folder, name, width)
         except UserError as error:
@@ -145,7 +144,7 @@ def compare(
                         say(f"Left out: {name}. {who}")
                     continue
                 readers.append(Reader(model.store, disk.mode, disk.threads, disk.link))
-                make = methods.policy(policy, manifest.experts)
+                make = methods.policy(policy)
                 decoder = ExpertDecoder(model, model.residency(slots, make), readers[-1], who)
                 arms.append(ExpertArm(name, decoder, known=right.traces))
             _equality(arms, prompts, right.tokens, max_tokens, report)

@@ -7,14 +7,14 @@
 
 All of it is a bound: real kernels and real reads do worse, and `check` says by how much one published
 system does. Without a trace h is the share of all experts that the budget holds, as if routers chose
-without any preference; a trace of the model gives what a cache would really have found (`replay.py`).
+without any preference; a trace of the model gives what a cache would really have found (`simulate.py`).
 """
 
 from dataclasses import dataclass
 
 from ..experts.policies import LRU
-from ..experts.replay import replay
 from ..experts.residency import Residency
+from ..experts.simulate import replay
 from ..experts.trace import Trace
 
 GROUP = 64  # weights that share a scale and a bias of 16 bit each, as mlx-lm quantises

@@ -61,7 +61,7 @@ def in_memory(
     tokens, traces = [], []
     seconds = {name: [] for name in ("plain", "whole", "cut")}  # a round
     with Reader(model.store, disk.mode, disk.threads) as reader:
-        decoder = ExpertDecoder(model, model.residency(m.experts, methods.policy("lru", m.experts)), reader)
+        decoder = ExpertDecoder(model, model.residency(m.experts, methods.policy("lru")), reader)
 
         def decode(name, prompt):
             if name == "plain":
@@ -101,7 +101,7 @@ def streamed(model: StreamedModel, slots: int, disk: Disk, prompts, max_tokens: 
     """With so many slots a block and an LRU cache: tokens are compared among the arms alone."""
     m = model.store.manifest
     with Reader(model.store, disk.mode, disk.threads, disk.link) as reader:
-        decoder = ExpertDecoder(model, model.residency(slots, methods.policy("lru", m.experts)), reader)
+        decoder = ExpertDecoder(model, model.residency(slots, methods.policy("lru")), reader)
         tokens, traces, seconds = [], [], []
         for prompt in prompts:
             decoder.trace = Trace(m.blocks, m.experts, m.top_k)

@@ -25,6 +25,7 @@ from ..model.cpu.threads import decoding
 from . import moe
 from .generation import Event, ExpertGeneration
 from .packing import load_without_experts
+from .policies import Expert
 from .predictors import Predictor
 from .reader import AHEAD, PARKED, Reader, Request
 from .residency import Load, Residency
@@ -95,7 +96,7 @@ class ExpertDecoder:
         self.matrix_bytes = max(self.backbone.matrix_bytes, *pieces)
         self.cut, self.cut_pass = False, moe.TokenPass(*parts)
         self.whole_pass = moe.TokenPass(*parts, first) if residency.whole else None
-        self.pending: dict[int, Request] = {}  # reads of experts that have not been used since
+        self.pending: dict[Expert, Request] = {}  # reads of experts that have not been used since
         self.texts, self.broken = 0, False
         self._out = ExpertGeneration()
 
@@ -280,18 +281,16 @@ class ExpertDecoder:
         self.reader.wait(self.pending.pop(load.key) for load in loads)
 
     def _start(self, loads: Sequence[Load], urgent: bool) -> None:
-        """Ask for records; what they evict will not land any more."""
-        E = self.residency.experts
+        """Issue reads; pending reads of what they evict are cancelled."""
         for key, slot, evicted in loads:
             if evicted in self.pending:
                 self.reader.cancel(self.pending.pop(evicted))
-            l, expert = divmod(key, E)
-            bank = self.bank_of[l]
-            self.pending[key] = self.reader.submit(l, expert, _into(bank, slot), urgent)
+            l, expert = key
+            self.pending[key] = self.reader.submit(l, expert, _into(self.bank_of[l], slot), urgent)
 
     def _sort(self, l: int, wanted: Sequence[int], named: Named) -> None:
-        """Block l has chosen: what was named for it and is not wanted is parked, or it would be read before
-        what is named rightly; what is named anew goes ahead again."""
+        """Block l has chosen: wrong predictions for it are parked, so that right ones are read first;
+        parked ones that are predicted again rejoin the queue."""
         pending = self.pending
         if not pending:
             return
@@ -300,13 +299,13 @@ class ExpertDecoder:
         self.reader.rank([pending[key] for key in wrong if key in pending], PARKED)
 
     def _again(self, named: Iterable[tuple[int, Sequence[int]]]) -> None:
-        keys = self.residency.keys(named)
+        keys = ((m, expert) for m, experts in named for expert in experts)
         requests = [self.pending[key] for key in keys if key in self.pending]
         self.reader.rank([r for r in requests if r.rank == PARKED], AHEAD)
 
     def _ready(self, l: int, experts: Sequence[int]) -> list[int]:
         """The slots of these experts, when all of them are there."""
-        keys, held, out = self.residency.keys([(l, experts)]), self.residency.pool_of[l].held, self._out
+        keys, held, out = [(l, e) for e in experts], self.residency.pool_of[l].held, self._out
         waiting = [self.pending.pop(key) for key in keys if key in self.pending]
         if waiting:
             for request in waiting:

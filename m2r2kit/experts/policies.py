@@ -1,8 +1,8 @@
-"""Which expert goes when a slot is needed: one small class a policy.
+"""Which expert is evicted when a slot is needed: one small class a policy.
 
-A key is `block * E + expert`. A pool (`residency.py`) tells its policy what it holds (`add`, `drop`),
-what is used (`hit`, in the order of use), and asks for a victim among those that are not pinned.
-`LRU`, `LFU`, `CLOCK` are as everywhere; where a name has several readings, the class says which.
+A key is (block, expert). A pool (`residency.py`) tells its policy what it holds (`add`, `drop`) and what is
+used (`hit`, in the order of use), and asks for a victim among the keys that are not pinned. `LRU`, `LFU`
+and `CLOCK` are the textbook ones; where a name has several readings, the class says which.
 """
 
 from collections import deque
@@ -10,14 +10,16 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+Expert = tuple[int, int]  # (block, expert)
+
 
 class Policy:
     """What all policies share.
 
     Attributes:
-        keeps: whether what is held stays after its use.
-        now: number of the pass that is running, set by the pool's owner.
-        block: where in the pass it is.
+        keeps: whether an expert stays after its use.
+        now: number of the current pass, set by the pool's owner.
+        block: the block that the pass has reached.
     """
 
     keeps = True
@@ -25,22 +27,22 @@ class Policy:
     def __init__(self, slots: int):
         self.slots, self.now, self.block = slots, 0, 0
 
-    def add(self, key: int) -> None:
-        """A key has come in: for a use that is reported next, or ahead of one that may never come."""
+    def add(self, key: Expert) -> None:
+        """A key has come in, on demand (its `hit` follows) or ahead of a use that may never come."""
 
-    def hit(self, key: int) -> None:
-        """A key that is in is being used."""
+    def hit(self, key: Expert) -> None:
+        """A key in memory is used."""
 
-    def used(self, keys: Sequence[int]) -> None:
+    def used(self, keys: Sequence[Expert]) -> None:
         """`hit` for each of these."""
         for key in keys:
             self.hit(key)
 
-    def drop(self, key: int) -> None:
-        """A key has gone."""
+    def drop(self, key: Expert) -> None:
+        """A key was evicted."""
 
-    def victim(self, pinned: Collection[int]) -> int | None:
-        """A key to go, or None if all are pinned."""
+    def victim(self, pinned: Collection[Expert]) -> Expert | None:
+        """The key to evict, or None if all are pinned."""
         raise NotImplementedError
 
     def begin(self) -> None:
@@ -51,11 +53,11 @@ class Policy:
 
 
 class LRU(Policy):
-    """The one whose last use is longest ago."""
+    """Evicts the key whose last use is longest ago."""
 
     def __init__(self, slots):
         super().__init__(slots)
-        self.order: dict[int, None] = {}  # from the oldest to the newest
+        self.order: dict[Expert, None] = {}  # from the oldest to the newest
 
     def add(self, key):
         self.order[key] = None
@@ -75,15 +77,15 @@ class LRU(Policy):
 
 
 class Forget(LRU):
-    """No cache: every expert goes after its use. Only what was read ahead waits for it."""
+    """No cache: every expert is dropped after its use. Only prefetched experts wait for theirs."""
 
     keeps = False
 
 
 class Scored(LRU):
-    """The one with the lowest score; of several the one whose last use is longest ago."""
+    """Evicts the key with the lowest score; of several, the one whose last use is longest ago."""
 
-    def score(self, key: int) -> float:
+    def score(self, key: Expert) -> float:
         raise NotImplementedError
 
     def victim(self, pinned):
@@ -92,11 +94,11 @@ class Scored(LRU):
 
 
 class LFU(Scored):
-    """The one used least often since the beginning; uses are remembered when a key has gone."""
+    """Evicts the key used least often since the beginning; evicted keys keep their counts."""
 
     def __init__(self, slots):
         super().__init__(slots)
-        self.uses: dict[int, int] = {}
+        self.uses: dict[Expert, int] = {}
 
     def hit(self, key):
         super().hit(key)
@@ -107,12 +109,12 @@ class LFU(Scored):
 
 
 class LFRU(LFU):
-    """Uses divided by the passes since the last one. (The name stands for several mixtures of
-    frequency and recency; this is the plainest.)"""
+    """Scores uses divided by the passes since the last one. (The name covers several mixtures of frequency
+    and recency; this is the plainest.)"""
 
     def __init__(self, slots):
         super().__init__(slots)
-        self.last: dict[int, int] = {}
+        self.last: dict[Expert, int] = {}
 
     def add(self, key):
         super().add(key)
@@ -127,12 +129,12 @@ class LFRU(LFU):
 
 
 class CLOCK(Policy):
-    """The first one under the hand that was not used since the hand went by."""
+    """Evicts the first key under the hand that was not used since the hand last passed it."""
 
     def __init__(self, slots):
         super().__init__(slots)
-        self.ring: deque[int] = deque()  # the hand points at the left end
-        self.marked: dict[int, bool] = {}
+        self.ring: deque[Expert] = deque()  # the hand points at the left end
+        self.marked: dict[Expert, bool] = {}
 
     def add(self, key):
         self.ring.append(key)
@@ -157,19 +159,19 @@ class CLOCK(Policy):
 
 
 class S3FIFO(Policy):
-    """Three queues (Yang et al., SOSP 2023): newcomers pass a small one, a tenth of the slots; what is
-    used there, or comes back soon, stays in the main one; a ghost remembers the keys that went."""
+    """Three queues (Yang et al., SOSP 2023): new keys pass a small one, a tenth of the slots; a key that is
+    used there, or comes back soon, moves to the main one; a ghost queue remembers evicted keys."""
 
     def __init__(self, slots):
         super().__init__(slots)
-        self.small: dict[int, None] = {}
-        self.main: dict[int, None] = {}
-        self.ghost: dict[int, None] = {}
-        self.uses: dict[int, int] = {}
+        self.small: dict[Expert, None] = {}
+        self.main: dict[Expert, None] = {}
+        self.ghost: dict[Expert, None] = {}
+        self.uses: dict[Expert, int] = {}
         self.share = max(1, slots // 10)
 
     def add(self, key):
-        self.uses[key] = -1  # the use that it comes in for is none beyond that
+        self.uses[key] = -1  # the use that brought it in does not count
         if key in self.ghost:
             del self.ghost[key]
             self.main[key] = None
@@ -196,7 +198,7 @@ class S3FIFO(Policy):
                     continue
                 if self.uses[key] <= 0:
                     return key
-                del self.small[key]  # used while it was new: it stays
+                del self.small[key]  # used while new: it moves to the main queue
                 self.main[key], self.uses[key] = None, 0
         for key in [key for key in self.main if key not in pinned] * 4:
             if self.uses[key] <= 0:
@@ -209,13 +211,13 @@ class S3FIFO(Policy):
 
 class LeastStale(LRU):
     """Least-Stale, the class-and-distance reading. (SpecMD's algorithm, arXiv 2602.03921, is not public
-    in code and three readings of it circulate.) Goes first what this pass has not touched (stale), of
-    these what lies in blocks that the pass has left behind, of these the farthest; last of all what this
-    pass has touched. In a pool of one block all distances are equal, and it is LRU."""
+    in code and three readings of it circulate.) It evicts first what this pass has not touched (stale); of
+    these, keys of blocks that the pass has left behind; of these, the farthest. What this pass has touched
+    comes last. In a pool of one block all distances are equal, and this is LRU."""
 
-    def __init__(self, slots, experts: int):
+    def __init__(self, slots):
         super().__init__(slots)
-        self.experts, self.touched = experts, {}
+        self.touched: dict[Expert, int] = {}
 
     def add(self, key):
         super().add(key)
@@ -227,33 +229,34 @@ class LeastStale(LRU):
 
     def victim(self, pinned):
         def place(key):
-            distance = key // self.experts - self.block
+            distance = key[0] - self.block
             return self.touched[key] == self.now, distance >= 0, -abs(distance)
 
         return min((key for key in self.order if key not in pinned), key=place, default=None)
 
 
 class TraceGuided(Scored):
-    """The one least used in the earlier text whose routing was most like this one's so far (the idea of
-    MoE-Infinity, arXiv 2401.14361: there the same table also says what to prefetch).
+    """Evicts the key least used in the earlier text whose routing is most like this text's so far (the idea
+    of MoE-Infinity, arXiv 2401.14361; there the same table also says what to prefetch).
 
     Args:
-        tables: (texts, blocks * E), how often each expert ran in each earlier text.
+        tables: (texts, blocks, E), how often each expert ran in each earlier text (`Trace.tables`).
     """
 
     def __init__(self, slots, tables: np.ndarray):
         super().__init__(slots)
-        lengths = np.linalg.norm(tables, axis=1, keepdims=True)
+        lengths = np.linalg.norm(tables, axis=(1, 2), keepdims=True)
         self.tables = tables / np.maximum(lengths, 1e-9)
         self.new_text()
 
     def new_text(self):
-        self.seen = np.zeros(self.tables.shape[1])
+        self.seen = np.zeros(self.tables.shape[1:])
         self.expected = self.tables.mean(axis=0)
 
     def begin(self):
         if self.seen.any():
-            self.expected = self.tables[np.argmax(self.tables @ self.seen)]
+            likeness = np.tensordot(self.tables, self.seen, 2)  # (texts,)
+            self.expected = self.tables[np.argmax(likeness)]
 
     def hit(self, key):
         super().hit(key)
@@ -264,18 +267,19 @@ class TraceGuided(Scored):
 
 
 class Belady(Policy):
-    """The one whose next use is farthest ahead: needs the future, and no policy misses less often.
+    """Evicts the key whose next use is farthest ahead (Belady 1966): it needs the future, and no policy
+    misses less often.
 
     Args:
-        uses: for each key the numbers of the passes that use it, rising.
+        uses: key -> the numbers of the passes that use it, ascending (`Trace.uses`).
     """
 
     NEVER = 1 << 60
 
-    def __init__(self, slots, uses: dict[int, list[int]]):
+    def __init__(self, slots, uses: dict[Expert, list[int]]):
         super().__init__(slots)
         self.uses = {key: deque(at) for key, at in uses.items()}
-        self.held: set[int] = set()
+        self.held: set[Expert] = set()
 
     def add(self, key):
         self.held.add(key)
@@ -288,14 +292,22 @@ class Belady(Policy):
     def drop(self, key):
         self.held.remove(key)
 
-    def next_use(self, key: int) -> int:
+    def next_use(self, key: Expert) -> int:
         """The pass of this key's next use."""
         at = self.uses.get(key)
         return at[0] if at else self.NEVER
 
     def victim(self, pinned):
         free = [key for key in self.held if key not in pinned]
-        return max(free, key=lambda key: (self.next_use(key), key), default=None)  # later block, larger key
+        return max(free, key=lambda key: (self.next_use(key), key), default=None)  # ties: the later block
 
 
-SIMPLE = {"none": Forget, "lru": LRU, "lfu": LFU, "lfru": LFRU, "clock": CLOCK, "s3-fifo": S3FIFO}
+SIMPLE = {
+    "none": Forget,
+    "lru": LRU,
+    "lfu": LFU,
+    "lfru": LFRU,
+    "clock": CLOCK,
+    "s3-fifo": S3FIFO,
+    "least-stale": LeastStale,
+}  # those that need no trace

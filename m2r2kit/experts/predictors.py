@@ -76,7 +76,7 @@ class Static(Distant):
 
     def __init__(self, trace: Trace, distance: int, width: int):
         super().__init__(trace.blocks, distance)
-        counts = trace.tables().sum(axis=0).reshape(-1, trace.experts)
+        counts = trace.tables().sum(axis=0)  # (blocks, E)
         self.best = {l: np.argsort(-counts[l], kind="stable")[:width].tolist() for l in trace.blocks}
 
     def guess(self, number, m):

@@ -1,39 +1,77 @@
-"""Policies and predictors by the names that the command line knows."""
+"""Policies and predictors by name. Importing this is cheap: what makes them is imported when one is made."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
-from ..cli.arguments import POLICIES, PREDICTORS, TRAINED
-from ..common import UserError
-from . import policies
-from .decode import StreamedModel
-from .predictors import Oracle, Predictor, PreviousToken, Random, Static
-from .state_predictors import NextRouter, StatePredictor
-from .trace import Trace
+from typing import TYPE_CHECKING
+
+from ..common import Entry, UserError, registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .decode import StreamedModel
+    from .policies import Policy
+    from .predictors import Predictor
+    from .state_predictors import StatePredictor
+    from .trace import Trace
+
+TRACE, TRAINING = "generate --trace", "train predictor"  # the commands that make what some of them need
+
+POLICIES = registry(
+    Entry("none", "no cache: every expert is dropped after its use"),
+    Entry("lru", "evicts the expert whose last use is longest ago"),
+    Entry("lfu", "evicts the expert used least often so far"),
+    Entry("lfru", "evicts the expert with the fewest uses per pass since its last one"),
+    Entry("clock", "an expert used since the hand's last round stays", source="Corbató 1968"),
+    Entry("s3-fifo", "a small queue for new experts, a main one, and a ghost", source="Yang et al. 2023"),
+    Entry("least-stale", "evicts what this pass has not touched, behind it first", source="SpecMD 2026"),
+    Entry("trace-guided", "evicts the expert least used in the most similar earlier text", TRACE,
+          "MoE-Infinity, Xue et al. 2024"),
+    Entry("belady", "evicts the expert whose next use is farthest ahead: the optimum", TRACE, "Belady 1966"),
+)  # fmt: skip
+PREDICTORS = registry(
+    Entry("nothing", "predicts nothing: every missing expert is read on demand"),
+    Entry("previous", "the experts of the token before"),
+    Entry("static", "the experts that ran most often in earlier texts", TRACE),
+    Entry("next-router", "routers of the next blocks on the current state", source="Eliseev and Mazur 2023"),
+    Entry("m2r2", "the accelerated stream of rate 2, then the router", TRAINING, "M2R2 2025"),
+    Entry("m2r2-r1", "the same stream of rate 1: a control without velocity", TRAINING),
+    Entry("direct", "a low-rank map of the current state for each pair of blocks, then the router", TRAINING),
+    Entry("random", "experts drawn at random: a control"),
+    Entry("shuffled", "next-router with its experts permuted: a control"),
+    Entry("oracle", "the experts of this very run, from its trace: the ceiling", TRACE),
+    Entry("self", "each router on its own input: always right, and too late"),
+)
+TRAINED = tuple(name for name, entry in PREDICTORS.items() if entry.needs == TRAINING)
 
 
-def policy(name: str, experts: int, trace: Trace | None = None) -> Callable[[int], policies.Policy]:
-    """What makes a policy for a pool of so many slots.
+def _known(kind: str, names: dict[str, Entry], name: str, trace: Trace | None) -> None:
+    """Refuse a name that is not in a registry, or a missing trace."""
+    if name not in names:
+        raise UserError(f"There is no {kind} '{name}'; choose {', '.join(names)}.")
+    if names[name].needs == TRACE and trace is None:
+        raise UserError(f"The {kind} '{name}' needs a routing trace; record one with `--trace`.")
+
+
+def policy(name: str, trace: Trace | None = None) -> Callable[[int], Policy]:
+    """What makes the policy of a pool: slots -> policy.
 
     Args:
-        experts: E of each block.
-        trace: earlier texts for `trace-guided`; for `belady` this very run.
+        trace: earlier texts for `trace-guided`; for `belady`, this very run.
 
     Raises:
-        UserError: the policy needs a trace and there is none.
+        UserError: no such policy, or the trace that it needs is missing.
     """
-    if name in policies.SIMPLE:
-        return policies.SIMPLE[name]
-    if name == "least-stale":
-        return lambda slots: policies.LeastStale(slots, experts)
-    if name not in POLICIES:
-        raise UserError(f"There is no policy '{name}'; choose {', '.join(POLICIES)}.")
-    if trace is None:
-        raise UserError(f"The policy '{name}' needs a routing trace; record one with `--trace`.")
+    from . import policies
+
+    _known("policy", POLICIES, name, trace)
     if name == "trace-guided":
         tables = trace.tables()
         return lambda slots: policies.TraceGuided(slots, tables)
-    uses = trace.uses()
-    return lambda slots: policies.Belady(slots, uses)
+    if name == "belady":
+        uses = trace.uses()
+        return lambda slots: policies.Belady(slots, uses)
+    return policies.SIMPLE[name]
 
 
 def predictor(
@@ -47,22 +85,25 @@ def predictor(
     """A predictor by its name.
 
     Args:
-        distance: blocks that it looks ahead; the stream's own follows from its rate.
-        width: experts that it names; by default as many as run.
-        trace: of earlier texts for `static`; for `oracle` of this very run.
-        made: what was trained, and names as many as it was loaded for (`trained.predictor`).
+        distance: how many blocks it looks ahead; the stream's own follows from its rate.
+        width: how many experts it predicts for a block; by default as many as run.
+        trace: earlier texts for `static`; for `oracle`, this very run.
+        made: the trained predictor, which has its own width (`trained.predictor`).
 
     Raises:
-        UserError: it needs what is not given, or there is none of this name.
+        UserError: no such predictor, a number out of range, or what it needs is missing.
     """
+    from .predictors import Oracle, Predictor, PreviousToken, Random, Static
+    from .state_predictors import NextRouter
+
     manifest, backbone = model.store.manifest, model.backbone
     width = manifest.top_k if width is None else width
     if not 1 <= width <= manifest.experts:
         raise UserError(f"A predictor names 1 to {manifest.experts} experts; got {width}.")
-    if not 1 <= distance <= max(1, len(manifest.blocks) - 1):
-        raise UserError(f"A predictor looks 1 to {len(manifest.blocks) - 1} blocks ahead; got {distance}.")
-    if name in ("static", "oracle") and trace is None:
-        raise UserError(f"The predictor '{name}' needs a routing trace; record one with `--trace`.")
+    most = max(1, len(manifest.blocks) - 1)
+    if not 1 <= distance <= most:
+        raise UserError(f"A predictor looks 1 to {most} blocks ahead; got {distance}.")
+    _known("predictor", PREDICTORS, name, trace)
     if name in TRAINED and made is None:
         raise UserError(f"The predictor '{name}' has to be trained for this model first; none is given.")
     match name:
@@ -82,6 +123,5 @@ def predictor(
             return NextRouter(backbone, distance, width).shuffle()
         case "self":
             return NextRouter(backbone, 0, width)
-        case _ if name in TRAINED:
+        case _:
             return made
-    raise UserError(f"There is no predictor '{name}'; choose {', '.join(PREDICTORS)}.")

@@ -1,29 +1,67 @@
-"""What a recorded routing would take on another disk: the books of `residency.py` on a simulated clock.
+"""Run the bookkeeping of a recorded run again, without the model: its counts (`replay`), its time (`Clock`).
 
-    computing   so many seconds up to each router, and behind the last one
-    reads       one after the other, so many seconds each; what is needed now overtakes what may be, and
-                what was named for a block that did not want it is parked, as in the live decoder
+The live decoder keeps the same books (`residency.py`), so the counts are the same, with any policy, budget
+and predictor that needs no model. The clock adds another disk:
 
-The live decoder keeps the same books, so the counts are the same. The clock is kinder in one thing: what
-is neither computing nor reading takes no time.
+    computing   so many seconds up to each router, and after the last one
+    reads       one after the other, so many seconds each; demand reads overtake prefetches, and a wrong
+                prediction is parked, as in the live decoder
+
+The clock is kinder in one thing: what is neither computing nor reading takes no time.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from .generation import Event
+from .policies import Expert
 from .predictors import Predictor
 from .residency import Counts, Load, Residency
 from .trace import Trace
 
 
+def replay(trace: Trace, residency: Residency, predictor: Predictor | None = None) -> Counts:
+    """What the live run would count, prompts included.
+
+    Args:
+        residency: the one to fill; empty at first.
+        predictor: one that needs no model (`predictors.Recorded` names what the live run named).
+    """
+    text = None
+    for number, p in enumerate(trace.passes):
+        if p.text != text:
+            text = p.text
+            residency.new_text()
+            if predictor:
+                predictor.new_text()
+        residency.begin()
+        if p.prompt:
+            for l, wanted in zip(trace.blocks, p.wanted):
+                for group in residency.groups(l, wanted):
+                    residency.demand(l, group)
+                    residency.release(l, group)
+        elif predictor:
+            for m, experts in predictor.before(number):
+                residency.speculate(m, experts)
+            for l, wanted in zip(trace.blocks, p.wanted):
+                residency.arrive(l, wanted, predictor.at(number, l, wanted))
+        else:
+            for l, wanted in zip(trace.blocks, p.wanted):
+                residency.arrive(l, wanted, ())
+        residency.end()
+    return residency.counts
+
+
+# --- the same on a clock --------------------------------------------------------------------
+
+
 @dataclass
 class Clocked:
-    """What came out. Prompts are read beforehand and take no time here.
+    """What the simulated run took. Prompts are read beforehand and take no time here.
 
     Attributes:
         tokens: the events of each token, as a live run's `timeline` has them.
-        seconds, stall_seconds: of all tokens, and of these spent waiting.
+        seconds, stall_seconds: of all tokens, and the part of them spent waiting.
         counts, in_time, late: as `ExpertGeneration` has them.
     """
 
@@ -46,42 +84,42 @@ class Read:
 
 
 class Line:
-    """Reads one after the other, each of `seconds`."""
+    """A disk that does one read after the other, each of `seconds`."""
 
     def __init__(self, seconds: float):
         self.seconds, self.free = seconds, 0.0
         self.now_needed: list[Read] = []
         self.ahead: list[Read] = []
-        self.pending: dict[int, Read] = {}  # reads of experts that have not been used since
+        self.pending: dict[Expert, Read] = {}  # reads of experts that have not been used since
 
     def ask(self, loads: Sequence[Load], now: float, urgent: bool) -> None:
-        """Reads to be done from now on; what they evict is not brought any more."""
+        """Issue reads; pending reads of what they evict are dropped."""
         self.serve(now)
         for key, _, evicted in loads:
             self.drop(evicted)
             self.pending[key] = read = Read(now, urgent)
             (self.now_needed if urgent else self.ahead).append(read)
 
-    def drop(self, key: int | None) -> None:
-        """This expert is not wanted any more."""
+    def drop(self, key: Expert | None) -> None:
+        """This expert is not needed any more."""
         if key in self.pending:
             self.park([self.pending.pop(key)])
 
     def park(self, reads: Iterable[Read]) -> None:
-        """These are not read until they are named again, or needed."""
+        """Hold these reads until they are predicted again, or needed."""
         for read in reads:
             if read in self.ahead:
                 self.ahead.remove(read)
 
-    def again(self, keys: Iterable[int], now: float) -> None:
-        """Parked reads that are named anew."""
+    def again(self, keys: Iterable[Expert], now: float) -> None:
+        """Put parked reads that are predicted again back in the queue."""
         for read in (self.pending[key] for key in keys if key in self.pending):
             if read.begun is None and read not in self.ahead and read not in self.now_needed:
                 read.issued = now
                 self.ahead.append(read)
 
     def serve(self, until: float) -> None:
-        """All reads that begin before a moment."""
+        """Do all reads that begin before a moment."""
         while queue := self.now_needed or self.ahead:
             begun = max(self.free, queue[0].issued)
             if begun >= until:
@@ -91,7 +129,7 @@ class Line:
             self.free = read.finished
 
     def bring(self, reads: Sequence[Read], now: float) -> float:
-        """When all of these are there; those that were asked for ahead are needed now."""
+        """The moment when all of these are there; prefetches among them become demand reads."""
         self.serve(now)
         for read in reads:
             if read.begun is None and read not in self.now_needed:
@@ -104,11 +142,11 @@ class Line:
 
 
 class Clock:
-    """Lets a recorded run pass again.
+    """Runs a recorded run again and says when each thing happens.
 
     Args:
         residency: an empty one, of any size and policy.
-        predictor: one that needs no model; None names nothing.
+        predictor: one that needs no model; None predicts nothing.
         compute: seconds up to each block's router, and for the rest: one more than there are blocks.
         read: seconds of a record: its bytes over the disk's bytes/s.
     """
@@ -156,7 +194,7 @@ class Clock:
         named = self.predictor.before(number)
         for m, experts in named:
             line.ask(residency.speculate(m, experts), self.now, False)
-        line.again(residency.keys(named), self.now)
+        line.again(((m, expert) for m, experts in named for expert in experts), self.now)
         for l, wanted, seconds in zip(trace.blocks, chosen, self.compute):
             events.append(Event("compute", l, self.now, self.now + seconds))
             self.now += seconds
@@ -164,18 +202,18 @@ class Clock:
             loads, ahead = residency.arrive(l, wanted, named)
             line.ask(loads, self.now, True)
             line.ask(ahead, self.now, False)
-            line.again(residency.keys((m, experts) for m, experts in named if m != l), self.now)
+            line.again(((m, expert) for m, experts in named if m != l for expert in experts), self.now)
             wrong = residency.wrong(l, wanted)
             line.park(line.pending[key] for key in wrong if key in line.pending)
-            self._wait(l, residency.keys([(l, wanted)]), events)
+            self._wait(l, wanted, events)
         events.append(Event("compute", trace.blocks[-1] + 1, self.now, self.now + self.compute[-1]))
         self.now += self.compute[-1]
         self.out.tokens.append(events)
 
-    def _wait(self, l: int, keys: Sequence[int], events: list[Event]) -> None:
-        """Until these experts are there."""
-        line, out, E = self.line, self.out, self.residency.experts
-        reads = {key: line.pending.pop(key) for key in keys if key in line.pending}
+    def _wait(self, l: int, wanted: Sequence[int], events: list[Event]) -> None:
+        """Until these experts of block l are there."""
+        line, out = self.line, self.out
+        reads = {expert: line.pending.pop((l, expert)) for expert in wanted if (l, expert) in line.pending}
         if not reads:
             return
         then = line.bring(list(reads.values()), self.now)
@@ -185,8 +223,8 @@ class Clock:
                 out.late += read.finished > self.now
         if then > self.now:
             events.append(Event("wait", l, self.now, then))
-        for key, read in reads.items():
+        for expert, read in reads.items():
             kind = "demand" if read.urgent else "ahead"
-            events.append(Event(kind, l, read.begun, read.finished, key % E))
+            events.append(Event(kind, l, read.begun, read.finished, expert))
         out.stall_seconds += then - self.now
         self.now = then

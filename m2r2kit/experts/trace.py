@@ -1,7 +1,7 @@
 """A routing trace: which experts every block chose in every pass of a run, and what was predicted.
 
-Enough to run the bookkeeping again without the model (`replay.py`), with any policy and budget. The
-first pass over a prompt reads many tokens at once; of it the trace holds the union.
+It is enough to run the bookkeeping again without the model (`simulate.py`), with any policy and budget. The
+passes over a prompt take many positions at once; of these the trace holds the union of the chosen experts.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common import UserError
+from .policies import Expert
 
 Named = list[tuple[int, list[int]]]  # (block, experts), best first
 
@@ -21,7 +22,7 @@ class Pass:
 
     Attributes:
         text: number of the text that it belongs to.
-        prompt: whether it is the first one, over all of a prompt but its last token.
+        prompt: whether it is a pass over a prompt (all of it but its last token).
         wanted: for each block that has experts, those it chose.
         named: what was predicted before the first block, and then at each block.
     """
@@ -46,22 +47,23 @@ class Trace:
         """Experts needed, summed over blocks and passes."""
         return sum(len(wanted) for p in self.passes for wanted in p.wanted)
 
-    def uses(self) -> dict[int, list[int]]:
-        """For each key (block * E + expert) the numbers, from 1, of the passes that use it: `Belady`."""
-        found: dict[int, list[int]] = {}
+    def uses(self) -> dict[Expert, list[int]]:
+        """(block, expert) -> the numbers, from 1, of the passes that use it: `Belady`."""
+        found: dict[Expert, list[int]] = {}
         for number, p in enumerate(self.passes, 1):
             for l, wanted in zip(self.blocks, p.wanted):
                 for expert in wanted:
-                    found.setdefault(l * self.experts + expert, []).append(number)
+                    found.setdefault((l, expert), []).append(number)
         return found
 
     def tables(self) -> np.ndarray:
-        """How often each expert ran in each text: (texts, (last block + 1) * E): `TraceGuided`, `Static`."""
+        """How often each expert ran in each text, (texts, blocks of the model up to the last one with
+        experts, E): `TraceGuided`, `Static`."""
         texts = 1 + max((p.text for p in self.passes), default=-1)
-        table = np.zeros((texts, (self.blocks[-1] + 1) * self.experts))
+        table = np.zeros((texts, self.blocks[-1] + 1, self.experts))
         for p in self.passes:
             for l, wanted in zip(self.blocks, p.wanted):
-                table[p.text, [l * self.experts + expert for expert in wanted]] += 1
+                table[p.text, l, wanted] += 1
         return table
 
     # --- files ---

@@ -1,6 +1,7 @@
 """The names that a user may give, known without importing what bears them; tests hold the two together."""
 
 from ...common import ROOT
+from ...experts import registry
 
 MODEL = ROOT / "data" / "pocket-dense"
 MOE = ROOT / "data" / "pocket-moe"
@@ -13,12 +14,6 @@ EXIT_METHODS = (
     *("saturation", "skipdecode", "layerskip", "m2r2-linear", "m2r2-copy", "m2r2-p", "calm-linear"),
     *("calm-copy", "mixture-of-depths", "shallow"),
 )
-POLICIES = (
-    "none", "lru", "lfu", "lfru", "clock", "s3-fifo", "least-stale", "trace-guided", "belady",
-)  # fmt: skip
-PREDICTORS = (
-    "nothing", "previous", "static", "next-router", "direct", "m2r2", "m2r2-r1", "random", "shuffled",
-    "oracle", "self",
-)  # fmt: skip
-TRAINED = ("m2r2", "m2r2-r1", "direct")  # predictors of experts
+POLICIES, PREDICTORS = tuple(registry.POLICIES), tuple(registry.PREDICTORS)
+TRAINED = registry.TRAINED  # predictors of experts
 FORMS = ("block", "attention", "adapter")

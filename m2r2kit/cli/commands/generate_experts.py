@@ -28,7 +28,7 @@ def run(args, prompts) -> int:
     backbone, manifest = model.backbone, model.store.manifest
     ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first
     known = Trace.load(args.known) if args.known else None
-    make = methods.policy(args.policy, manifest.experts, known)
+    make = methods.policy(args.policy, known)
     who = predictor(args, model, known)
     trace = Trace(manifest.blocks, manifest.experts, manifest.top_k) if args.trace else None
     with Reader(model.store, args.reads, args.threads, args.link) as reader:
