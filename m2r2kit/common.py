@@ -1,8 +1,13 @@
-"""What every room needs: how bad input is reported, where files lie, and how much memory was used."""
+"""What every room needs: how bad input is reported, where files lie, how they are written whole or not at
+all, and how much memory was used."""
 
+import errno
 import os
 import resource
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +52,107 @@ def cache_dir() -> Path:
     """The cache folder, which may not exist yet; the variable `M2R2KIT_CACHE` names another one."""
     root = os.environ.get("M2R2KIT_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "m2r2kit"
+
+
+# --- writing: whole or not at all -----------------------------------------------------------
+
+TEMPORARY = ".m2r2kit-"  # how the folders begin in which something is being written
+WAYS_OUT = {
+    errno.ENOSPC: "the disk is full; make room",
+    errno.EDQUOT: "the disk quota is used up; make room",
+    errno.EFBIG: "the file is larger than this disk or this process allows; choose another place",
+    errno.EROFS: "the disk is read-only; choose another place",
+    errno.EACCES: "permission is denied; choose a place that you may write to",
+    errno.EPERM: "permission is denied; choose a place that you may write to",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EISDIR: "there is a folder of that name; choose another name",
+    errno.EEXIST: "a part of its path is a file; choose another place",
+    errno.ENOTDIR: "a part of its path is a file; choose another place",
+    errno.ENOTEMPTY: "it exists already; delete it, or choose another name",
+    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`",
+}
+
+
+@contextmanager
+def whole(target: str | Path) -> Iterator[Path]:
+    """A path to write a file or a folder to; it is renamed to `target` when the block ends, and deleted if
+    the block fails. So `target` is whole or as it was before.
+
+    The path has `target`'s name, in a new folder beside it that belongs to this block alone. Missing parents
+    are made. A link is followed; a pipe or a device is written to directly. A folder replaces no folder.
+
+    Raises:
+        UserError: it cannot be written (the cause, and what to do). Errors that name another file, such as
+            one that is read inside the block, are left as they are.
+    """
+    target = Path(target)
+    try:
+        if target.exists() and not target.is_file() and not target.is_dir():  # /dev/stdout, a pipe
+            yield target
+            return
+        real = Path(os.path.realpath(target))
+        with _beside(real) as new:
+            yield new
+            new.replace(real)
+    except OSError as error:
+        name = str(error.filename or "")
+        if name and TEMPORARY not in name and not Path(os.path.abspath(target)).is_relative_to(name):
+            raise
+        raise unwritable(target, error) from error
+    except RuntimeError as error:  # MLX says nothing of the cause
+        if not str(error).startswith(("[write]", "[save")):
+            raise
+        raise UserError(f"{target} cannot be written: the disk is full or damaged; make room.") from error
+
+
+def write_whole(file: str | Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all; errors as of `whole`."""
+    with whole(file) as new:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(file: str | Path) -> None:
+    """Ask before long work whether `file` could be written at its end; nothing is left behind.
+
+    Raises:
+        UserError: it cannot be written (the cause, and what to do).
+    """
+    file = Path(file)
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        if file.exists() and not file.is_file():
+            return
+        with _beside(Path(os.path.realpath(file))) as new:
+            new.touch()
+    except OSError as error:
+        raise unwritable(file, error) from error
+
+
+def unwritable(target: str | Path, error: OSError) -> UserError:
+    """One sentence: what could not be written, why, and what to do."""
+    way_out = WAYS_OUT.get(error.errno, f"{error.strerror or error}; choose another place")
+    return UserError(f"{target} cannot be written: {way_out}.")
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A path of the same name in a new folder beside `target`; the folder is deleted at the end, and so are
+    the parents that were made for it, if nothing else is in them."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=TEMPORARY, dir=target.parent, ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder, target.name)
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+# --- memory ---------------------------------------------------------------------------------
 
 
 def peak_bytes() -> int:
