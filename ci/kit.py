@@ -14,22 +14,30 @@ gets a sentence instead of a syntax error. Set-up itself is in ci/setup_venv.py.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+
 from setup_venv import ROOT, VENV, VENV_PYTHON, SetupError, ensure
 
 FIRST_NOTEBOOK = os.path.join("notebooks", "00_start_here.ipynb")
 COUNTS = re.compile(r"(\d+) passed, (\d+) failed")
+PATIENCE = 20  # seconds that a step gets to clean up when it is asked to stop
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end this program as Ctrl-C does."""
 
 
 def environment():
     """The variables under which everything in the virtual environment runs."""
     env = dict(os.environ)
-    for name in ("PYTHONHOME", "PYTHONPATH", "MPLBACKEND"):
-        env.pop(name, None)  # they would bring in another Python's packages, or hide figures
+    for name in ("PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONOPTIMIZE", "MPLBACKEND"):
+        env.pop(name, None)  # they would bring in another Python's packages, or hide tests or figures
     env["VIRTUAL_ENV"] = VENV
     env["PATH"] = os.path.dirname(VENV_PYTHON) + os.pathsep + env.get("PATH", os.defpath)
     env["PYTHONNOUSERSITE"] = "1"
@@ -39,7 +47,53 @@ def environment():
     threads = str(min(8, os.cpu_count() or 1))
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         env.setdefault(name, threads)
+    if not _writable_home(env):
+        env["HOME"] = _stand_in_for_home()
     return env
+
+
+def _writable_home(env):
+    home = env.get("HOME") or os.path.expanduser("~")
+    return os.path.isabs(home) and os.access(home, os.W_OK | os.X_OK)
+
+
+def _stand_in_for_home():
+    """A private folder for the settings that Jupyter and others keep, where the user has no home."""
+    number = os.getuid()
+    folder = os.path.join(tempfile.gettempdir(), f"m2r2kit-home-{number}")
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        found = os.lstat(folder)
+        if os.path.islink(folder) or found.st_uid != number or found.st_mode & 0o077:
+            folder = tempfile.mkdtemp(prefix="m2r2kit-home-")  # somebody else's
+    print(f"There is no home folder that can be written; {folder} stands in for it.", flush=True)
+    return folder
+
+
+def call(command, **options):
+    """Run a step; one that is interrupted gets time to end its own children and remove its files."""
+    process = subprocess.Popen(command, cwd=ROOT, **options)
+    try:
+        return process.wait()
+    except KeyboardInterrupt as interrupt:
+        end(process, interrupt)
+        raise
+
+
+def end(process, interrupt):
+    """Let a step end as by Ctrl-C, which a terminal sends to the step itself as well."""
+    told = not isinstance(interrupt, Stopped)
+    for patience in (5 if told else 0, PATIENCE):
+        try:
+            process.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            break  # asked twice
+    process.kill()
+    process.wait()
 
 
 def kit(*arguments):
@@ -53,10 +107,13 @@ def lab(arguments):
     env = environment()
     if "--headless" in arguments:
         names = [argument for argument in arguments if argument != "--headless"]
-        code = subprocess.call(kit("notebooks", "run", *names), cwd=ROOT, env=env)
+        code = call(kit("notebooks", "run", *names), env=env)
         if code != 0:
             return code
-        return subprocess.call(kit("report"), cwd=ROOT, env=env)
+        return call(kit("report"), env=env)
+    if not os.access(os.path.join(ROOT, "notebooks"), os.W_OK):
+        print(f"{ROOT} cannot be written: to keep what you change, save a notebook under another name "
+              "in a folder of your own.", flush=True)  # fmt: skip
     command = [VENV_PYTHON, "-m", "jupyterlab", FIRST_NOTEBOOK, *arguments]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # in a container there is often nobody else
@@ -91,7 +148,7 @@ def lint(env):
     failed = 0
     for arguments in (["check"], ["format", "--check"]):
         command = [VENV_PYTHON, "-m", "ruff", *arguments, "."]
-        failed += subprocess.call(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL) != 0
+        failed += call(command, env=env, stdin=subprocess.DEVNULL) != 0
     return 0, failed
 
 
@@ -99,7 +156,7 @@ def unit_tests(env):
     with tempfile.TemporaryDirectory(prefix="m2r2kit-") as folder:
         report = os.path.join(folder, "junit.xml")
         command = [VENV_PYTHON, "-m", "pytest", "--color=no", f"--junit-xml={report}"]
-        code = subprocess.call(command, cwd=ROOT, env=dict(env, MPLBACKEND="Agg"), stdin=subprocess.DEVNULL)
+        code = call(command, env=dict(env, MPLBACKEND="Agg"), stdin=subprocess.DEVNULL)
         try:
             suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
         except (OSError, ElementTree.ParseError):
@@ -125,13 +182,21 @@ def notebooks(env):
         universal_newlines=True,
     )
     passed = failed = 0
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        counts = COUNTS.search(line)
-        if counts:
-            passed, failed = int(counts.group(1)), int(counts.group(2))
-    code = process.wait()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            counts = COUNTS.search(line)
+            if counts:
+                passed, failed = int(counts.group(1)), int(counts.group(2))
+        code = process.wait()
+    except KeyboardInterrupt as interrupt:
+        end(process, interrupt)
+        raise
     return passed, max(failed, int(code != 0))
+
+
+def stop(number, frame):
+    raise Stopped(number)
 
 
 def main(arguments):
@@ -142,15 +207,19 @@ def main(arguments):
     if arguments[0] == "test" and len(arguments) > 1:
         print("`test` takes no arguments; for some of the tests run .venv/bin/pytest.", file=sys.stderr)
         return 2
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
     try:
         ensure()
         return lab(arguments[1:]) if arguments[0] == "lab" else test()
     except SetupError as error:
         sys.stdout.flush()
         print(f"\nkit: {error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("\nkit: stopped; the same command goes on from here.", file=sys.stderr, flush=True)
-        return 130
+        return 128 + (interrupt.args[0] if isinstance(interrupt, Stopped) else signal.SIGINT)
     if arguments[0] == "test":
         print("0 passed, 1 failed", flush=True)
     return 1

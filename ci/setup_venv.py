@@ -3,13 +3,15 @@
 `ensure()` does nothing when the stamp in `.venv` names the present lock file; the stamp is
 written last. An environment whose making was cut short, or which belongs to an older lock
 file, is brought up to date; one with a half-copied package in it, or without a working
-Python, is made again from nothing (pip keeps what it has downloaded).
+Python, is made again from nothing (pip keeps what it has downloaded). Only what this set-up
+made is ever emptied: a `.venv` of the user's own is used as it is or refused.
 
 pip does the work, because its own configuration (index mirrors, proxies, certificates) is
 then honoured. Measured on two busy cores: 80 s with an empty cache; uv needs 20 s, but does
 not read pip's configuration.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -26,7 +28,7 @@ try:
 except ImportError:  # Windows; check_machine says the rest
     fcntl = None
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 LOCK = os.path.join(ROOT, "requirements.lock")
@@ -34,6 +36,7 @@ STAMP = os.path.join(VENV, "m2r2kit-stamp.json")
 INSTALLED = os.path.join(VENV, "lib", "python*", "site-packages", "*.dist-info")
 LOG = os.path.join(VENV, "m2r2kit-setup.log")
 OLDEST, NEWEST = (3, 11), (3, 13)
+OLDEST_PIP = (21, 3)  # the first that installs a folder in editable mode without a setup.py
 NEEDED_BYTES = 2 << 30  # 0.7 GB installed, as much again in passing, and room for the work
 
 
@@ -128,9 +131,22 @@ def ensure():
         return
     try:
         _ensure_alone()
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except PermissionError as error:
+        raise SetupError(_unwritable(error.filename or VENV)) from None
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            raise SetupError(_unwritable(error.filename or VENV)) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError("the disk is full; make room (2 GB) and run the same command again.") from None
         where = f" ({error.filename})" if error.filename else ""
         raise SetupError(f"set-up cannot go on: {error.strerror or error}{where}.") from None
+
+
+def _unwritable(path):
+    return (
+        f"set-up writes into {VENV}, and {path} cannot be written: let the owner of this folder run the "
+        "command once (then it may be read-only), or copy the folder to a place of your own."
+    )
 
 
 def _ensure_alone():
@@ -152,7 +168,7 @@ def _ensure_alone():
 
 def _wanted():
     digest = hashlib.sha256()
-    for path in (LOCK, os.path.join(ROOT, "pyproject.toml")):
+    for path in (LOCK, os.path.join(ROOT, "pyproject.toml"), os.path.realpath(__file__)):
         with open(path, "rb") as file:
             digest.update(file.read())
     # a virtual environment does not survive that its folder is moved, hence the path
@@ -162,7 +178,7 @@ def _wanted():
 def _stamp():
     """What `.venv` was finished for, or None if it is missing, unfinished or broken."""
     try:
-        with open(STAMP) as file:
+        with open(STAMP, encoding="utf-8") as file:
             stamp = json.load(file)
     except (OSError, ValueError):
         return None
@@ -172,6 +188,9 @@ def _stamp():
 def _make(folder):
     started = time.monotonic()
     if not _sound():
+        _refuse_to_empty()
+        if not os.access(VENV if os.path.exists(VENV) else ROOT, os.W_OK):
+            raise SetupError(_unwritable(VENV if os.path.exists(VENV) else ROOT))
         if shutil.disk_usage(ROOT).free < NEEDED_BYTES:
             raise SetupError(f"{ROOT} needs 2 GB of free disk space for the packages; make room there.")
         python = find_python()
@@ -179,13 +198,15 @@ def _make(folder):
         _make_empty(python)
     if os.path.exists(STAMP):
         os.remove(STAMP)
+    _renew_pip()
 
     arguments = ["--no-compile", "--only-binary", ":all:", "--require-hashes", "-r", LOCK]
     _pip(arguments, folder, total=_locked_packages())
     _pip(["--no-deps", "--no-build-isolation", "-e", ROOT], folder, total=1)
     _quiet_jupyterlab()
+    _prefer_own_kernel()
 
-    with open(STAMP + ".tmp", "w") as file:
+    with open(STAMP + ".tmp", "w", encoding="utf-8") as file:
         json.dump(_wanted(), file)
     os.replace(STAMP + ".tmp", STAMP)
     print(f"Set-up took {time.monotonic() - started:.0f} s.", flush=True)
@@ -208,18 +229,63 @@ def _make_empty(python):
 
 def _sound():
     """Whether pip can go on in `.venv`: it runs, and no package in it is half copied."""
-    if not (_supported(VENV_PYTHON) and _runs([VENV_PYTHON, "-m", "pip", "--version"])):
+    if not _supported(VENV_PYTHON):
         return False
+    if os.path.islink(VENV) and not _ours():
+        return False  # somebody's environment, linked to: nothing is installed into it
     # pip writes INSTALLER when all other files of a package are there
     if not all(os.path.exists(os.path.join(folder, "INSTALLER")) for folder in glob.glob(INSTALLED)):
         return False
+    # the command line that made it ends with its folder: a moved or copied .venv does not work
+    made = _made_by()
+    return made is not None and (not made or made.endswith(VENV))
+
+
+def _made_by():
+    """The command line that made `.venv`, empty where it is not told, or None where it is no environment."""
     try:
-        with open(os.path.join(VENV, "pyvenv.cfg")) as file:
+        with open(os.path.join(VENV, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
             command = re.search(r"^command = .*$", file.read(), re.MULTILINE)
     except OSError:
-        return False
-    # the command line that made it ends with its folder: a moved or copied .venv does not work
-    return command is None or command.group().endswith(VENV)
+        return None
+    return command.group() if command else ""
+
+
+def _ours():
+    """Whether this set-up made what `.venv` holds, or has installed into it."""
+    return any(os.path.exists(path) for path in (STAMP, LOG)) or "-m venv --clear" in (_made_by() or "")
+
+
+def _refuse_to_empty():
+    """A `.venv` that cannot be used is emptied and made again: only where nothing of the user's is lost."""
+    if os.path.islink(VENV):
+        raise SetupError(
+            f"{VENV} is a link to {os.path.realpath(VENV)}, which does not hold this kit's environment, and "
+            "nothing behind a link is deleted; remove the link and run the same command again."
+        )
+    if not os.path.lexists(VENV) or _ours():
+        return
+    if not os.path.isdir(VENV) or any(files for _, _, files in os.walk(VENV)):
+        raise SetupError(
+            f"{VENV} holds what this set-up did not make and cannot use, so it stays as it is; "
+            "move it away and run the same command again."
+        )
+
+
+def _renew_pip():
+    """An environment may bring an old pip, or none: Python's own copy of pip, or the newest, replaces it."""
+    version = "tuple(int(n) for n in pip.__version__.split('.')[:2])"
+    ask = f"import sys, pip; sys.exit({version} < {OLDEST_PIP})"
+    if _runs([VENV_PYTHON, "-c", ask]):
+        return
+    _runs([VENV_PYTHON, "-m", "ensurepip", "--upgrade"])
+    if not _runs([VENV_PYTHON, "-c", ask]):
+        _runs([VENV_PYTHON, "-m", "pip", "install", "--upgrade", "pip"])
+    if not _runs([VENV_PYTHON, "-c", ask]):
+        raise SetupError(
+            "the pip of .venv is too old, or missing, and cannot be renewed; move .venv away and run the "
+            "same command again."
+        )
 
 
 def _quiet_jupyterlab():
@@ -227,8 +293,22 @@ def _quiet_jupyterlab():
     settings = os.path.join(VENV, "share", "jupyter", "lab", "settings")
     os.makedirs(settings, exist_ok=True)
     quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
-    with open(os.path.join(settings, "overrides.json"), "w") as file:
-        json.dump(quiet, file)
+    path = os.path.join(settings, "overrides.json")
+    if not os.path.exists(path):  # it may be an environment with settings of its own
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(quiet, file)
+
+
+def _prefer_own_kernel():
+    """Notebooks start this environment's Python, also where the user has a kernel of the same name.
+
+    Jupyter looks there first only for the owner of the environment; this asks it to do so for
+    everybody, however Jupyter is started. A variable that the user sets still decides.
+    """
+    line = "import os; os.environ.setdefault('JUPYTER_PREFER_ENV_PATH', '1')\n"
+    for folder in glob.glob(os.path.dirname(INSTALLED)):
+        with open(os.path.join(folder, "m2r2kit_jupyter.pth"), "w", encoding="utf-8") as file:
+            file.write(line)
 
 
 # --- pip, with progress ---------------------------------------------------------------------
@@ -249,8 +329,26 @@ def _locked_packages():
 
 
 def _pip(arguments, folder, total):
+    """Install; a package with another hash than the locked one is downloaded once more.
+
+    A download that was cut gives another hash each time, a package that differs the same one.
+    """
+    text = _pip_once(arguments, folder, total)
+    if text is None:
+        return
+    before = _wrong_hashes(text)
+    if before:
+        print("A package came with another hash than the locked one; downloading it again.", flush=True)
+        text = _pip_once(arguments, folder, total)
+        if text is None:
+            return
+    raise SetupError(_reason(text, before))
+
+
+def _pip_once(arguments, folder, total):
+    """Run pip; returns None, or its output if it failed."""
     env = dict(os.environ, PIP_USER="0", PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
-    for name in ("PYTHONHOME", "PYTHONPATH"):
+    for name in ("PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"):
         env.pop(name, None)
     with open(LOG, "ab") as log:
         log_start = log.tell()
@@ -270,8 +368,7 @@ def _pip(arguments, folder, total):
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if process.returncode != 0:
-        raise SetupError(_reason(_read_log(log_start)))
+    return _read_log(log_start) if process.returncode != 0 else None
 
 
 def _show_progress(process, log_start, total):
@@ -306,11 +403,24 @@ def _read_log(start):
         return file.read().decode(errors="replace")
 
 
-def _reason(text):
-    """pip's failure in one sentence."""
+def _wrong_hashes(text):
+    """Hashes of what was downloaded in place of a locked package."""
+    if "DO NOT MATCH THE HASHES" not in text:
+        return set()
+    return set(re.findall(r"^\s+Got\s+([0-9a-f]{64})", text, re.MULTILINE))
+
+
+def _reason(text, before=frozenset()):
+    """pip's failure in one sentence; `before`: wrong hashes of the try before."""
     where = f"the whole output is in {os.path.relpath(LOG, ROOT)}"
+    cut = f"a download was cut short; check the network and run the same command again ({where})."
     if re.search(r"No space left on device|Errno 28|Disk quota exceeded", text):
         return "the disk is full; make room (2 GB) and run the same command again."
+    if re.search(r"Permission denied|Errno 13|Read-only file system|Errno 30", text):
+        return f"pip cannot write where it must; {_unwritable(os.path.join(VENV, 'lib'))}"
+    if re.search(r"IncompleteRead|[Ii]ncomplete.?[Dd]ownload|not enough bytes were received"
+                 r"|Connection broken", text):  # fmt: skip
+        return cut
     if re.search(r"Failed to establish a new connection|name resolution|timed out|Connection refused"
                  r"|Retrying \(|ProxyError|SSLError|Network is unreachable", text):  # fmt: skip
         return (
@@ -318,6 +428,8 @@ def _reason(text):
             f"settings) and run the same command again ({where})."
         )
     if "DO NOT MATCH THE HASHES" in text:
+        if before and not before & _wrong_hashes(text):
+            return cut
         return f"a package differs from the one that requirements.lock names, so it was refused ({where})."
     errors = re.findall(r"^ERROR: (.*)$", text, re.MULTILINE)
     return f"pip could not install the packages: {errors[-1] if errors else 'no reason given'} ({where})."
