@@ -107,8 +107,8 @@ def test_the_command_prints_a_table_and_records_it(tmp_path, monkeypatch, capsys
 
 
 def test_every_arm_has_a_policy_and_a_predictor():
-    from m2r2kit.cli import arguments
+    from m2r2kit.experts import registry
 
     for policy, predictor in bench_experts.ARMS.values():
-        assert policy in arguments.POLICIES
-        assert predictor in arguments.PREDICTORS
+        assert policy in registry.POLICIES
+        assert predictor in registry.PREDICTORS

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from m2r2kit import __main__ as cli
-from m2r2kit.cli import arguments
 from m2r2kit.common import UserError
 
 COMMANDS = (
@@ -83,11 +82,11 @@ def test_defaults_are_those_that_programs_rely_on():
     assert (bench.methods, bench.repeats, bench.max_tokens) == (["plain", "m2r2"], 5, 128)
 
 
-def test_the_names_of_methods_are_those_of_the_drafters():
-    from m2r2kit.speculation import registry as methods
-    from m2r2kit.speculation import trained as peers  # the command line names them without importing them
+def test_the_trained_drafters_of_the_registry_are_those_that_can_be_made():
+    from m2r2kit.speculation import registry, trained  # the registry names them without importing them
 
-    assert arguments.METHODS == methods.METHODS and arguments.PEERS == tuple(peers.KINDS)
+    assert registry.TRAINED == tuple(trained.KINDS)
+    assert {entry.needs for entry in registry.METHODS.values()} == {"", "train stream", "train drafter"}
 
 
 @pytest.mark.parametrize(

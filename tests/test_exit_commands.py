@@ -15,12 +15,11 @@ from m2r2kit.__main__ import main
 from m2r2kit.bench import exits as bench_exits
 from m2r2kit.bench import records
 from m2r2kit.bench.merit import Curve, crossing, merits
-from m2r2kit.cli import arguments
 from m2r2kit.cli.commands import bench_exits as bench_command
 from m2r2kit.cli.commands import calibrate, train_exits, train_stream
 from m2r2kit.common import UserError
-from m2r2kit.exits import registry as methods
-from m2r2kit.exits import trained
+from m2r2kit.exits import methods, trained
+from m2r2kit.exits.registry import METHODS
 from m2r2kit.figures import exits as figures_exits
 from m2r2kit.figures.style import new_figure
 from m2r2kit.text import prompts, rows
@@ -58,11 +57,6 @@ def everything(tmp_path_factory):
     return folder
 
 
-def test_the_command_line_offers_every_kind_and_method():
-    assert set(arguments.EXIT_KINDS) == set(trained.KINDS)
-    assert list(arguments.EXIT_METHODS) == list(methods.METHODS)
-
-
 @pytest.mark.parametrize("kind", ["m2r2", "shallow"])
 def test_a_kind_is_trained_saved_recorded_and_calibrated(kind, tmp_path, little):
     assert train_exits.run(training(tmp_path / kind, kind)) == 0
@@ -73,7 +67,8 @@ def test_a_kind_is_trained_saved_recorded_and_calibrated(kind, tmp_path, little)
 
 
 def test_exits_are_chosen_and_risks_measured_after_training(tmp_path, little, monkeypatch):
-    monkeypatch.setattr(calibrate, "METHODS", ("m2r2", "m2r2-linear", "m2r2-static", "calm"))
+    names = ("m2r2", "m2r2-linear", "m2r2-static", "calm")
+    monkeypatch.setattr(calibrate, "METHODS", {name: METHODS[name] for name in names})
     assert train_exits.run(training(tmp_path / "m2r2", "m2r2", calibrate=True)) == 0
     (_, _), (subject, record) = little
     assert subject == "exits-calibration" and set(record["figures"]["losses"]) == {"wait", "linear"}
@@ -118,7 +113,7 @@ def test_a_router_can_be_trained_anew_and_nothing_else_changes(tmp_path, little)
         train_exits.run(training(out, "m2r2", router_only=True))
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_draws_a_curve_and_decodes(name, everything, monkeypatch):
     view = tiny.backbone("llama", **MODEL)
     monkeypatch.setattr(methods, "THRESHOLDS", {gate: t[:2] for gate, t in methods.THRESHOLDS.items()})
@@ -197,7 +192,7 @@ def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path,
     ):
         assert main([*line, *here, *asked]) == 2
         assert said in capsys.readouterr().err
-    monkeypatch.setattr(calibrate, "METHODS", ("m2r2",))
+    monkeypatch.setattr(calibrate, "METHODS", {"m2r2": METHODS["m2r2"]})
     assert train_exits.run(training(tmp_path / "m2r2", "m2r2", calibrate=True)) == 0
     for asked, said in (
         (["--risk", "1"], "must lie between 0 and 1"),

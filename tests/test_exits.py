@@ -16,6 +16,7 @@ from m2r2kit.exits.depths import along
 from m2r2kit.exits.fill import Fill, fit_linear
 from m2r2kit.exits.gates import Chance, Confidence, Gate, Oracle, Saturation, Schedule, Static
 from m2r2kit.exits.readouts import BareReader
+from m2r2kit.exits.registry import KINDS
 from m2r2kit.exits.teacher_forced import ForcedPass, texts_of
 from m2r2kit.speculation.decode import generate
 from m2r2kit.stream import checkpoints
@@ -215,7 +216,7 @@ def test_a_linear_fill_finds_a_map_that_is_there():
     assert off(large, 2) < off(small, 2) < 1
 
 
-@pytest.mark.parametrize("kind", trained.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_learns_and_comes_back_from_disk(kind, tmp_path):
     from m2r2kit.stream.distil import DistilConfig
 

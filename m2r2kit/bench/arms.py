@@ -7,22 +7,9 @@ print(ArmsTable(newest()))     # the same in a terminal
 import html
 
 from ..common import UserError
+from ..speculation.registry import METHODS
 from . import costs, records
 
-WHO = {
-    "plain": "the model alone, one token a pass",
-    "mlx_lm": "the model alone, by mlx-lm's own loop",
-    "early-exit": "first blocks, bare residual: as in LayerSkip (Elhoushi et al. 2024)",
-    "m2r2": "first blocks, accelerated residual: M2R2 (Bhendawade et al. 2025), as we read it",
-    "m2r2-tree": "the same, but a tree of its likeliest tokens",
-    "prompt-lookup": "repeats what followed the same words before (Saxena 2023)",
-    "lookahead": "guesses a window of tokens and keeps n-grams: LookAhead (Fu et al. 2024)",
-    "draft-model": "a small model of its own (Leviathan et al. 2023; Chen et al. 2023)",
-    "eagle": "a block that goes on with the last states: as in EAGLE (Li et al. 2024)",
-    "medusa": "a head for each position ahead: as in Medusa (Cai et al. 2024)",
-    "kangaroo": "first blocks and a trained one: as in Kangaroo (Liu et al. 2024)",
-    "deed": "first blocks and an adapter, sure or not: as in DEED (Tang et al. 2024)",
-}
 HEADS = ("method", "speed-up", "from..to", "predicted", "tau", "c", "v", "trained numbers", "training")
 
 
@@ -116,7 +103,7 @@ class ArmsTable:
         table = [HEADS, *self.rows()]
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
-        known = [f"{name:{widths[0]}}  {WHO[name]}" for name in self.names if name in WHO]
+        known = [f"{name:{widths[0]}}  {METHODS[name]}" for name in self.names if name in METHODS]
         return "\n".join([self.caption, "", *(line.rstrip() for line in lines), "", *known])
 
     def _repr_html_(self):
@@ -125,7 +112,7 @@ class ArmsTable:
         out += [f"<th {left}>{HEADS[0]}</th>", *(f"<th {right}>{head}</th>" for head in HEADS[1:])]
         out.append("</tr></thead><tbody>")
         for name, *cells in self.rows():
-            who = f"<br><small>{html.escape(WHO[name])}</small>" if name in WHO else ""
+            who = f"<br><small>{html.escape(str(METHODS[name]))}</small>" if name in METHODS else ""
             ours = " <b>(ours)</b>" if name.startswith("m2r2") else ""
             out.append(f"<tr><td {left}>{html.escape(name)}{ours}{who}</td>")
             out += [f"<td {right}>{html.escape(cell)}</td>" for cell in cells] + ["</tr>"]
@@ -135,7 +122,9 @@ class ArmsTable:
         """For a README."""
         lines = ["| " + " | ".join(HEADS) + " |", "|---" + "|---:" * (len(HEADS) - 1) + "|"]
         for name, *cells in self.rows():
-            lines.append("| " + " | ".join([f"{name}: {WHO[name]}" if name in WHO else name, *cells]) + " |")
+            lines.append(
+                "| " + " | ".join([f"{name}: {METHODS[name]}" if name in METHODS else name, *cells]) + " |"
+            )
         return "\n".join(lines)
 
 

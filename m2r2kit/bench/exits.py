@@ -17,7 +17,7 @@ import numpy as np
 from ..exits import macs as work
 from ..exits.decode import ExitDecoder
 from ..exits.depth_decode import DepthDecoder
-from ..exits.registry import Method
+from ..exits.methods import Method
 from ..exits.teacher_forced import Texts
 from ..model.backbone import Backbone
 from ..stream.distil import teach

@@ -1,77 +1,39 @@
 """Every way to spend less depth on some tokens, by name, as the command line and notebook 03 ask for them.
 
-| method | reads | leaves by | source |
-|---|---|---|---|
-| `m2r2` | accelerated residual | ARLA | M2R2 (Bhendawade et al. 2025), as we read it |
-| `m2r2-blind` | accelerated residual | ARLA without its second look | control: the head's part |
-| `m2r2-confidence` | accelerated residual | difference of two probabilities | control: ARLA's part |
-| `m2r2-random` | accelerated residual | a coin | control: any gate's part |
-| `m2r2-oracle` | accelerated residual | the answer, known beforehand | bound |
-| `m2r2-static` | accelerated residual | one exit for all | control |
-| `m2r2-equal` | accelerated residual, trained like the peers | ARLA | control: the longer training's part |
-| `m2r2-equal-confidence` | the same | difference of two probabilities | control |
-| `lens-arla` | a trained layer at each exit | ARLA | control: the stream's part |
-| `static` | a trained layer | one exit for all | - |
-| `calm` | a trained layer | difference of two probabilities | CALM (Schuster et al. 2022) |
-| `saturation` | a trained layer | how little the state still changes | CALM |
-| `skipdecode` | a trained layer | the later in the text, the earlier | SkipDecode (Del Corro et al. 2023) |
-| `layerskip` | the bare residual | difference of two probabilities | LayerSkip (Elhoushi et al. 2024) |
-| `mixture-of-depths` | - | a router before every second block | Raposo et al. 2024 |
-| `shallow` | - | the first blocks alone, trained | control |
-
-Keys and values of blocks that a token skipped: it waits, and the next token that goes deep takes it along; by
-the measurement that is the best way (notebook 03). `-linear`, `-copy` and `-p` behind a name fill them
-(`fill.py`).
-Where no token goes deeper than one before it (`static`, `skipdecode`), nobody looks.
+A method is a kind of trained module that is read at the exits and a gate that decides from it. A token that
+left early has no keys and values in the blocks it skipped: it waits, and the next token that goes deep takes
+it along, which measured best (notebook 03). `-linear`, `-copy` and `-p` behind a name fill them instead
+(`fill.py`). Where no token goes deeper than one before it (`static`, `skipdecode`), they are never read.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
+from ..common import Entry, registry
 
-from ..common import UserError
-from ..model.backbone import Backbone
-from . import macs as work
-from . import trained
-from .depths import DepthsConfig, along
-from .fill import Fill
-from .gates import Chance, Confidence, Oracle, Saturation, Schedule, Static, rising
-from .teacher_forced import ForcedPass, Outcome, Texts
 
-PROBABLE = (0.3, 0.5, 0.6, 0.7, 0.77, 0.83, 0.88, 0.92, 0.95, 0.97, 0.985, 0.995)
-THRESHOLDS = {  # of each gate: the points of its curve
-    "arla": PROBABLE,
-    "blind": PROBABLE,
-    "confidence": PROBABLE,
-    "saturation": (0.3, 0.5, 0.6, 0.7, 0.8, 0.87, 0.93, 0.97, 0.99),
-    "schedule": (0.3, 0.5, 0.7, 0.9, 1.2, 1.6, 2.4, 4.0),
-    "chance": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
-    "oracle": (0.5,),
-    "routers": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-}
-GATES = {
-    "m2r2": ("m2r2", "arla"),
-    "m2r2-blind": ("m2r2", "blind"),
-    "m2r2-confidence": ("m2r2", "confidence"),
-    "m2r2-random": ("m2r2", "chance"),
-    "m2r2-oracle": ("m2r2", "oracle"),
-    "m2r2-static": ("m2r2", "static"),
-    "m2r2-equal": ("m2r2-equal", "arla"),
-    "m2r2-equal-confidence": ("m2r2-equal", "confidence"),
-    "lens-arla": ("lens", "arla"),
-    "static": ("lens", "static"),
-    "calm": ("lens", "confidence"),
-    "saturation": ("lens", "saturation"),
-    "skipdecode": ("lens", "schedule"),
-    "layerskip": ("bare", "confidence"),
-}
+@dataclass(frozen=True)
+class MethodEntry(Entry):
+    """A method that needs a `kind` of trained module, and leaves at its exits by a `gate` if it has exits."""
+
+    kind: str = ""
+    gate: str = ""
+
+
+KINDS = registry(  # of trained modules, a folder each
+    Entry("m2r2", "the accelerated residual at several exits, a linear fill, ARLA"),
+    Entry("lens", "the slow residual with a layer at each exit, a linear fill, ARLA"),
+    Entry("bare", "the slow residual as it is, and a linear fill"),
+    Entry("mixture-of-depths", "routers that let tokens pass by blocks", source="Raposo et al. 2024"),
+    Entry("shallow", "the first blocks alone, trained"),
+)
+CALIBRATED = ("m2r2", "lens", "bare")  # kinds with exits, whose thresholds carry a promise
+DEPTHS = ("mixture-of-depths", "shallow")  # kinds that are methods as they are, without a gate
 EQUAL = "-equal"  # a folder beside the kind's own: the first exit did not begin with a trained stream
-DEPTHS = ("mixture-of-depths", "shallow")
-FILLS = ("linear", "copy", "p")
-METHODS = (*GATES, *(f"m2r2-{fill}" for fill in FILLS), "calm-linear", "calm-copy", *DEPTHS)
+FILLS = {
+    "linear": "a linear map of the state fills skipped blocks",
+    "copy": "the state at the exit fills skipped blocks",
+    "p": "the accelerated state fills skipped blocks",
+}
 
 
 def split(name: str) -> tuple[str, str]:
@@ -82,132 +44,41 @@ def split(name: str) -> tuple[str, str]:
     return name, "wait"
 
 
-@dataclass
-class Point:
-    """A method at one threshold along texts: what came of it, blocks and MACs of each token (B, T - 1)."""
-
-    threshold: float
-    outcome: Outcome
-    blocks: np.ndarray
-    macs: np.ndarray
+def _method(name: str, kind: str, gate: str, about: str, source: str = "") -> MethodEntry:
+    return MethodEntry(name, about, "train exits", source, kind, gate)
 
 
-@dataclass
-class Method:
-    """A method that is ready to run on a model.
-
-    Attributes:
-        module: what was trained for it.
-        thresholds: those of its curve, one point each; of a static exit, the exits' numbers.
-        use: numbers of the exits that are tried, None for all.
-    """
-
-    name: str
-    backbone: Backbone
-    module: object
-    reader: object = None
-    gate: object = None
-    fill: Fill | None = None
-    waits: bool = False
-    thresholds: tuple = ()
-    use: tuple[int, ...] | None = None
-
-    @property
-    def parts(self):
-        """Reader, gate, fill and whether tokens wait, as `ForcedPass` and `ExitDecoder` take them."""
-        return self.reader, self.gate, self.fill, self.waits
-
-    def levels(self, threshold: float) -> list[float]:
-        """The score from which a token leaves, at each exit; infinite where it is not in use. Where nothing
-        is missing in the blocks that it skips, as it waits, all exits ask the same."""
-        J = len(self.reader.exits)
-        asked = (
-            rising(threshold, self.reader.starts) if self.gate.weighs and not self.waits else [threshold] * J
-        )
-        if isinstance(self.gate, Static):
-            asked = [0.5] * J
-        return [a if j in self.used(threshold) else math.inf for j, a in enumerate(asked)]
-
-    def used(self, threshold: float) -> tuple[int, ...]:
-        """Numbers of the exits that are tried: of a static exit that one, which the threshold names."""
-        if isinstance(self.gate, Static):
-            return (int(threshold),)
-        return tuple(range(len(self.reader.exits))) if self.use is None else self.use
-
-    def works(self, threshold: float) -> list[work.Work]:
-        """What a token costs that takes each of the exits, or none."""
-        return work.by_exit(self.backbone, *self.parts, self.used(threshold))
-
-    def curve(self, texts: Texts, report=None) -> Iterator[Point]:
-        """Its points along texts, one by one.
-
-        Blocks are those that are run one after another for an average token: several rows that pass one
-        together, as tokens that waited do, pass it once. Those of the reader are counted by their products,
-        so that an accelerated block is one.
-        """
-        block = work.block_macs(self.backbone)
-        forced = None if self.reader is None else ForcedPass(self.backbone, *self.parts, use=self.use)
-        for threshold in self.thresholds:
-            if forced is None:
-                out = along(self.backbone, self.module, texts, threshold)
-                macs, blocks = self.module.macs(out.blocks), out.blocks
-            else:
-                out = forced(texts, self.levels(threshold))
-                works = self.works(threshold)
-                macs = np.array([w.total for w in works])[out.exit]
-                if self.gate.looks:
-                    macs = macs + out.vain * work.head_macs(self.backbone)
-                readers = np.array([w.readers for w in works])[out.exit] / block
-                blocks = np.array([*self.reader.starts, self.backbone.depth])[out.exit] + readers
-            if report:
-                report()
-            yield Point(threshold, out, blocks, macs)
+_CALM, _EQUAL = "CALM (Schuster et al. 2022)", f"m2r2{EQUAL}"
+_OWN = registry(
+    _method("m2r2", "m2r2", "arla", "the accelerated residual, by ARLA", "M2R2 (Bhendawade et al. 2025)"),
+    _method("m2r2-blind", "m2r2", "blind", "control for the head: ARLA without its second look"),
+    _method("m2r2-confidence", "m2r2", "confidence", "control for ARLA: difference of two probabilities"),
+    _method("m2r2-random", "m2r2", "chance", "control for any gate: a coin"),
+    _method("m2r2-oracle", "m2r2", "oracle", "bound: the answer is known beforehand"),
+    _method("m2r2-static", "m2r2", "static", "control: one exit for all tokens"),
+    _method(_EQUAL, _EQUAL, "arla", "m2r2 trained for as long as its baselines"),
+    _method(f"{_EQUAL}-confidence", _EQUAL, "confidence", "the same, by the difference of two probabilities"),
+    _method("lens-arla", "lens", "arla", "control for the stream: a trained layer at each exit, by ARLA"),
+    _method("static", "lens", "static", "a trained layer, one exit for all tokens"),
+    _method("calm", "lens", "confidence", "a trained layer, by the difference of two probabilities", _CALM),
+    _method("saturation", "lens", "saturation", "a trained layer, by how little the state changes", _CALM),
+    _method(
+        "skipdecode", "lens", "schedule", "a trained layer; later tokens leave earlier",
+        "SkipDecode (Del Corro et al. 2023)",
+    ),
+    _method(
+        "layerskip", "bare", "confidence", "the bare residual, by the difference of two probabilities",
+        "LayerSkip (Elhoushi et al. 2024)",
+    ),
+)  # fmt: skip
 
 
-def method(name: str, backbone: Backbone, folder: Path) -> Method:
-    """A method by name, with what was trained for it.
-
-    Args:
-        folder: holds the trained kinds, a folder each (`trained.folder`).
-
-    Raises:
-        UserError: no such method, or nothing trained for it.
-    """
-    if name in DEPTHS:
-        module = trained.load(backbone, folder / name, name)[0]
-        thresholds = THRESHOLDS["routers"] if isinstance(module.config, DepthsConfig) else (0.5,)
-        return Method(name, backbone, module, thresholds=thresholds)
+def _filled(name: str) -> MethodEntry:
     base, fill = split(name)
-    if base not in GATES:
-        raise UserError(f"There is no method {name}; choose of {', '.join(METHODS)}.")
-    kind, gate = GATES[base]
-    module, facts = trained.load(backbone, folder / kind, kind.removesuffix(EQUAL))
-    return with_gate(name, backbone, module, gate, fill, facts.get("use", {}).get(name.replace(EQUAL, "")))
+    return _method(name, _OWN[base].kind, _OWN[base].gate, f"{base}; {FILLS[fill]}")
 
 
-def with_gate(
-    name: str,
-    backbone: Backbone,
-    module: trained.Exits,
-    gate: str,
-    fill: str = "wait",
-    use: tuple[int, ...] | None = None,
-) -> Method:
-    """A trained reader with a gate of the table above and a way of filling."""
-    reader = module.reader
-    gates = {
-        "arla": lambda: module.gate,
-        "blind": lambda: module.gate.blind(),
-        "confidence": Confidence,
-        "saturation": Saturation,
-        "schedule": lambda: Schedule(backbone.depth, reader.exits),
-        "chance": Chance,
-        "oracle": Oracle,
-        "static": Static,
-    }
-    thresholds = tuple(range(len(reader.exits))) if gate == "static" else THRESHOLDS[gate]
-    state = Fill(fill) if fill in ("copy", "p") else module.fill
-    gate = gates[gate]()
-    return Method(
-        name, backbone, module, reader, gate, state, fill == "wait" and not gate.monotone, thresholds, use
-    )
+METHODS = _OWN | registry(
+    *map(_filled, ("m2r2-linear", "m2r2-copy", "m2r2-p", "calm-linear", "calm-copy")),
+    *(_method(name, name, "", KINDS[name].about, KINDS[name].source) for name in DEPTHS),
+)

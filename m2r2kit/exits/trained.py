@@ -1,12 +1,4 @@
-"""Everything that is trained for exits, made, trained, saved and loaded in one way.
-
-| kind | what it is |
-|---|---|
-| `m2r2` | the accelerated residual at several exits, a linear fill, ARLA |
-| `lens` | the slow residual with a layer at each exit, a linear fill, ARLA: what CALM and SkipDecode read |
-| `bare` | the slow residual as it is, and a linear fill, no router: what LayerSkip reads |
-| `mixture-of-depths` | routers that let tokens pass by blocks |
-| `shallow` | the first blocks alone |
+"""Everything that is trained for exits (`registry.KINDS`), made, trained, saved and loaded in one way.
 
 All learn from the same rows; `m2r2` and `lens` have as many numbers, and for as many steps. The first exit of
 `m2r2` may begin with a trained stream (`Exits.begin_with`), which is then ahead of the others.
@@ -35,7 +27,6 @@ from .fill import LinearFill, fit_linear
 from .readouts import BareReader, LensConfig, LensReader, StreamReader
 from .train import exits_loss, gate_loss
 
-KINDS = ("m2r2", "lens", "bare", "mixture-of-depths", "shallow")
 FIT_ROWS = 256  # of text from which a linear fill is computed
 STEPS = 800  # if nothing else is asked for
 SHARES = (0.4, 0.2, 0.4)  # of the steps: readers alone, readers and fill past holes, the router

@@ -1,7 +1,21 @@
 """Wing 2: draft a few tokens cheaply, verify them with the model in one pass, lose nothing."""
 
-from .accept import Sampler
-from .decode import Generation, generate
-from .drafters.base import M2R2, Drafter, EarlyExit, Plain
+from importlib import import_module
 
-__all__ = ["M2R2", "Drafter", "EarlyExit", "Generation", "Plain", "Sampler", "generate"]
+_EXPORTS = {
+    "Sampler": "accept",
+    "Generation": "decode",
+    "generate": "decode",
+    "M2R2": "drafters.base",
+    "Drafter": "drafters.base",
+    "EarlyExit": "drafters.base",
+    "Plain": "drafters.base",
+}
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str):
+    """Import what is asked for when it is asked for: the registry beside it is read without MLX."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

@@ -1,22 +1,54 @@
-"""The ways of decoding by name, as the command line and the notebooks ask for them."""
+"""The ways of decoding by name, as the command line, the benches and the notebooks ask for them.
+
+Only names and sentences are read when this file is imported; what a method computes with comes when it is
+asked for.
+"""
+
+from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
+from ..common import Entry, UserError, registry
 
-from ..common import UserError
-from ..model.backbone import Backbone
-from ..stream import checkpoints
-from ..stream.stream import StreamConfig, load_stream
-from . import trained as peers
-from .decode import Generation
-from .drafters.base import M2R2, Drafter, EarlyExit, Plain
-from .drafters.lookahead import Lookahead
-from .drafters.m2r2_tree import LEAVES, M2R2Tree
-from .drafters.prompt_lookup import PromptLookup
+if TYPE_CHECKING:
+    from ..model.backbone import Backbone
+    from .decode import Generation
+    from .drafters.base import Drafter
 
-METHODS = ("plain", "mlx_lm", "early-exit", "m2r2", "m2r2-tree", "prompt-lookup", "lookahead", *peers.KINDS)
+METHODS = registry(
+    Entry("plain", "the model alone, one token a pass"),
+    Entry("mlx_lm", "the model alone, by mlx-lm's own loop"),
+    Entry("early-exit", "first blocks, bare residual", source="as in LayerSkip (Elhoushi et al. 2024)"),
+    Entry(
+        "m2r2",
+        "first blocks, accelerated residual",
+        "train stream",
+        "M2R2 (Bhendawade et al. 2025), as we read it",
+    ),
+    Entry("m2r2-tree", "the same as m2r2, but a tree of its likeliest tokens", "train stream"),
+    Entry("prompt-lookup", "repeats what followed the same words before", source="Saxena 2023"),
+    Entry("lookahead", "guesses a window of tokens and keeps n-grams", source="LookAhead (Fu et al. 2024)"),
+    Entry(
+        "draft-model",
+        "a small model of its own",
+        "train drafter",
+        "Leviathan et al. 2023; Chen et al. 2023",
+    ),
+    Entry(
+        "eagle",
+        "a block that goes on with the last states",
+        "train drafter",
+        "as in EAGLE (Li et al. 2024)",
+    ),
+    Entry("medusa", "a head for each position ahead", "train drafter", "as in Medusa (Cai et al. 2024)"),
+    Entry("kangaroo", "first blocks and a trained one", "train drafter", "as in Kangaroo (Liu et al. 2024)"),
+    Entry(
+        "deed", "first blocks and an adapter, sure or not", "train drafter", "as in DEED (Tang et al. 2024)"
+    ),
+)
+TRAINED = tuple(name for name, entry in METHODS.items() if entry.needs == "train drafter")
 DRAFTS = 4  # where the stream does not say better
 
 
@@ -26,16 +58,20 @@ def stream_folder(model: str | Path, stream: str | Path | None) -> Path:
 
 
 def drafters_folder(model: str | Path, drafters: str | Path | None) -> Path:
-    """Where the trained peers of a model lie, a folder each: as given, or beside its weights."""
+    """Where the trained baselines of a model lie, a folder each: as given, or beside its weights."""
     return Path(drafters) if drafters else Path(model) / "drafters"
 
 
 def tuned_drafts(method: str, stream: Path, drafters: Path) -> int:
     """How many drafts a method was tuned to (on tuning prompts), from its JSON; the folders are as for
     `drafter`."""
+    from ..stream import checkpoints
+    from ..stream.stream import StreamConfig
+    from . import trained as baselines
+
     try:
-        if method in peers.KINDS:
-            settings = peers.KINDS[method].settings
+        if method in TRAINED:
+            settings = baselines.KINDS[method].settings
             facts = checkpoints.read_settings(drafters / method, "drafter", settings)[1]
         else:
             facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
@@ -59,23 +95,31 @@ def drafter(
     Args:
         stream: folder of the trained stream, for `m2r2`, `m2r2-tree` and the default exit of `early-exit`.
         exit: the depth at which these draft; by default the stream's first exit.
-        drafters: folder of the trained peers; by default beside the stream.
+        drafters: folder of the trained baselines; by default beside the stream.
         stops: whether `m2r2` and `m2r2-tree` may end a draft where they were tuned to, or draft as many as
             they are asked for.
 
     Raises:
         UserError: nothing trained, or for another model, or an exit that it does not have.
     """
+    from ..stream import checkpoints
+    from ..stream.stream import StreamConfig, load_stream
+    from . import trained as baselines
+    from .drafters import base
+    from .drafters.lookahead import Lookahead
+    from .drafters.m2r2_tree import LEAVES, M2R2Tree
+    from .drafters.prompt_lookup import PromptLookup
+
     if method == "plain":
-        return Plain()
+        return base.Plain()
     if method == "early-exit":
         if exit is None:
             exit = checkpoints.read_settings(stream, "stream", StreamConfig)[0].exits[0]
-        return EarlyExit(backbone, exit)
+        return base.EarlyExit(backbone, exit)
     if method == "m2r2":
         facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
         threshold = float(facts.get("threshold", 0.0)) if stops and exit is None else 0.0  # of its own exit
-        return M2R2(backbone, load_stream(backbone, stream), exit, threshold)
+        return base.M2R2(backbone, load_stream(backbone, stream), exit, threshold)
     if method == "m2r2-tree":
         facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
         facts = {"leaves": LEAVES} | facts.get("tree", {"threshold": facts.get("threshold", 0.0)})
@@ -85,9 +129,9 @@ def drafter(
         return PromptLookup(backbone)
     if method == "lookahead":
         return Lookahead(backbone)
-    if method in peers.KINDS:
+    if method in TRAINED:
         folder = (Path(stream).parent / "drafters" if drafters is None else drafters) / method
-        return peers.drafter(backbone, method, peers.load(backbone, method, folder)[0])
+        return baselines.drafter(backbone, method, baselines.load(backbone, method, folder)[0])
     raise UserError(f"There is no method {method}; choose {', '.join(METHODS)}.")
 
 
@@ -98,16 +142,23 @@ def training(method: str, stream: Path, drafters: Path) -> dict:
     Raises:
         UserError: it needs training and has had none.
     """
-    if method in peers.KINDS:
-        return checkpoints.trained(drafters / method, "drafter", peers.KINDS[method].settings)
-    if method in ("m2r2", "m2r2-tree"):
+    from ..stream import checkpoints
+    from ..stream.stream import StreamConfig
+    from . import trained as baselines
+
+    if method in TRAINED:
+        return checkpoints.trained(drafters / method, "drafter", baselines.KINDS[method].settings)
+    if METHODS[method].needs:
         return checkpoints.trained(stream, "stream", StreamConfig)
     return {"parameters": 0, "train_steps": 0, "train_seconds": 0}
 
 
 def mlx_lm_generate(backbone: Backbone, prompt: list[int], max_tokens: int, sampler=None) -> Generation:
     """mlx-lm's own generation of the same weights, for comparison; greedy unless given its sampler."""
+    import mlx.core as mx
     from mlx_lm.generate import generate_step
+
+    from .decode import Generation
 
     out, begun = Generation(), time.perf_counter()
     limit = min(max_tokens, backbone.context - len(prompt))

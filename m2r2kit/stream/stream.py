@@ -25,8 +25,7 @@ from ..model.backbone import Backbone
 from ..model.cache import Traced, is_fixed
 from . import checkpoints
 from .fast_block import Carry, FastBlock, SharedKV, one_token_mask, seen
-
-FORMS = ("block", "attention", "adapter")
+from .registry import FORMS
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from .decoding import generate
 from .measuring import bench_exits, bench_experts, bench_map, bench_memory, bench_speculation
-from .names import EXIT_KINDS, EXIT_METHODS, FORMS, METHODS, MODEL, MOE, PEERS, POLICIES, PREDICTORS, TRAINED
-from .shared import drafters, model, stream
+from .shared import MODEL, MOE, drafters, model, stream
 from .training import (
     calibrate,
     make_moe,
@@ -17,16 +16,8 @@ from .training import (
 from .values import budget
 
 __all__ = [
-    "EXIT_KINDS",
-    "EXIT_METHODS",
-    "FORMS",
-    "METHODS",
     "MODEL",
     "MOE",
-    "PEERS",
-    "POLICIES",
-    "PREDICTORS",
-    "TRAINED",
     "bench_exits",
     "bench_experts",
     "bench_map",

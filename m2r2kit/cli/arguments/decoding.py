@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .names import METHODS
+from ...speculation.registry import METHODS
 from .shared import drafting, exits, experts, model
 from .values import counts, natural, number
 

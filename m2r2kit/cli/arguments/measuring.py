@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .names import EXIT_METHODS, METHODS
+from ...exits.registry import METHODS as EXIT_METHODS
+from ...speculation.registry import METHODS
 from .shared import disk, drafting, exits, model, stream, streaming
 from .values import budget, count, counts, natural, number, shares, size, some_of
 
@@ -20,7 +21,7 @@ def bench_speculation(parser):
     parser.add_argument(
         "--methods",
         type=some_of(METHODS),
-        default=list(METHODS[:4]),
+        default=list(METHODS)[:4],
         metavar="A,B,..",
         help=f"what to compare, of {', '.join(METHODS)}, or all (default: the first four)",
     )

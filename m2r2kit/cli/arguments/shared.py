@@ -3,8 +3,12 @@
 import argparse
 from pathlib import Path
 
-from .names import MODEL, POLICIES, PREDICTORS
+from ...common import ROOT
+from ...experts.registry import POLICIES, PREDICTORS
 from .values import budget, count, natural, number, size
+
+MODEL = ROOT / "data" / "pocket-dense"
+MOE = ROOT / "data" / "pocket-moe"
 
 
 def model(parser):

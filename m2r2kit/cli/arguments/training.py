@@ -3,7 +3,11 @@
 import argparse
 from pathlib import Path
 
-from .names import EXIT_KINDS, FORMS, PEERS, TRAINED
+from ...exits.registry import CALIBRATED
+from ...exits.registry import KINDS as EXIT_KINDS
+from ...experts.registry import TRAINED
+from ...speculation.registry import TRAINED as DRAFTERS
+from ...stream.registry import FORMS
 from .shared import corpus, lessons, minutes, model, processes, seed, tuning
 from .values import count, counts, natural, number, size, some_of
 
@@ -98,10 +102,10 @@ def train_drafter(parser):
     model(parser)
     parser.add_argument(
         "--kind",
-        type=some_of(PEERS),
+        type=some_of(DRAFTERS),
         required=True,
         metavar="A,B,..",
-        help=f"which ways of drafting, of {', '.join(PEERS)}, or all; they learn from the same rows",
+        help=f"which ways of drafting, of {', '.join(DRAFTERS)}, or all; they learn from the same rows",
     )
     parser.add_argument(
         "--out",
@@ -195,10 +199,10 @@ def calibrate(parser):
     model(parser)
     parser.add_argument(
         "--kind",
-        type=some_of(EXIT_KINDS[:3]),
+        type=some_of(CALIBRATED),
         default=["m2r2"],
         metavar="A,B,..",
-        help=f"what to calibrate, of {', '.join(EXIT_KINDS[:3])}, or all (default: m2r2)",
+        help=f"what to calibrate, of {', '.join(CALIBRATED)}, or all (default: m2r2)",
     )
     parser.add_argument(
         "--out",

@@ -10,7 +10,8 @@ from ...bench.merit import LOSSES
 from ...bench.questions import questions
 from ...common import UserError
 from ...exits import trained
-from ...exits.registry import GATES, Method, method, split
+from ...exits.methods import Method, method
+from ...exits.registry import METHODS
 from ...exits.teacher_forced import texts_of
 from ...model.backbone import Backbone
 from ...speculation import generate
@@ -78,9 +79,7 @@ def run(args) -> int:
 
 def readers(methods: dict[str, Method]) -> dict:
     """What is read at the exits by the methods, each kind once."""
-    return {
-        GATES[split(name)[0]][0]: each.reader for name, each in methods.items() if each.reader is not None
-    }
+    return {METHODS[name].kind: each.reader for name, each in methods.items() if each.reader is not None}
 
 
 def quiet() -> bool:

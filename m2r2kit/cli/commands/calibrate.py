@@ -14,7 +14,8 @@ from ...bench import records
 from ...bench.exits import best_exits, measure
 from ...exits import trained
 from ...exits.calibrate import CONFIDENCE, RISK, calibrate, holds
-from ...exits.registry import GATES, METHODS, PROBABLE, split, with_gate
+from ...exits.methods import PROBABLE, with_gate
+from ...exits.registry import METHODS, split
 from ...exits.teacher_forced import Texts, texts_of
 from ...model.backbone import Backbone
 from ...stream import checkpoints
@@ -28,7 +29,7 @@ TEXTS, TOKENS = 240, 40  # from which the risk is measured
 TUNING = 4  # prompts of each kind on which exits are chosen
 WAYS = ("wait", "linear")  # of filling skipped blocks, calibrated each by itself
 RESAMPLINGS = 100  # of the promise, each time on half of the texts
-CALIBRATED = ("m2r2",)  # kinds whose gate gives `generate` a promise
+PROMISED = ("m2r2",)  # kinds whose gate gives `generate` a promise
 
 
 def run(args) -> int:
@@ -46,13 +47,13 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
     module, _ = trained.load(backbone, folder, kind)
     few = prompts.first_of_each_kind(prompts.read(prompts.TUNING), TUNING)
     tuning = texts_of(backbone, [backbone.encode(p.prompt) for p in few], TOKENS)
-    names = [name for name in METHODS if GATES.get(split(name)[0], ("",))[0] == kind]
+    names = [name for name, entry in METHODS.items() if entry.kind == kind]
     use = {}
     for name in tqdm(names, desc=f"{kind}: which exits", unit="method"):
-        gate, fill = GATES[split(name)[0]][1], split(name)[1]
+        gate, fill = METHODS[name].gate, split(name)[1]
         use[name] = best_exits(with_gate(name, backbone, module, gate, fill), tuning)
     known, losses, promises = {}, {}, {}
-    for way in WAYS if kind in CALIBRATED else ():
+    for way in WAYS if kind in PROMISED else ():
         name = kind if way == "wait" else f"{kind}-{way}"
         method = with_gate(name, backbone, module, "arla", way, use.get(name))
         lost = measure(method, fresh).losses()

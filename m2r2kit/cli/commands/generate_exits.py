@@ -7,7 +7,7 @@ from ...common import UserError
 from ...exits import trained
 from ...exits.calibrate import calibrate
 from ...exits.decode import ExitDecoder, ExitGeneration
-from ...exits.registry import with_gate
+from ...exits.methods import with_gate
 from ...model.backbone import Backbone
 from ...text.prompts import Prompt
 

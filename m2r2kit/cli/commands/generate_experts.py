@@ -13,10 +13,10 @@ from ...experts.decode import ExpertDecoder, StreamedModel
 from ...experts.generation import ExpertGeneration
 from ...experts.predictors import Predictor
 from ...experts.reader import Reader
+from ...experts.registry import TRAINED
 from ...experts.slots import budget_of_share, slots_of_budget
 from ...experts.trace import Trace
 from ...speculation import Sampler
-from ..arguments import TRAINED
 from .generate import Stream
 
 
