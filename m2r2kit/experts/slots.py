@@ -9,14 +9,13 @@ constant: it is right because a slot is written only between its last use and it
 Checked on CPUs; on a GPU of Apple's, whose memory is shared, we have not been able to try it.
 """
 
-import copy
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..common import UserError
+from ..model.view import private
 from .store import Manifest
 
 
@@ -42,10 +41,7 @@ class Bank:
 
     def switch(self, experts: nn.Module) -> nn.Module:
         """A block's `SwitchGLU` that computes from this bank: x (.., D), slots (.., k) -> (.., k, D)."""
-        clone = copy.copy(experts)
-        for name, child in experts.children().items():
-            if isinstance(child, nn.Module):
-                clone[name] = copy.copy(child)
+        clone = private(experts)
         clone.update(tree_unflatten(list(self.arrays.items())))
         return clone
 

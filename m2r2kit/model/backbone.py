@@ -19,6 +19,7 @@ from ..common import UserError
 from .cache import FEW, FixedKV, Traced, is_fixed, round_up
 from .families import MOE, PARTS, Parts, check_served
 from .load import load, object_config, object_sha256
+from .view import follow, private
 
 
 class Backbone:
@@ -37,7 +38,8 @@ class Backbone:
         self.family = config["model_type"]
         self.model, self.tokenizer, self.config, self._sha256 = model, tokenizer, config, sha256
         self.parts = PARTS.get(self.family, Parts())
-        self.blocks: list[nn.Module] = list(model.layers)
+        self._view = private(model)
+        self.blocks: list[nn.Module] = list(self._view.layers)
         self._traced: dict[tuple, Traced] = {}  # compiled passes, by what they do
         self._entry_shapes: list | None = None
 
@@ -68,6 +70,12 @@ class Backbone:
     def sha256(self) -> str:
         """Hash of the weights: what trained parts are bound to."""
         return self._sha256() if callable(self._sha256) else self._sha256
+
+    def refresh(self) -> None:
+        """Take over weights that the model was given since; a new cache does it by itself."""
+        if follow(self._view, self.model):
+            self._traced.clear()  # weights are constants of a compiled pass
+            self.__dict__.pop("sha256", None)  # of a model object it is taken anew
 
     # --- sizes ---
 
@@ -100,7 +108,7 @@ class Backbone:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """h_0, what enters the first block: (B, T) token ids -> (B, T, D)."""
-        h = self.model.model.embed_tokens(tokens)
+        h = self._view.model.embed_tokens(tokens)
         return h * (self.width**0.5) if self.family == "gemma" else h
 
     def run(
@@ -149,7 +157,7 @@ class Backbone:
 
     def norm(self, h: mx.array) -> mx.array:
         """The final norm (nu in the notebooks)."""
-        return self.model.model.norm(h)
+        return self._view.model.norm(h)
 
     def head(self, h: mx.array) -> mx.array:
         """Logits of a residual state: final norm, then the head; (.., D) -> (.., V)."""
@@ -157,9 +165,9 @@ class Backbone:
 
     def unembed(self, x: mx.array) -> mx.array:
         """The head (H in the notebooks) on an already normalised state."""
-        if "lm_head" in self.model:
-            return self.model.lm_head(x)
-        return self.model.model.embed_tokens.as_linear(x)
+        if "lm_head" in self._view:
+            return self._view.lm_head(x)
+        return self._view.model.embed_tokens.as_linear(x)
 
     def logits(self, tokens: mx.array, cache: list | None = None) -> mx.array:
         """The model's own logits, computed through this view: (B, T) -> (B, T, V)."""
@@ -196,6 +204,7 @@ class Backbone:
                 then compiled. By default, and where a model's positions cannot be compiled,
                 mlx-lm's own cache, which grows with each token.
         """
+        self.refresh()
         cache = make_prompt_cache(self.model)
         if not all(type(c) is KVCache for c in cache):
             raise UserError("This model's cache cannot be cut back after a rejected draft; it is not served.")

@@ -1,44 +1,60 @@
-"""Rotary positions for all blocks of a compiled pass at once.
+"""Rotary positions for all blocks of a compiled pass at once, and for each position of a pass by itself.
 
 On a CPU `mx.fast.rope` is a chain of some thirty small operations, and a model calls it twice in
 each block: two fifths of a decoding step. All blocks turn by the same angles, so inside a
 compiled pass they are computed once (RoFormer, arXiv 2104.09864, eq. 34).
 """
 
-from collections.abc import Callable
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
-alone = nn.RoPE.__call__
+from .compiled import is_lean, shared
 
 
-def shared_angles() -> Callable:
-    """What stands in for `nn.RoPE` in one pass: every plain one in it shares one table of angles."""
-    tables: dict[tuple, tuple] = {}
+@cache
+def by_position(kind: type) -> type:
+    """A class of rotary embeddings that also takes one offset a position.
 
-    def together(rope: nn.RoPE, x: mx.array, offset=0) -> mx.array:
-        if rope.traditional or rope.dims != x.shape[-1] or not isinstance(offset, mx.array):
-            return alone(rope, x, offset)
-        key = (rope.dims, rope.base, rope.scale, x.shape[-2], id(offset))
-        if key not in tables:
+    MLX takes an array of offsets for one a sequence. With one sequence, x (1, heads, T, d), and
+    offsets (T,), each position here turns by its own.
+    """
+
+    class Rotary(kind):
+        def __call__(self, x, offset=0, **options):
+            if not isinstance(offset, mx.array) or offset.size == 1 or x.shape[0] != 1:
+                return super().__call__(x, offset=offset, **options)
+            return super().__call__(x.swapaxes(0, 2), offset=offset, **options).swapaxes(0, 2)
+
+    Rotary.__name__ = kind.__name__
+    return Rotary
+
+
+class SharedRoPE(by_position(nn.RoPE)):
+    """`nn.RoPE`, with one table of angles for all blocks of a lean pass."""
+
+    def __call__(self, x: mx.array, offset=0) -> mx.array:
+        plain = not self.traditional and self.dims == x.shape[-1] and isinstance(offset, mx.array)
+        if not plain or not is_lean() or (offset.size > 1 and x.shape[0] > 1):
+            return super().__call__(x, offset=offset)
+        key = "angles", self.dims, self.base, self.scale, x.shape[-2], id(offset)
+        if key not in shared():
             # the offset is kept too: its id stands for it as long as it lives
-            tables[key] = (*_table(rope, x.shape[-2], offset), offset)
-        cos, sin, _ = tables[key]
-        half = rope.dims // 2
+            shared()[key] = (*_table(self, x.shape[-2], offset), offset)
+        cos, sin, _ = shared()[key]
+        half = self.dims // 2
         swapped = mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
         return (x * cos + swapped * sin).astype(x.dtype)
 
-    return together
 
-
-def _table(rope: nn.RoPE, rows: int, offset: mx.array) -> tuple[mx.array, mx.array]:
-    """cos and signed sin of the angles of `rows` positions from `offset` on, or at the positions in
-    `offset` if there is one for each row: (rows, dims) each."""
+def _table(rope: nn.RoPE, count: int, offset: mx.array) -> tuple[mx.array, mx.array]:
+    """cos and signed sin of the angles of `count` positions from `offset` on, or at the positions in
+    `offset` if it has one for each: (count, dims) each."""
     inverse = rope.base ** (-mx.arange(0, rope.dims, 2) / rope.dims) * rope.scale
     inverse = mx.concatenate([inverse, inverse])
     sign = mx.concatenate([-mx.ones(rope.dims // 2), mx.ones(rope.dims // 2)])
-    positions = mx.arange(rows)[:, None]
+    positions = mx.arange(count)[:, None]
     mx.eval(inverse, sign, positions)  # constants of the compiled pass, not parts of it
     angles = (offset[:, None] if offset.size > 1 else positions + offset) * inverse
     return mx.cos(angles), mx.sin(angles) * sign

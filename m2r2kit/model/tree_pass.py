@@ -9,9 +9,6 @@ import mlx.core as mx
 from ..common import UserError
 from .backbone import Backbone
 from .cache import FixedKV, Traced, is_fixed
-from .compiled import replaced
-
-rope = mx.fast.rope
 
 
 def check_rows(backbone: Backbone) -> None:
@@ -48,13 +45,6 @@ class RowsKV:
         return self.entry.update_and_fetch(keys, values)
 
 
-def by_rows(x, dims, *, offset, **options):
-    """`mx.fast.rope` that also takes one position a row: each row turns as a text of its own."""
-    if isinstance(offset, mx.array) and offset.ndim == 1 and x.shape[0] == 1:
-        return rope(x.swapaxes(0, 2), dims, offset=offset, **options).swapaxes(0, 2)
-    return rope(x, dims, offset=offset, **options)
-
-
 def masked_states(
     backbone: Backbone, tokens: mx.array, positions: mx.array, among: mx.array, cache: list
 ) -> tuple[mx.array, mx.array]:
@@ -83,9 +73,8 @@ def masked_states(
 def _states(backbone, entries, tokens, positions, among):
     rows = [RowsKV(entry, positions, among) for entry in entries]
     h, mask = backbone.embed(tokens), rows[0].make_mask(tokens.shape[1])
-    with replaced(mx.fast, "rope", by_rows):
-        for block, entry in zip(backbone.blocks, rows, strict=True):
-            h = block(h, mask, cache=entry)
+    for block, entry in zip(backbone.blocks, rows, strict=True):
+        h = block(h, mask, cache=entry)
     return h, backbone.head(h)[0]
 
 

@@ -14,11 +14,10 @@ import copy
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..model.backbone import Backbone
 from ..model.cache import FixedKV
-from ..model.compiled import product
+from ..model.compiled import attention, product
 
 # --- keys and values of the slow stream, as seen by p ---------------------------------------
 
@@ -195,7 +194,7 @@ class DeepAttention(nn.Module):
         B, T, _ = p.shape
         q = product(self.norm(p), self.q).reshape(B, T, -1, self._head_dim).transpose(0, 2, 1, 3)
         q = self._attention.rope(q, offset=offset)
-        y = scaled_dot_product_attention(q, keys, values, cache=None, scale=self._attention.scale, mask=mask)
+        y = attention(q, keys, values, cache=None, scale=self._attention.scale, mask=mask)
         return product(y.transpose(0, 2, 1, 3).reshape(B, T, -1), self.o)
 
 

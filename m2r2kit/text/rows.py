@@ -27,6 +27,7 @@ def for_training(model) -> Backbone:
     backbone = Backbone.load(model)
     if sum(w.size for _, w in tree_flatten(backbone.model.parameters())) <= SMALL:
         backbone.model.set_dtype(mx.float32)
+        backbone.refresh()
     return backbone
 
 

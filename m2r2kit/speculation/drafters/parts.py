@@ -8,6 +8,7 @@ from mlx_lm.models import llama
 
 from ...model.backbone import Backbone, crop
 from ...model.cache import FEW, FixedKV, Traced, round_up
+from ...model.view import private
 from ...stream.fast_block import head_dim
 
 
@@ -31,7 +32,7 @@ def new_block(backbone: Backbone) -> llama.TransformerBlock:
     )
     for last in (block.self_attn.o_proj, block.mlp.down_proj):
         last.weight = mx.zeros_like(last.weight)
-    return block
+    return private(block)
 
 
 class OwnPass:
