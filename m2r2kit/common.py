@@ -3,6 +3,7 @@ all, and how much memory was used."""
 
 import errno
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -74,12 +75,13 @@ WAYS_OUT = {
 
 
 @contextmanager
-def whole(target: str | Path) -> Iterator[Path]:
+def whole(target: str | Path, replace: bool = False) -> Iterator[Path]:
     """A path to write a file or a folder to; it is renamed to `target` when the block ends, and deleted if
     the block fails. So `target` is whole or as it was before.
 
     The path has `target`'s name, in a new folder beside it that belongs to this block alone. Missing parents
-    are made. A link is followed; a pipe or a device is written to directly. A folder replaces no folder.
+    are made. A link is followed; a pipe or a device is written to directly. A folder takes the place of
+    another one only with `replace`.
 
     Raises:
         UserError: it cannot be written (the cause, and what to do). Errors that name another file, such as
@@ -93,7 +95,10 @@ def whole(target: str | Path) -> Iterator[Path]:
         real = Path(os.path.realpath(target))
         with _beside(real) as new:
             yield new
-            new.replace(real)
+            if replace and real.is_dir() and new.is_dir():
+                _swap(new, real)
+            else:
+                new.replace(real)
     except OSError as error:
         name = str(error.filename or "")
         if name and TEMPORARY not in name and not Path(os.path.abspath(target)).is_relative_to(name):
@@ -132,7 +137,20 @@ def check_writable(file: str | Path) -> None:
 def unwritable(target: str | Path, error: OSError) -> UserError:
     """One sentence: what could not be written, why, and what to do."""
     way_out = WAYS_OUT.get(error.errno, f"{error.strerror or error}; choose another place")
+    if Path(target).is_relative_to(cache_dir()):
+        way_out = re.sub("choose .*", "set M2R2KIT_CACHE to another folder", way_out)
     return UserError(f"{target} cannot be written: {way_out}.")
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put a folder in the place of another one, which stays if that fails."""
+    old = new.with_name(".old")
+    folder.replace(old)
+    try:
+        new.replace(folder)
+    except BaseException:
+        old.replace(folder)
+        raise
 
 
 @contextmanager

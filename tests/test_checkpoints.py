@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_the_old_pair_and_nothing_else(tmp_path, monkeypatch,
     old = save(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(victim, disk_full)
-        with pytest.raises(UserError, match="could not be saved in"):
+        with pytest.raises(UserError, match="cannot be written: the disk is full"):
             save(tmp_path, size=0.1)
     assert sorted(f.name for f in tmp_path.iterdir()) == FILES
     assert same(load_stream(tiny.backbone(), tmp_path), old)
@@ -126,7 +126,7 @@ def test_an_interrupt_leaves_the_old_pair_and_nothing_else(tmp_path, monkeypatch
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="could not be saved"):
+    with pytest.raises(UserError, match="cannot be written: a part of its path is a file"):
         save(tmp_path / "file")
 
 

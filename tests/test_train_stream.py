@@ -73,6 +73,17 @@ def test_a_stream_is_trained_saved_and_recorded(tmp_path, written):
     assert not (tmp_path / "unfinished").exists()
 
 
+def test_a_cache_that_cannot_be_written_does_not_stop_a_training(
+    tmp_path, written, untuned, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "file" / "cache"))
+    assert train_stream.run(arguments(tmp_path / "out")) == 0
+    said = capsys.readouterr().err
+    assert "The text for training is not kept" in said and "set M2R2KIT_CACHE to another folder" in said
+    assert (tmp_path / "out" / "stream.json").exists()
+
+
 def test_an_interrupted_training_goes_on(tmp_path, written, untuned, monkeypatch, capsys):
     distil = train_stream.distillation.distil
 

@@ -8,7 +8,7 @@ import threading
 import mlx.core as mx
 import pytest
 
-from m2r2kit.common import WAYS_OUT, UserError, check_writable, unwritable, whole, write_whole
+from m2r2kit.common import WAYS_OUT, UserError, cache_dir, check_writable, unwritable, whole, write_whole
 
 
 def everything(folder) -> set[str]:
@@ -45,6 +45,19 @@ def test_a_folder_appears_when_it_is_whole_and_replaces_none(tmp_path):
         new.mkdir()
         (new / "other").write_text("")
     assert everything(tmp_path) == {"model", "model/config.json"}
+
+
+def test_a_folder_takes_the_place_of_another_if_asked(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("")
+    with pytest.raises(ValueError), whole(tmp_path / "model", replace=True) as new:
+        new.mkdir()
+        raise ValueError
+    assert everything(tmp_path) == {"model", "model/old"}
+    with whole(tmp_path / "model", replace=True) as new:
+        new.mkdir()
+        (new / "new").write_text("")
+    assert everything(tmp_path) == {"model", "model/new"}
 
 
 def test_nothing_of_the_users_is_touched(tmp_path):
@@ -129,6 +142,13 @@ def test_every_cause_has_a_sentence():
     for number, way_out in WAYS_OUT.items():
         assert str(unwritable("f", OSError(number, ""))) == f"f cannot be written: {way_out}."
     assert "Input/output error" in str(unwritable("f", OSError(errno.EIO, os.strerror(errno.EIO))))
+
+
+def test_the_way_out_of_an_unwritable_cache_is_its_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "file" / "cache"))
+    for write in WRITERS:
+        assert sentence(write, cache_dir() / "a").endswith("; set M2R2KIT_CACHE to another folder.")
 
 
 def test_other_errors_are_left_as_they_are(tmp_path):

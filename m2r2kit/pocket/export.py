@@ -6,7 +6,6 @@ folder in float16. So `evaluate` measures the folder and not the run.
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from mlx_lm.utils import load_model
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ..common import UserError
+from ..common import UserError, whole
 from ..text.corpus import ASSISTANT, EOS, KINDS, USER, Document
 from .expert_tiles import TiledExperts
 from .pretrain import FAMILIES, Run
@@ -56,8 +55,6 @@ def export(run: Run, tokenizer: Tokenizer, folder: Path) -> Path:
     is_model = (folder / "config.json").exists()
     if folder.exists() and not is_model and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something else than a model; name a new folder")
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
     weights = {name: w.astype(mx.float16) for name, w in tree_flatten(run.parameters)}
     config = FAMILIES[run.config.type].hf_config(run.config, run.blocks) | {"torch_dtype": "float16"}
     settings = {
@@ -71,29 +68,19 @@ def export(run: Run, tokenizer: Tokenizer, folder: Path) -> Path:
         "model_max_length": run.config.context,
         "chat_template": CHAT_TEMPLATE,
     }
-    try:
-        temporary.mkdir(parents=True)
-        mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "mlx"})
-        (temporary / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+    with whole(folder, replace=True) as new:
+        new.mkdir()
+        mx.save_safetensors(str(new / "model.safetensors"), weights, metadata={"format": "mlx"})
+        (new / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
         for name, content in (
             ("config.json", config),
             ("tokenizer_config.json", settings),
             ("generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}),
         ):
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+            (new / name).write_text(json.dumps(content, indent=2) + "\n")
         if folder.exists():
-            folder.replace(old)  # a folder cannot be renamed onto a full one
-        temporary.replace(folder)
-        for other in old.iterdir() if old.exists() else ():
-            if other.name not in FILES:
-                other.replace(folder / other.name)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # MLX reports a full disk as RuntimeError
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        raise UserError(f"the model cannot be written to {folder} ({error}); free some space") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            for other in (each for each in folder.iterdir() if each.name not in FILES):
+                (shutil.copytree if other.is_dir() else shutil.copy2)(other, new / other.name)
     return folder
 
 

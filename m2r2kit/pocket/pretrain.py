@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..common import UserError
+from ..common import UserError, whole
 from ..model.cpu import parallel
 from . import llama as small_llama
 from . import olmoe as small_olmoe
@@ -151,20 +151,9 @@ class Run:
             "arrays": name,
             "config": asdict(self.config),
         }
-        new_arrays, new_state = self.folder / "new.safetensors", self.folder / "run.json.new"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with whole(self.folder / "run.json") as new_state, whole(self.folder / name) as new_arrays:
             mx.save_safetensors(str(new_arrays), arrays)
             new_state.write_text(json.dumps(state, indent=1))
-            new_arrays.replace(self.folder / name)
-            new_state.replace(self.folder / "run.json")
-        except (OSError, RuntimeError) as error:  # MLX reports a full disk as RuntimeError
-            new_arrays.unlink(missing_ok=True)
-            new_state.unlink(missing_ok=True)
-            raise UserError(
-                f"step {self.step} cannot be saved in {self.folder} ({error}); free some space and "
-                "start again, from the state that was saved before"
-            ) from None
         for old in self.folder.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink()

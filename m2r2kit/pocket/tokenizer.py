@@ -1,6 +1,5 @@
 """From documents to what training reads: a tokenizer, one long row of ids a kind, and windows of it."""
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..common import UserError
+from ..common import UserError, whole, write_whole
 from ..text.corpus import ASSISTANT, EOS, KINDS, USER, Document
 
 # Share of the training windows that each kind gets. By size alone arithmetic would get .18, and
@@ -85,9 +84,9 @@ def prepare(
             else:
                 tokenizer = Tokenizer.from_str(known.read_text())
             tokens = encode(tokenizer, seen)
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(tokens_file, lambda file: np.savez(file, **tokens))
-            _write(tokenizer_file, lambda file: file.write(tokenizer.to_str().encode()))
+            with whole(tokens_file) as new:
+                np.savez(new, **tokens)
+            write_whole(tokenizer_file, tokenizer.to_str())
         return Tokenizer.from_file(str(tokenizer_file)), dict(np.load(tokens_file))
     except OSError as error:
         raise UserError(f"{folder} cannot hold the run's tokens ({error.strerror or error})") from None
@@ -95,16 +94,6 @@ def prepare(
         if isinstance(error, UserError):
             raise
         raise UserError(f"{tokenizer_file} or tokens.npz is damaged; delete both and start again") from None
-
-
-def _write(path: Path, write: Callable) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Batches:

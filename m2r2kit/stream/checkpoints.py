@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..common import UserError
+from ..common import UserError, whole, write_whole
 
 FORMAT = 1
 
@@ -28,27 +28,16 @@ def save(module: nn.Module, config, base_sha256: str, folder: str | Path, name: 
         facts: what else should be kept beside it (steps, seconds, the command).
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the folder cannot be written, and why.
     """
     folder = Path(folder)
-    names = [folder / f"{name}.safetensors", folder / f"{name}.json"]
-    new = [folder / f"{name}.new.safetensors", folder / f"{name}.json.new"]
     weights = {k: v.astype(mx.float16) for k, v in tree_flatten(module.trainable_parameters())}
     text = {"format": FORMAT, "kind": type(module).__name__, "base_sha256": base_sha256}
     text |= {"config": asdict(config), **facts}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(new[0]), weights)
-        text["weights_sha256"] = _sha256(new[0])
-        new[1].write_text(json.dumps(text, indent=1) + "\n")
-        for made, wanted in zip(new, names, strict=True):
-            made.replace(wanted)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{name} could not be saved in {folder} ({error}); free some space.") from error
-    finally:  # also after an interrupt
-        for path in new:
-            if path.exists():
-                path.unlink()
+    with whole(folder / f"{name}.json") as new_settings, whole(folder / f"{name}.safetensors") as new_weights:
+        mx.save_safetensors(str(new_weights), weights)
+        text["weights_sha256"] = _sha256(new_weights)
+        new_settings.write_text(json.dumps(text, indent=1) + "\n")
 
 
 def read_settings(folder: str | Path, name: str, config_type: type):
@@ -82,16 +71,10 @@ def note(folder: str | Path, name: str, **facts) -> None:
     """Add facts to the JSON of a saved module, or put others in their place.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the folder cannot be written, and why.
     """
-    path, new = Path(folder) / f"{name}.json", Path(folder) / f"{name}.json.new"
-    text = json.loads(path.read_text()) | facts
-    try:
-        new.write_text(json.dumps(text, indent=1) + "\n")
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); free some space.") from error
+    path = Path(folder) / f"{name}.json"
+    write_whole(path, json.dumps(json.loads(path.read_text()) | facts, indent=1) + "\n")
 
 
 def trained(folder: str | Path, name: str, config_type: type) -> dict:

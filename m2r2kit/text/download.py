@@ -17,7 +17,6 @@ import hashlib
 import http.client
 import io
 import json
-import os
 import re
 import urllib.request
 import zipfile
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..common import UserError, cache_dir
+from ..common import UserError, cache_dir, check_writable, write_whole
 from .corpus import GSM8K, TLDR
 
 GSM8K_URL = (
@@ -56,6 +55,7 @@ def fetch(url: str, target: Path, convert: Callable[[bytes], bytes]) -> None:
     """
     if target.exists():
         return
+    check_writable(target)
     try:
         content = convert(_get(url))
     except (OSError, http.client.HTTPException) as error:
@@ -64,17 +64,7 @@ def fetch(url: str, target: Path, convert: Callable[[bytes], bytes]) -> None:
         raise UserError(
             f"{url} is not what this kit expects ({error}); try again later, {ELSEWHERE}"
         ) from None
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror}); free some space or set M2R2KIT_CACHE"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, content)
 
 
 def _get(url: str) -> bytes:

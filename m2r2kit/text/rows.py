@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..common import cache_dir
+from ..common import UserError, cache_dir, whole
 from ..model.backbone import Backbone
 from ..stream import train as distillation
 from . import download
@@ -49,10 +49,11 @@ def text(backbone: Backbone, corpus, rows: int, seed: int) -> tuple[np.ndarray, 
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # none, or not whole
     train, held_out = write(backbone, all_documents, rows, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.npz")
-    np.savez_compressed(temporary, train=train, held_out=held_out)
-    temporary.replace(file)
+    try:
+        with whole(file) as new:
+            np.savez_compressed(new, train=train, held_out=held_out)
+    except UserError as error:  # the training goes on with the text; the next one generates it again
+        print(f"The text for training is not kept: {error}", file=sys.stderr)
     return train, held_out
 
 

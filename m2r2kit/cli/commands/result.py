@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from ...common import write_whole
+
 
 def command() -> str:
     """The command that is running, as a person would type it."""
@@ -18,6 +20,4 @@ def model_name(model: str | Path) -> str:
 
 def write_json(file: Path, settings: dict, figures: dict) -> None:
     """A result as one JSON object; the file is whole or absent."""
-    temporary = file.with_name(file.name + ".new")
-    temporary.write_text(json.dumps({"settings": settings, **figures}, indent=1) + "\n")
-    temporary.replace(file)
+    write_whole(file, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
