@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from m2r2kit.cli.commands import train
 from m2r2kit.common import UserError
 from m2r2kit.model.cpu.fast_math import soft_cross_entropy
+from m2r2kit.model.small_llama import causal_bias
 from m2r2kit.pocket import export as pocket
-from m2r2kit.pocket import llama as small_llama
 from m2r2kit.pocket import olmoe as small_olmoe
 from m2r2kit.pocket import tokenizer as tokens
 from m2r2kit.pocket.expert_tiles import TILE, expert_sum, tiles
@@ -132,7 +132,7 @@ def test_the_loss_is_that_of_mlx_lm_and_the_routers():
             use[np.argsort(row)[-3:]] += 1 / (3 * len(shares))
         z = np.array(mx.logsumexp(logits, -1))
         wanted += (0.5 * 6 * (use * shares.mean(0)).sum() + 0.001 * (z * z).mean()) / 2
-    mine = small_olmoe.loss(MIXTURE)(parameters, windows, small_llama.causal_bias(4, 16, MIXTURE))
+    mine = small_olmoe.loss(MIXTURE)(parameters, windows, causal_bias(4, 16, MIXTURE))
     assert abs(mine.item() - wanted) < 1e-4
 
 
@@ -219,7 +219,7 @@ def test_resuming_a_mixture_is_exact(start, tmp_path):
 
 
 def test_the_teacher_and_its_states_pull(start):
-    windows, bias = mx.array(batches()(0, 4, 17)), small_llama.causal_bias(4, 16, MIXTURE)
+    windows, bias = mx.array(batches()(0, 4, 17)), causal_bias(4, 16, MIXTURE)
     config = replace(MIXTURE, start=str(start), taught=0.0, near=0.0)
     parameters = small_olmoe.new_parameters(config, 2)
 

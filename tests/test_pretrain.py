@@ -16,11 +16,12 @@ from mlx_lm.models import llama
 
 from m2r2kit.common import UserError
 from m2r2kit.model.cpu.fast_math import attention_weights, cross_entropy, fast_exp, swiglu
+from m2r2kit.model.small_llama import causal_bias, hf_config
 from m2r2kit.pocket import export as pocket
 from m2r2kit.pocket import llama as small_llama
 from m2r2kit.pocket import pretrain
 from m2r2kit.pocket import tokenizer as tokens
-from m2r2kit.pocket.llama import PretrainConfig, causal_bias, mean_loss, new_parameters
+from m2r2kit.pocket.llama import PretrainConfig, mean_loss, new_parameters
 from m2r2kit.pocket.pretrain import Run
 from m2r2kit.text.corpus import Document
 
@@ -99,7 +100,7 @@ def test_the_loss_is_that_of_mlx_lm():
     parameters = noisy(new_parameters(TINY, 4))
     windows = mx.array(batches()(0, 4, 17))
     mine = mean_loss(parameters, windows, causal_bias(4, 16, TINY), TINY)
-    model = llama.Model(llama.ModelArgs.from_dict(small_llama.hf_config(TINY, 4)))
+    model = llama.Model(llama.ModelArgs.from_dict(hf_config(TINY, 4)))
     model.load_weights(tree_flatten(parameters))
     logits = model(windows[:, :-1])
     right = mx.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]

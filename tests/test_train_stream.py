@@ -16,7 +16,6 @@ from m2r2kit.common import UserError
 from m2r2kit.model.backbone import Backbone
 from m2r2kit.speculation import registry as methods
 from m2r2kit.stream import checkpoints
-from m2r2kit.stream import train as distillation
 from m2r2kit.stream.stream import StreamConfig, load_stream
 from m2r2kit.text import prompts, rows
 from m2r2kit.text.corpus import Document
@@ -154,8 +153,8 @@ def test_tuning_changes_how_long_drafts_are_and_nothing_else(tmp_path, written, 
 
 def test_rows_are_token_ids_even_beside_an_empty_text():
     ids = np.concatenate([[], np.arange(300) % 50])
-    rows = distillation.windows(tiny.backbone(), {"code": ids}, 8, own=0)
-    assert rows.shape == (8, distillation.WINDOW) and rows.dtype == np.int32
+    text = rows.windows(tiny.backbone(), {"code": ids}, 8, own=0)
+    assert text.shape == (8, rows.WINDOW) and text.dtype == np.int32
 
 
 def test_a_comparison_runs_in_one_process(tmp_path, written):

@@ -18,10 +18,11 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models import olmoe
 
 from ..common import UserError
+from ..model import small_llama
 from ..model.cpu.fast_math import cross_entropy, soft_cross_entropy
-from . import llama as small_llama
+from ..model.small_llama import attend
 from .expert_tiles import expert_sum
-from .llama import PretrainConfig, attend
+from .llama import PretrainConfig
 
 # How much larger a trained model's queries and keys are than those of states without a preferred direction:
 # of 0.5, 0.7, 1, 1.4, 1.7, 2 and 2.8, the one with the least loss before any training.

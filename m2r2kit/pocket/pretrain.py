@@ -24,9 +24,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..common import UserError, whole
 from ..model.cpu import parallel
+from ..model.small_llama import causal_bias
 from . import llama as small_llama
 from . import olmoe as small_olmoe
-from .llama import PretrainConfig, causal_bias, grow
+from .llama import PretrainConfig, grow
 from .tokenizer import Batches
 
 FAMILIES = {"llama": small_llama, "olmoe": small_olmoe}  # what can be trained, by mlx-lm's model type

@@ -7,62 +7,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 from ..common import UserError
 from ..model.backbone import Backbone
 from ..model.cpu import parallel
-from ..text.corpus import ASSISTANT, USER
-from ..text.self_generated import beginnings, continue_greedily, questions
 from . import evaluate as alignment
 from .distil import DistilConfig, Lesson, distance, distil, stream_loss, teach
 from .readouts import Bare, ExtraBlock, WideHead
 from .stream import AcceleratedStream, StreamConfig
 
-WINDOW, ROWS = 192, 8  # tokens of a lesson's rows, rows of a lesson if nothing else is asked for
-BEGINNING, LONGEST = 24, 112  # tokens of a beginning where nobody asks, of a question at most
-
-
-def windows(
-    backbone: Backbone, tokens: dict[str, np.ndarray], rows: int, own: float, seed: int = 0
-) -> np.ndarray:
-    """Rows of text (rows, WINDOW): a share `own` written by the model, the rest from the corpus,
-    the kinds in equal parts and the rows shuffled."""
-    rng = np.random.default_rng(seed)
-    kinds = [ids for ids in tokens.values() if len(ids) > WINDOW]
-    parts = []
-    for i, ids in enumerate(kinds):
-        share = rows // len(kinds) + (i < rows % len(kinds))
-        written = round(share * own)
-        starts = rng.integers(0, len(ids) - WINDOW, share - written)
-        parts += [ids[s : s + WINDOW] for s in starts]
-        parts += _written(backbone, asked(backbone, ids, written, rng))
-    # joined with an empty text, ids would have become numbers with a point
-    return np.stack(parts)[rng.permutation(len(parts))].astype(np.int32)
-
-
-def asked(backbone: Backbone, ids: np.ndarray, rows: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """What the model is to go on from: `rows` whole questions where one of its kind's documents (`ids`, in
-    one row) asks any and the tokenizer knows how, else beginnings from anywhere."""
-    asks, answers = (backbone.tokenizer.convert_tokens_to_ids(mark) for mark in (USER, ASSISTANT))
-    known = asks != answers and {asks, answers} <= set(range(backbone.config["vocab_size"]))
-    found = questions(ids, asks, answers, rows, LONGEST, rng) if known and rows else []
-    return found or beginnings(ids, rows, BEGINNING, rng)
-
-
-def _written(backbone: Backbone, starts: list[np.ndarray]) -> list[np.ndarray]:
-    """Each beginning continued to a whole row; those of about one length at once."""
-    starts = sorted(starts, key=len)
-    batch = 64 if mx.default_device() == mx.Device(mx.cpu) else 1024
-    batches = [starts[i : i + batch] for i in range(0, len(starts), batch)]
-    rows = []
-    total = sum(len(b) * (WINDOW - len(b[0])) for b in batches)
-    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="the model writes", leave=False) as bar:
-        for b in batches:
-            rows += list(continue_greedily(backbone, b, WINDOW, bar.update))
-    return rows
+ROWS = 8  # of a teacher batch if nothing else is asked for
 
 
 def lessons(

@@ -19,10 +19,9 @@ from ...exits.registry import METHODS, split
 from ...exits.teacher_forced import Texts, texts_of
 from ...model.backbone import Backbone
 from ...stream import checkpoints
-from ...stream import train as distillation
 from ...text import download, prompts
 from ...text.corpus import documents
-from ...text.rows import for_training, tokens_of
+from ...text.rows import for_training, questions_or_beginnings, tokens_of
 from .result import command
 
 TEXTS, TOKENS = 240, 40  # from which the risk is measured
@@ -91,5 +90,7 @@ def held_out_texts(backbone: Backbone, corpus, seed: int) -> Texts:
     tokens = tokens_of(backbone, documents(folder), True, TEXTS, seed)
     rng = np.random.default_rng(seed)
     each = -(-TEXTS // len(tokens))
-    asked = [q for ids in tokens.values() if len(ids) for q in distillation.asked(backbone, ids, each, rng)]
+    asked = [
+        q for ids in tokens.values() if len(ids) for q in questions_or_beginnings(backbone, ids, each, rng)
+    ]
     return texts_of(backbone, [q.tolist() for q in asked], TOKENS)

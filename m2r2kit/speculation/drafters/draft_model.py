@@ -10,7 +10,7 @@ from mlx_lm.models import llama
 
 from ...common import UserError
 from ...model.backbone import Backbone, crop
-from ...pocket.llama import PretrainConfig, causal_bias, hf_config, hidden_states, new_parameters
+from ...model.small_llama import causal_bias, check, hf_config, hidden_states, new_parameters
 from ...stream.distil import Lesson, divergence
 from .base import Draft, Drafter
 
@@ -49,19 +49,10 @@ class DraftModel(nn.Module):
                 f"{backbone.config['vocab_size']}; they must share a tokenizer."
             )
         self.config, self._backbone = config, backbone
-        self._shape = PretrainConfig(
-            blocks=config.blocks,
-            width=config.width,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            ffn_width=config.ffn_width,
-            vocabulary=config.vocabulary,
-            context=config.context,
-            grow_from=config.blocks,
-        )
-        self._hf = hf_config(self._shape, config.blocks)
+        check(config)
+        self._hf = hf_config(config, config.blocks)
         self.llama = llama.Model(llama.ModelArgs.from_dict(self._hf))
-        self.llama.update(new_parameters(self._shape, config.blocks))
+        self.llama.update(new_parameters(config, config.blocks))
 
     @property
     def depths(self) -> set[int]:
@@ -70,9 +61,9 @@ class DraftModel(nn.Module):
 
     def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution of each next token."""
-        bias = causal_bias(*lesson.tokens.shape, self._shape)
+        bias = causal_bias(*lesson.tokens.shape, self.config)
         p = self.llama.parameters()
-        x = hidden_states(p, lesson.tokens, bias, self._shape)
+        x = hidden_states(p, lesson.tokens, bias, self.config)
         final = lesson.states[self._backbone.depth]
         return divergence(self._backbone, x, final, rng, lambda x: x @ p["model"]["embed_tokens"]["weight"].T)
 

@@ -1,0 +1,98 @@
+"""The house: which room may import which, read from the source; each public name is defined once."""
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "m2r2kit"
+WINGS = ("exits", "speculation", "experts")
+MAY = {  # a room, and the rooms that it may import
+    "common": (),
+    "model": ("common",),
+    "text": ("common", "model"),
+    "driver": ("common", "model", "text"),
+    "stream": ("common", "model", "text"),
+    "pocket": ("common", "model", "text"),
+    "exits": ("common", "model", "stream", "driver", "text"),
+    "speculation": ("common", "model", "stream", "driver"),
+    "experts": ("common", "model", "stream", "driver"),
+    "bench": ("common", "model", "text", "stream", "driver", *WINGS),
+    "figures": ("common", "stream", "experts", "bench"),
+}
+OUTSIDE = ("__init__", "__main__", "api", "cli")  # the doors: they may import every room
+TWICE = {  # public names that two files define on purpose
+    "run": "what a command of the command line does",
+    "arguments": "what a command of the command line takes",
+    "load": "reads what its room keeps",
+    "save": "writes what its room keeps",
+    "read": "reads what its file is about",
+    "new": "an untrained module of its wing",
+    "train": "trains a module of its wing",
+    "newest": "the record that its figures are drawn from",
+    "hf_config": "config.json of its family",
+    "new_parameters": "random weights of its family",
+    "loss": "what its family is trained by",
+}
+
+
+def imports():
+    """(file, room, imported room) of every import inside the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = list(parts[: len(parts) - node.level])
+            full = base + (node.module.split(".") if node.module else [])
+            for room in [full[0]] if full else [alias.name for alias in node.names]:
+                if room != parts[0]:
+                    yield str(path.relative_to(PACKAGE)), parts[0], room
+
+
+def test_every_room_imports_only_what_stands_below_it():
+    wrong = [
+        f"{file} imports {room}"
+        for file, own, room in imports()
+        if own not in OUTSIDE and room not in MAY.get(own, ())
+    ]
+    assert not wrong
+
+
+def test_the_order_of_rooms_has_no_circle():
+    done = set()
+    while rest := MAY.keys() - done:
+        floor = {room for room in rest if set(MAY[room]) <= done}
+        assert floor, f"a circle among {sorted(rest)}"
+        done |= floor
+
+
+def test_there_are_few_rooms_and_few_arrows():
+    rooms = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")} - {"__init__.py"}
+    arrows = {(own, room) for _, own, room in imports() if own != "__init__"}
+    assert len(rooms) <= 17 and len(arrows) <= 70
+    known = {*MAY, *OUTSIDE}
+    assert {room.removesuffix(".py") for room in rooms} <= known
+
+
+def test_a_public_name_is_defined_once():
+    where = defaultdict(list)
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                where[node.name].append(str(path.relative_to(PACKAGE)))
+    twice = {name: files for name, files in where.items() if len(files) > 1 and name not in TWICE}
+    assert not twice
+
+
+@pytest.mark.parametrize("module", ["m2r2kit.__main__", *(f"m2r2kit.{wing}.registry" for wing in WINGS)])
+def test_names_and_help_are_read_without_the_libraries(module):
+    """`--help` answers at once, because nothing that it reads imports MLX."""
+    code = "import sys, m2r2kit; before = set(sys.modules); "
+    code += f"import {module} as m; getattr(m, 'parser', dict)(); print(*sorted(set(sys.modules) - before))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert module in run.stdout
+    assert not {"mlx.core", "mlx_lm", "numpy", "transformers"} & set(run.stdout.split())
