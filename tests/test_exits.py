@@ -20,7 +20,7 @@ from m2r2kit.exits.registry import KINDS
 from m2r2kit.exits.teacher_forced import ForcedPass, texts_of
 from m2r2kit.speculation.decode import generate
 from m2r2kit.stream import checkpoints
-from m2r2kit.stream.distil import teach
+from m2r2kit.stream.distil import teacher_batch
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
 NEVER = 2.0
@@ -182,10 +182,10 @@ def test_gates_leave_as_their_names_say():
 
 def test_arla_counts_what_it_has_and_answers_with_a_probability():
     view, module = exits()
-    lesson = teach(view, np.array([[1, 2, 3, 4, 5, 6, 7, 8]]), *module.needs())
+    batch = teacher_batch(view, np.array([[1, 2, 3, 4, 5, 6, 7, 8]]), *module.needs())
     from m2r2kit.exits.train import seen_in
 
-    seen = seen_in(module.reader, lesson, None, None, view.head)
+    seen = seen_in(module.reader, batch, None, None, view.head)
     for j in range(3):
         score = module.gate(j, seen)
         assert score.shape == (1, 8, 1) and 0 < score.min().item() and score.max().item() < 1
@@ -200,17 +200,17 @@ def test_a_linear_fill_finds_a_map_that_is_there():
     view, module = exits()
     rows = np.random.default_rng(0).integers(1, 90, (12, 32))
     depths, blocks = module.needs()
-    texts = [teach(view, rows, depths | set(range(view.depth + 1)), blocks)]
+    texts = [teacher_batch(view, rows, depths | set(range(view.depth + 1)), blocks)]
     small, large = (fit_linear(module.reader, texts, view.depth, view.width, r) for r in (2, 96))
-    lesson = texts[0]
+    batch = texts[0]
     from m2r2kit.exits.fill import unit
     from m2r2kit.stream.distil import shifted
 
-    before = shifted(lesson.states[view.depth])
+    before = shifted(batch.states[view.depth])
 
     def off(fill, l):
-        guess = fill(0, lesson.states[0], module.reader.over(0, lesson), before)(l)
-        return ((guess - unit(lesson.states[l])) ** 2).mean().item()
+        guess = fill(0, batch.states[0], module.reader.over(0, batch), before)(l)
+        return ((guess - unit(batch.states[l])) ** 2).mean().item()
 
     assert off(large, 0) < 1e-3  # h_0 itself is among what it sees
     assert off(large, 2) < off(small, 2) < 1

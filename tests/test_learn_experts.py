@@ -41,8 +41,8 @@ def view() -> Backbone:
     return tiny_experts.resident("mixtral")
 
 
-def lessons() -> list[learn.RouterLesson]:
-    return [learn.teach(view(), ROWS[i : i + 2]) for i in (0, 2)]
+def batches() -> list[learn.RouterTeacherBatch]:
+    return [learn.teacher_batch(view(), ROWS[i : i + 2]) for i in (0, 2)]
 
 
 def shaken(module, size=0.3):
@@ -52,11 +52,11 @@ def shaken(module, size=0.3):
 
 
 def test_the_teacher_runs_the_model_itself():
-    lesson = learn.teach(view(), ROWS[:2])
+    batch = learn.teacher_batch(view(), ROWS[:2])
     right = view().states(mx.array(ROWS[:2]))
-    for ours, its in zip(lesson.states, right, strict=True):
+    for ours, its in zip(batch.states, right, strict=True):
         assert mx.allclose(ours, its, atol=1e-5)
-    assert set(lesson.logits) == set(range(tiny.BLOCKS))
+    assert set(batch.logits) == set(range(tiny.BLOCKS))
 
 
 @pytest.mark.parametrize("rate", [1.0, 2.0])
@@ -88,8 +88,8 @@ def test_decoding_names_what_the_forced_pass_names(kind, rate):
         decoder = ExpertDecoder(model, residency, r, made(model.backbone), trace)
         tokens = decoder.generate(prompt, 10).tokens
     text = [*prompt, *tokens][: len(prompt) + 9]
-    forced, lesson = made(view()), learn.teach(view(), np.array([text]))
-    over = forced.over(lesson.states, lesson.after, lesson.cache)
+    forced, batch = made(view()), learn.teacher_batch(view(), np.array([text]))
+    over = forced.over(batch.states, batch.after, batch.cache)
     for i, p in enumerate(trace.passes[1:]):
         at = len(prompt) - 1 + i
         for l, named in zip(m.blocks, p.named[1:]):
@@ -101,15 +101,15 @@ def test_decoding_names_what_the_forced_pass_names(kind, rate):
 
 def test_beginning_at_the_slow_streams_u_is_attending_anew():
     stream = shaken(learn.new_stream(view(), 2.0))
-    predictor, lesson = StreamPredictor(stream), learn.teach(view(), ROWS[:2])
+    predictor, batch = StreamPredictor(stream), learn.teacher_batch(view(), ROWS[:2])
     for a, b in ((0, 1), (1, 2), (2, 3)):
-        short = predictor.path(lesson.states, lesson.after, lesson.cache, a, b)[-1]
+        short = predictor.path(batch.states, batch.after, batch.cache, a, b)[-1]
         assert stream.block(a).begins_at_u
-        assert mx.allclose(short, stream(lesson.states, lesson.cache, exit=b)[-1], atol=1e-4)
+        assert mx.allclose(short, stream(batch.states, batch.cache, exit=b)[-1], atol=1e-4)
 
 
 def test_untrained_it_is_as_good_as_the_next_router_and_training_makes_it_better():
-    data, settings = lessons(), DistilConfig(steps=60, learning_rate=1e-2, warmup=5)
+    data, settings = batches(), DistilConfig(steps=60, learning_rate=1e-2, warmup=5)
     stream = learn.new_stream(view(), 2.0, exits=(2, 3), rank=4, ffn_width=16)
     for module in (stream, DirectMap.like(stream)):
         before = learn.recall(learn.predictor_of(module), data)
@@ -130,7 +130,7 @@ def test_a_router_on_its_own_state_is_always_right():
         def over(self, states, after, cache):
             return {(l, m): after[m] for l in range(tiny.BLOCKS) for m in self.targets(l)}
 
-    found = learn.recall(Knows(view(), DirectConfig((2, 3), 2.0)), lessons())
+    found = learn.recall(Knows(view(), DirectConfig((2, 3), 2.0)), batches())
     assert set(found.values()) == {1.0}
     assert learn.by_distance({(0, 1): 0.5, (1, 2): 1.0, (0, 2): 0.25}) == {1: 0.75, 2: 0.25}
 

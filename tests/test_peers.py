@@ -21,7 +21,7 @@ from m2r2kit.speculation.drafters.eagle import Eagle
 from m2r2kit.speculation.drafters.lookahead import Lookahead
 from m2r2kit.speculation.drafters.parts import OwnPass
 from m2r2kit.speculation.drafters.prompt_lookup import PromptLookup, lookup
-from m2r2kit.stream.distil import DistilConfig, teach
+from m2r2kit.stream.distil import DistilConfig, teacher_batch
 from m2r2kit.text import self_generated as own_text
 
 AGAIN = tiny.prompt(4, seed=3) * 3  # a text that repeats itself
@@ -174,7 +174,7 @@ def all_right(kind):
     """A maker of a peer that has learnt one text by heart: its drafts are often accepted."""
     view = tiny.backbone()
     module = new(view, kind)
-    peers.train(module, lessons(view, module.depths), DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
+    peers.train(module, batches(view, module.depths), DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
     return lambda view: peers.drafter(view, kind, module)
 
 
@@ -204,14 +204,14 @@ def test_the_states_of_other_rows_are_caught():
 STARTS = np.random.default_rng(5).integers(0, tiny.EOS, (16, 2))
 
 
-def lessons(view, depths, length=24):
+def batches(view, depths, length=24):
     """Text that the tiny model wrote itself, and what the model says of it."""
     text = own_text.continue_greedily(view, STARTS, length)
-    return [teach(view, text[i : i + 8], depths, set()) for i in range(0, len(text), 8)]
+    return [teacher_batch(view, text[i : i + 8], depths, set()) for i in range(0, len(text), 8)]
 
 
 def tokens_a_step(view, drafter, drafts=3) -> float:
-    """On the text of the lessons, which is all that so small a peer can learn."""
+    """On the text of the batches, which is all that so small a peer can learn."""
     outs = [generate(view, start, drafter, drafts, 22) for start in STARTS[:6].tolist()]
     return sum(len(out.tokens) for out in outs) / sum(out.steps for out in outs)
 
@@ -227,7 +227,7 @@ def new(view, kind):
 def test_training_lowers_the_loss_and_raises_acceptance(kind):
     view = tiny.backbone()
     module = new(view, kind)
-    text = lessons(view, module.depths)
+    text = batches(view, module.depths)
     loss, tokens = peers.mean_loss(module, text), tokens_a_step(view, peers.drafter(view, kind, module))
     peers.train(module, text, DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
     assert peers.mean_loss(module, text) < loss - 0.5

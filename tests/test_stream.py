@@ -8,7 +8,7 @@ import tiny
 from m2r2kit.common import UserError
 from m2r2kit.model.backbone import Backbone, crop
 from m2r2kit.model.families import MOE
-from m2r2kit.stream.distil import chain, needs, teach
+from m2r2kit.stream.distil import chain, needs, teacher_batch
 from m2r2kit.stream.stream import FORMS, AcceleratedStream, StreamConfig, intervals, shifted, tau
 
 LENGTH = 7
@@ -260,9 +260,9 @@ def test_a_chain_is_what_drafting_does():
     """The drafts of training, at all tokens at once, against steps: of a chain that begins at token t
     the first knows h_N of the token before and all keys before t, the others the p_E before them."""
     view, stream, tokens = tiny.backbone(), tiny.stream(carry=True), tiny.prompt(LENGTH)
-    lesson = teach(view, np.array([tokens]), *needs(stream))
+    batch = teacher_batch(view, np.array([tokens]), *needs(stream))
     states, _ = slow(view, tokens)
-    drafts = [p[-1] for p in chain(stream, lesson, 3)]
+    drafts = [p[-1] for p in chain(stream, batch, 3)]
     for start in (2, 4):
         cache = view.new_cache()
         view.run(view.embed(mx.array([tokens[:start]])), cache)
@@ -271,8 +271,8 @@ def test_a_chain_is_what_drafting_does():
             token = view.embed(mx.array([[tokens[start + j]]]))
             _, before = stream.step(token, cache, start, before=before)
             close(before[:, 0], draft[:, start + j], 1e-4)
-    given = stream(lesson.states, lesson.cache, before=shifted(lesson.states[view.depth]))[-1]
-    assert mx.array_equal(stream(lesson.states, lesson.cache)[-1], given)
+    given = stream(batch.states, batch.cache, before=shifted(batch.states[view.depth]))[-1]
+    assert mx.array_equal(stream(batch.states, batch.cache)[-1], given)
 
 
 def test_unverified_deep_keys_are_not_seen():

@@ -71,7 +71,7 @@ def test_trained_peers_are_tuned_again_with_the_stream(tmp_path, written, monkey
 
 
 def test_too_little_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match="3 rows of text are no lesson"):
+    with pytest.raises(UserError, match="3 rows of text do not fill one batch"):
         train_drafter.run(arguments(tmp_path, rows=3))
 
 

@@ -86,13 +86,13 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_training(
 def test_an_interrupted_training_goes_on(tmp_path, written, untuned, monkeypatch, capsys):
     distil = train_stream.distillation.distil
 
-    def interrupted(module, loss, lessons, settings, report, seconds):
+    def interrupted(module, loss, batches, settings, report, seconds):
         def stop(step, value):
             report(step, value)
             if step == 1:
                 raise KeyboardInterrupt
 
-        return distil(module, loss, lessons, settings, stop, seconds)
+        return distil(module, loss, batches, settings, stop, seconds)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_stream.distillation, "distil", interrupted)

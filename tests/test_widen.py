@@ -50,8 +50,8 @@ def test_its_predictors_are_those_of_the_narrow_one_and_belong_to_it(both):
     narrow, wide = (Backbone.load(folder) for folder in both)
     rows = np.arange(12).reshape(2, 6)
     for kind in ("m2r2", "direct"):
-        mine = trained.predictor(narrow, both[0], kind), learn.teach(narrow, rows)
-        its = trained.predictor(wide, both[1], kind), learn.teach(wide, rows)
+        mine = trained.predictor(narrow, both[0], kind), learn.teacher_batch(narrow, rows)
+        its = trained.predictor(wide, both[1], kind), learn.teacher_batch(wide, rows)
         assert learn.recall(mine[0], [mine[1]]) == learn.recall(its[0], [its[1]])
         text = json.loads((trained.folder_of(both[1], kind) / f"{trained.file_of(kind)}.json").read_text())
         assert text["base_sha256"] == wide.sha256 and text["steps"] == 3

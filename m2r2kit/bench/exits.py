@@ -20,7 +20,7 @@ from ..exits.depth_decode import DepthDecoder
 from ..exits.methods import Method
 from ..exits.teacher_forced import Texts
 from ..model.backbone import Backbone
-from ..stream.distil import teach
+from ..stream.distil import teacher_batch
 from .merit import LOSSES, Curve, crossing, merits
 
 TOGETHER = 48  # texts that pass at once
@@ -75,11 +75,11 @@ def best_exits(method: Method, texts: Texts) -> list[int] | None:
 def at_exits(reader, backbone: Backbone, texts: Texts) -> list[dict]:
     """How well the head reads the answer at each exit if nobody leaves: agreement and cross-entropy."""
     depths, blocks = reader.needs()
-    lesson = teach(backbone, texts.tokens[:, :-1], depths, blocks)
+    batch = teacher_batch(backbone, texts.tokens[:, :-1], depths, blocks)
     gated, answer = texts.gated, mx.array(texts.tokens[:, 1:])
     out = []
     for j, exit in enumerate(reader.exits):
-        logits = backbone.head(reader.over(j, lesson))
+        logits = backbone.head(reader.over(j, batch))
         chosen = mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
         nats = np.array(mx.logsumexp(logits, axis=-1) - chosen)[gated]
         right = np.array(mx.argmax(logits, axis=-1) == answer)[gated]

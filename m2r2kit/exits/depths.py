@@ -20,7 +20,7 @@ import numpy as np
 
 from ..common import UserError
 from ..model.backbone import Backbone
-from ..stream.distil import DistilConfig, Lesson, divergence
+from ..stream.distil import DistilConfig, TeacherBatch, divergence
 from ..stream.fast_block import Changed, Merged, changed, is_small, new_deltas
 from . import macs as work
 from .teacher_forced import Outcome, Texts
@@ -75,8 +75,8 @@ class Shallow(nn.Module):
         """Products and sums of a token that ran so many blocks, the head's among them."""
         return run * work.block_macs(self._backbone) + work.head_macs(self._backbone)
 
-    def loss(self, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
-        return of_end(self._backbone, self(lesson.tokens)[0], lesson, settings, rng)
+    def loss(self, batch: TeacherBatch, settings: DistilConfig, rng) -> mx.array:
+        return of_end(self._backbone, self(batch.tokens)[0], batch, settings, rng)
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,16 @@ class MixtureOfDepths(nn.Module):
             + work.head_macs(self._backbone)
         )
 
-    def loss(self, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
+    def loss(self, batch: TeacherBatch, settings: DistilConfig, rng) -> mx.array:
         shares: list = []
-        h, _ = self(lesson.tokens, shares=shares)
+        h, _ = self(batch.tokens, shares=shares)
         off = mx.stack(shares).mean() - self.config.capacity
-        return of_end(self._backbone, h, lesson, settings, rng) + self.config.weight * off * off
+        return of_end(self._backbone, h, batch, settings, rng) + self.config.weight * off * off
 
 
-def of_end(backbone: Backbone, h, lesson: Lesson, settings: DistilConfig, rng) -> mx.array:
+def of_end(backbone: Backbone, h, batch: TeacherBatch, settings: DistilConfig, rng) -> mx.array:
     """KL from the whole model at some tokens."""
-    return divergence(backbone, h, lesson.states[backbone.depth], rng, positions=settings.positions)
+    return divergence(backbone, h, batch.states[backbone.depth], rng, positions=settings.positions)
 
 
 def along(backbone: Backbone, model, texts: Texts, threshold: float = 0.5) -> Outcome:

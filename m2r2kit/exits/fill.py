@@ -75,21 +75,21 @@ def features(h: mx.array, p: mx.array, before: mx.array) -> mx.array:
     return mx.concatenate([unit(h), unit(p), unit(before)], axis=-1)
 
 
-def fit_linear(reader, lessons, depth: int, width: int, rank: int) -> LinearFill:
+def fit_linear(reader, batches, depth: int, width: int, rank: int) -> LinearFill:
     """A `LinearFill` by reduced-rank regression on texts of the whole model (Izenman 1975), exactly.
 
     Args:
-        lessons: an iterable; each holds the slow states of all depths 0..N.
+        batches: an iterable; each holds the slow states of all depths 0..N.
         rank: at most 3 D.
     """
     J = len(reader.exits)
     left, kept = np.zeros((J, 3 * width, 3 * width)), np.zeros((J, depth))
     right = [np.zeros((depth - start, 3 * width, width)) for start in reader.starts]
-    for lesson in lessons:
-        targets = [np.array(unit(lesson.states[l]), np.float64).reshape(-1, width) for l in range(depth)]
-        before = shifted(lesson.states[depth])
+    for batch in batches:
+        targets = [np.array(unit(batch.states[l]), np.float64).reshape(-1, width) for l in range(depth)]
+        before = shifted(batch.states[depth])
         for j, start in enumerate(reader.starts):
-            x = features(lesson.states[start], reader.over(j, lesson), before)
+            x = features(batch.states[start], reader.over(j, batch), before)
             x = np.array(x, np.float64).reshape(-1, 3 * width)
             left[j] += x.T @ x
             for l in range(start, depth):

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..model.backbone import Backbone
-from ..stream.distil import Lesson, needs
+from ..stream.distil import TeacherBatch, needs
 from ..stream.fast_block import SmallFFN
 from ..stream.stream import AcceleratedStream, intervals, reads_near
 
@@ -43,12 +43,12 @@ class BareReader(nn.Module):
         """
         return h
 
-    def over(self, j: int, lesson: Lesson, cache=None, before=None) -> mx.array:
+    def over(self, j: int, batch: TeacherBatch, cache=None, before=None) -> mx.array:
         """The same for whole sequences, (B, T, D); `cache` and `before` in the place of the model's own."""
-        return lesson.states[self.exits[j]]
+        return batch.states[self.exits[j]]
 
     def needs(self) -> tuple[set[int], set[int]]:
-        """Depths of the states and blocks of the keys that `over` takes from a lesson."""
+        """Depths of the states and blocks of the keys that `over` reads from a teacher batch."""
         return {self._backbone.depth, *self.exits}, set()
 
     def macs(self, j: int) -> int:
@@ -75,8 +75,8 @@ class LensReader(BareReader):
     def at(self, j, h, cache, position, before):
         return h + self.lenses[j](h).astype(h.dtype)
 
-    def over(self, j, lesson, cache=None, before=None):
-        return self.at(j, lesson.states[self.exits[j]], None, None, None)
+    def over(self, j, batch, cache=None, before=None):
+        return self.at(j, batch.states[self.exits[j]], None, None, None)
 
     def macs(self, j):
         return 2 * self._backbone.width * self.config.width
@@ -110,8 +110,8 @@ class StreamReader(nn.Module):
         exit, merged = self.exits[j], self._merged
         return self.stream.accelerate(h, cache, position, position, exit, before, merged)[1]
 
-    def over(self, j, lesson, cache=None, before=None):
-        return self.stream(lesson.states, cache or lesson.cache, exit=self.exits[j], before=before)[-1]
+    def over(self, j, batch, cache=None, before=None):
+        return self.stream(batch.states, cache or batch.cache, exit=self.exits[j], before=before)[-1]
 
     def needs(self):
         return needs(self.stream)

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..model.backbone import Backbone
-from ..stream.distil import DistilConfig, KeptKV, Lesson, divergence, shifted
+from ..stream.distil import DistilConfig, KeptKV, TeacherBatch, divergence, shifted
 from .arla import Arla
 from .fill import LinearFill
 from .gates import Seen
@@ -41,7 +41,7 @@ def keys_of(backbone: Backbone, l: int, states: mx.array) -> KeptKV:
 
 @dataclass
 class Holes:
-    """A lesson in which some tokens have left early.
+    """A teacher batch in which some tokens have left early.
 
     Attributes:
         number: of the exit at which each token left, J for none; int (B, T, 1).
@@ -60,20 +60,20 @@ class Holes:
         return mx.any(mx.stack([(self.number == j) & (s <= l) for j, s in enumerate(starts)]), axis=0)
 
 
-def holes(reader, lesson: Lesson, fill, rng: np.random.Generator, share: float = LEFT) -> Holes:
+def holes(reader, batch: TeacherBatch, fill, rng: np.random.Generator, share: float = LEFT) -> Holes:
     """Draw who has left where, a share of all, and put the fill's states in the places of theirs."""
     backbone = reader_backbone(reader)
-    B, T = lesson.tokens.shape
+    B, T = batch.tokens.shape
     J = len(reader.exits)
     number = mx.array(np.where(rng.random((B, T, 1)) < share, rng.integers(0, J, (B, T, 1)), J))
-    true = shifted(lesson.states[backbone.depth])
-    read = [mx.stop_gradient(reader.over(j, lesson, None, true)) for j in range(J)]
-    last = lesson.states[backbone.depth]
+    true = shifted(batch.states[backbone.depth])
+    read = [mx.stop_gradient(reader.over(j, batch, None, true)) for j in range(J)]
+    last = batch.states[backbone.depth]
     for j in range(J):
         last = mx.where(number == j, read[j], last)
     before = mx.stop_gradient(shifted(last))
 
-    filled = [fill(j, lesson.states[start], read[j], before) for j, start in enumerate(reader.starts)]
+    filled = [fill(j, batch.states[start], read[j], before) for j, start in enumerate(reader.starts)]
 
     def states(l):
         found = None
@@ -84,33 +84,33 @@ def holes(reader, lesson: Lesson, fill, rng: np.random.Generator, share: float =
 
     out = Holes(number, {}, before, states)
     for l in reader.reads:
-        kept, new = lesson.cache[l], keys_of(backbone, l, states(l))
+        kept, new = batch.cache[l], keys_of(backbone, l, states(l))
         gone = out.gone(l, reader.starts)[:, None]  # (B, 1, T, 1), as keys and values have heads
         pairs = ((new.keys, kept.keys), (new.values, kept.values))
         out.cache[l] = KeptKV(*(mx.stop_gradient(mx.where(gone, n, k)) for n, k in pairs))
     return out
 
 
-def exits_loss(reader, lesson: Lesson, settings: DistilConfig, fill, rng) -> mx.array:
-    """KL from the whole model at every exit; with a fill, on a lesson with holes. One number."""
+def exits_loss(reader, batch: TeacherBatch, settings: DistilConfig, fill, rng) -> mx.array:
+    """KL from the whole model at every exit; with a fill, on a batch with holes. One number."""
     backbone = reader_backbone(reader)
-    final = lesson.states[backbone.depth]
-    cut = holes(reader, lesson, fill, rng) if fill is not None else None
+    final = batch.states[backbone.depth]
+    cut = holes(reader, batch, fill, rng) if fill is not None else None
     cache, before = (cut.cache, cut.before) if cut else (None, shifted(final))
     total = 0.0
     for j in range(len(reader.exits)):
-        state = reader.over(j, lesson, cache, before)
+        state = reader.over(j, batch, cache, before)
         total = total + divergence(backbone, state, final, rng, positions=settings.positions)
     if isinstance(fill, LinearFill):
-        total = total + deep_loss(reader, lesson, settings, fill, cut, rng)
+        total = total + deep_loss(reader, batch, settings, fill, cut, rng)
     return total
 
 
-def deep_loss(reader, lesson: Lesson, settings: DistilConfig, fill, cut: Holes, rng) -> mx.array:
+def deep_loss(reader, batch: TeacherBatch, settings: DistilConfig, fill, cut: Holes, rng) -> mx.array:
     """The same at the whole model's own end, for tokens that went through all blocks past those holes:
     what a fill is for. The gradient passes through the frozen blocks into the fill."""
     backbone = reader_backbone(reader)
-    final, h = lesson.states[backbone.depth], lesson.states[reader.starts[0]]
+    final, h = batch.states[backbone.depth], batch.states[reader.starts[0]]
     for l in range(reader.starts[0], backbone.depth):
         h = backbone.blocks[l](mx.where(cut.gone(l, reader.starts), cut.states(l), h), "causal")
     through = np.flatnonzero(np.array(cut.number == len(reader.exits)).reshape(-1))
@@ -122,26 +122,26 @@ def reader_backbone(reader) -> Backbone:
     return reader.stream._backbone if "stream" in reader else reader._backbone
 
 
-def seen_in(reader, lesson: Lesson, cache, before, head) -> Seen:
+def seen_in(reader, batch: TeacherBatch, cache, before, head) -> Seen:
     """What a gate sees at all exits of whole rows."""
     seen = Seen(head, progress=None)
     for j, start in enumerate(reader.starts):
-        seen.starts[j] = mx.stop_gradient(lesson.states[start])
-        seen.states[j] = mx.stop_gradient(reader.over(j, lesson, cache, before))
+        seen.starts[j] = mx.stop_gradient(batch.states[start])
+        seen.states[j] = mx.stop_gradient(reader.over(j, batch, cache, before))
     return seen
 
 
-def gate_loss(gate: Arla, reader, lesson: Lesson, fill, rng) -> mx.array:
+def gate_loss(gate: Arla, reader, batch: TeacherBatch, fill, rng) -> mx.array:
     """Binary cross-entropy of both looks of `Arla` against "the head is right here", over all exits, at some
     positions; one number. Drawn anew each time: these, how many tokens have left (few leave holes where
     tokens wait), and which of the exits are in use, so that any may be left out in decoding."""
-    backbone, T = reader_backbone(reader), lesson.tokens.shape[1]
-    cut = holes(reader, lesson, fill, rng, LEFT * rng.random())
-    seen = seen_in(reader, lesson, cut.cache, cut.before, backbone.head)
+    backbone, T = reader_backbone(reader), batch.tokens.shape[1]
+    cut = holes(reader, batch, fill, rng, LEFT * rng.random())
+    seen = seen_in(reader, batch, cut.cache, cut.before, backbone.head)
     some = mx.array(rng.choice(T, min(T, DistilConfig.positions), replace=False))
     for known in (seen.starts, seen.states):
         known.update({j: state[:, some] for j, state in known.items()})
-    answer = mx.argmax(backbone.head(lesson.states[backbone.depth][:, some]), axis=-1)
+    answer = mx.argmax(backbone.head(batch.states[backbone.depth][:, some]), axis=-1)
     seen.used = mx.array(rng.random(len(seen.states)) < 0.5)
     total = 0.0
     for j, state in seen.states.items():

@@ -19,7 +19,7 @@ from ..common import UserError
 from ..model.backbone import Backbone
 from ..stream import checkpoints
 from ..stream import train as distillation
-from ..stream.distil import DistilConfig, Lesson, distil, teach
+from ..stream.distil import DistilConfig, TeacherBatch, distil, teacher_batch
 from ..stream.stream import AcceleratedStream, StreamConfig
 from .arla import SEES, Arla, ArlaConfig
 from .depths import DepthsConfig, MixtureOfDepths, Shallow, ShallowConfig
@@ -95,7 +95,7 @@ class Exits(nn.Module):
 
     def train_on(
         self,
-        lessons: list[Lesson],
+        batches: list[TeacherBatch],
         rows: np.ndarray,
         settings: DistilConfig,
         report: Callable | None = None,
@@ -109,7 +109,7 @@ class Exits(nn.Module):
             steps = max(1, round(settings.steps * share))
             own = replace(settings, steps=steps, learning_rate=settings.learning_rate * rate)
             counted = report and (lambda step, value, before=done: report(before + step, value))
-            distil(module, loss, lessons, own, counted, seconds * share)
+            distil(module, loss, batches, own, counted, seconds * share)
             done += steps
 
         begun = [stream.fast[0], stream.carry] if self.started else []
@@ -121,7 +121,9 @@ class Exits(nn.Module):
             ready.unfreeze()
         depths, blocks = self.needs()
         depths |= set(range(self._backbone.depth + 1))
-        texts = (teach(self._backbone, rows[i : i + 16], depths, blocks) for i in range(0, len(rows), 16))
+        texts = (
+            teacher_batch(self._backbone, rows[i : i + 16], depths, blocks) for i in range(0, len(rows), 16)
+        )
         self.fill = fit_linear(
             self.reader, texts, self._backbone.depth, self._backbone.width, self.config.fill_rank
         )
@@ -130,12 +132,12 @@ class Exits(nn.Module):
         if "gate" in self:
             part(self.gate, self.router_loss, SHARES[2], 1)
 
-    def router_loss(self, gate: Arla, lesson: Lesson, rng: np.random.Generator) -> mx.array:
+    def router_loss(self, gate: Arla, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
         """What the router is trained by, everything else frozen."""
-        return gate_loss(gate, self.reader, lesson, self.fill, rng)
+        return gate_loss(gate, self.reader, batch, self.fill, rng)
 
     def needs(self) -> tuple[set[int], set[int]]:
-        """Depths of the states and blocks of the keys of which a lesson has to know."""
+        """Depths of the states and blocks of the keys that a teacher batch must hold."""
         depths, blocks = self.reader.needs()
         return depths | set(self.reader.starts), blocks | set(self.reader.reads)
 
@@ -181,20 +183,20 @@ def train(
     seconds: float = math.inf,
     router_only: bool = False,
 ) -> float:
-    """Train a module on rows of text (n, T), in lessons of `batch` rows, for the settings' steps or so many
+    """Train a module on rows of text (n, T), in batches of `batch` rows, for the settings' steps or so many
     seconds, whichever end first; returns the seconds it took. With `router_only` a new router takes the
     place of the one of a trained `Exits`, and learns for all of the steps."""
     depths, blocks = module.needs() if isinstance(module, Exits) else ({backbone.depth}, set())
-    lessons = distillation.lessons(backbone, rows, depths, blocks, batch)
+    batches = distillation.teacher_batches(backbone, rows, depths, blocks, batch)
     begun = time.perf_counter()
     if router_only:
         mx.random.seed(settings.seed)
         module.gate = module.new_gate()
-        distil(module.gate, module.router_loss, lessons, settings, report, seconds)
+        distil(module.gate, module.router_loss, batches, settings, report, seconds)
     elif isinstance(module, Exits):
-        module.train_on(lessons, rows[:FIT_ROWS], settings, report, seconds)
+        module.train_on(batches, rows[:FIT_ROWS], settings, report, seconds)
     else:
-        distil(module, lambda m, x, rng: m.loss(x, settings, rng), lessons, settings, report, seconds)
+        distil(module, lambda m, x, rng: m.loss(x, settings, rng), batches, settings, report, seconds)
     return time.perf_counter() - begun
 
 

@@ -26,7 +26,7 @@ SPREAD = 2.5  # standard deviation of a router's logits in the loss
 
 
 @dataclass
-class RouterLesson:
+class RouterTeacherBatch:
     """What the model did with one batch of rows (B, T).
 
     Attributes:
@@ -41,7 +41,7 @@ class RouterLesson:
     logits: dict[int, mx.array]
 
 
-def teach(backbone: Backbone, rows: np.ndarray) -> RouterLesson:
+def teacher_batch(backbone: Backbone, rows: np.ndarray) -> RouterTeacherBatch:
     """Run the frozen model over rows of token ids (B, T)."""
     cache = backbone.new_cache()
     states, after, logits = [backbone.embed(mx.array(rows))], [], {}
@@ -54,7 +54,7 @@ def teach(backbone: Backbone, rows: np.ndarray) -> RouterLesson:
             logits[l] = router(backbone, l, u)
     kept = [KeptKV(*map(mx.contiguous, c.keys_and_values())) for c in cache]
     mx.eval(states, after, logits, [(k.keys, k.values) for k in kept])
-    return RouterLesson(states, after, kept, logits)
+    return RouterTeacherBatch(states, after, kept, logits)
 
 
 def default_exits(depth: int) -> tuple[int, ...]:
@@ -84,60 +84,58 @@ def predictor_of(module) -> StreamPredictor | DirectMap:
     return StreamPredictor(module) if isinstance(module, AcceleratedStream) else module
 
 
-def loss(module, lesson: RouterLesson, settings: DistilConfig) -> mx.array:
+def loss(module, batch: RouterTeacherBatch, settings: DistilConfig) -> mx.array:
     """One number, as in the head of this file; pairs that nothing trained stands for are left out."""
     predictor, total, pairs = predictor_of(module), 0.0, 0
     backbone = predictor._backbone
-    for (l, m), state in predictor.over(lesson.states, lesson.after, lesson.cache).items():
-        if state is not lesson.after[l]:
-            E = lesson.logits[m].shape[-1]
-            said, right = router(backbone, m, state).reshape(-1, E), lesson.logits[m].reshape(-1, E)
+    for (l, m), state in predictor.over(batch.states, batch.after, batch.cache).items():
+        if state is not batch.after[l]:
+            E = batch.logits[m].shape[-1]
+            said, right = router(backbone, m, state).reshape(-1, E), batch.logits[m].reshape(-1, E)
             right = mx.stop_gradient(right)
             scale = SPREAD * mx.rsqrt(right.var(-1, keepdims=True) + 1e-6)
             total, pairs = total + distance(said * scale, right * scale).mean(), pairs + 1
     total = total / max(1, pairs)
     if isinstance(module, AcceleratedStream) and settings.align_weight:
-        total = total + settings.align_weight * misalignment(predictor, lesson)
+        total = total + settings.align_weight * misalignment(predictor, batch)
     return total
 
 
-def misalignment(predictor: StreamPredictor, lesson: RouterLesson) -> mx.array:
+def misalignment(predictor: StreamPredictor, batch: RouterTeacherBatch) -> mx.array:
     """Mean of 1 - cos(p_l, h_tau(l)) over the stream's blocks."""
     N, config, apart = predictor._backbone.depth, predictor._stream.config, []
     for a, b in intervals(config):
-        p = predictor.path(lesson.states, lesson.after, lesson.cache, a, b)
+        p = predictor.path(batch.states, batch.after, batch.cache, a, b)
         for l in range(a + 1, b + 1):
-            right = lesson.states[tau(l, a, b, N, config.rate)]
+            right = batch.states[tau(l, a, b, N, config.rate)]
             apart.append(1 - cosine(p[l - a], mx.stop_gradient(right)).mean())
     return mx.stack(apart).mean()
 
 
 def train(
     module,
-    lessons: list[RouterLesson],
+    batches: list[RouterTeacherBatch],
     settings: DistilConfig,
     report: Callable | None = None,
     seconds: float = math.inf,
 ) -> History:
     """Train a stream or a direct map in place."""
-    return distil(
-        module, lambda m, lesson, rng: loss(m, lesson, settings), lessons, settings, report, seconds
-    )
+    return distil(module, lambda m, batch, rng: loss(m, batch, settings), batches, settings, report, seconds)
 
 
 def recall(
-    predictor: StreamPredictor | DirectMap, lessons: list[RouterLesson]
+    predictor: StreamPredictor | DirectMap, batches: list[RouterTeacherBatch]
 ) -> dict[tuple[int, int], float]:
     """Slot recall on held-out rows: (l, m) -> the share of block m's top-k that was named at block l; pairs
     that nothing trained stands for are left out."""
     backbone, found = predictor._backbone, {}
     k = backbone.config["num_experts_per_tok"]
-    for lesson in lessons:
-        for (l, m), state in predictor.over(lesson.states, lesson.after, lesson.cache).items():
-            if state is lesson.after[l]:
+    for batch in batches:
+        for (l, m), state in predictor.over(batch.states, batch.after, batch.cache).items():
+            if state is batch.after[l]:
                 continue
             said = np.array(mx.argsort(-router(backbone, m, state), axis=-1)[..., : predictor.width])
-            right = np.array(mx.argsort(-lesson.logits[m], axis=-1)[..., :k])
+            right = np.array(mx.argsort(-batch.logits[m], axis=-1)[..., :k])
             both = (said[..., :, None] == right[..., None, :]).any(-2).mean()
             found.setdefault((l, m), []).append(float(both))
     return {pair: float(np.mean(values)) for pair, values in found.items()}

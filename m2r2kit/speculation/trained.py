@@ -1,6 +1,6 @@
 """The peers that need training: made, trained, saved and loaded in one way.
 
-Each is a small module beside the frozen model, with `loss(lesson)` and the `depths` of the states
+Each is a small module beside the frozen model, with `loss(batch)` and the `depths` of the states
 that its loss reads, and a drafter that decodes with it.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from ..common import UserError
 from ..model.backbone import Backbone
 from ..stream import checkpoints
-from ..stream.distil import DistilConfig, History, Lesson, distil
+from ..stream.distil import DistilConfig, History, TeacherBatch, distil
 from .drafters.base import Drafter
 from .drafters.deed import Deed, DeedConfig, DeedExits
 from .drafters.draft_model import DraftModel, DraftModelConfig, TwoModels
@@ -51,19 +51,19 @@ def new(backbone: Backbone, kind: str, exit: int | None = None, seed: int = 0) -
 
 def train(
     module: nn.Module,
-    lessons: list[Lesson],
+    batches: list[TeacherBatch],
     settings: DistilConfig,
     report: Callable | None = None,
     seconds: float = math.inf,
 ) -> History:
     """Distil a peer from the model, with the optimiser and the rows of the accelerated stream."""
-    return distil(module, lambda m, lesson, rng: m.loss(lesson, rng), lessons, settings, report, seconds)
+    return distil(module, lambda m, batch, rng: m.loss(batch, rng), batches, settings, report, seconds)
 
 
-def mean_loss(module: nn.Module, lessons: list[Lesson]) -> float:
-    """Its loss on lessons, as when training."""
+def mean_loss(module: nn.Module, batches: list[TeacherBatch]) -> float:
+    """Its mean loss on teacher batches, as in training."""
     rng = np.random.default_rng(0)
-    return float(np.mean([module.loss(lesson, rng).item() for lesson in lessons]))
+    return float(np.mean([module.loss(batch, rng).item() for batch in batches]))
 
 
 def drafter(backbone: Backbone, kind: str, module: nn.Module) -> Drafter:

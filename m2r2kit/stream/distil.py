@@ -57,7 +57,7 @@ class KeptKV:
 
 
 @dataclass
-class Lesson:
+class TeacherBatch:
     """What the teacher says of one batch of windows (B, T)."""
 
     tokens: mx.array  # (B, T)
@@ -65,15 +65,17 @@ class Lesson:
     cache: dict[int, KeptKV]  # slow keys and values by block
 
 
-def teach(backbone: Backbone, windows: np.ndarray, depths: set[int], blocks: set[int]) -> Lesson:
+def teacher_batch(
+    backbone: Backbone, windows: np.ndarray, depths: set[int], blocks: set[int]
+) -> TeacherBatch:
     """Run the frozen model over windows (B, T) and keep the states and keys that are asked for."""
     tokens = mx.array(windows)
     cache = backbone.new_cache()
     states = backbone.states(tokens, cache)
     kept = {l: KeptKV(*map(mx.contiguous, cache[l].keys_and_values())) for l in blocks}
-    lesson = Lesson(tokens, {d: states[d] for d in depths}, kept)
-    mx.eval(lesson.states, [(k.keys, k.values) for k in kept.values()])
-    return lesson
+    batch = TeacherBatch(tokens, {d: states[d] for d in depths}, kept)
+    mx.eval(batch.states, [(k.keys, k.values) for k in kept.values()])
+    return batch
 
 
 def needs(stream: AcceleratedStream) -> tuple[set[int], set[int]]:
@@ -141,17 +143,17 @@ def cosine(x: mx.array, y: mx.array) -> mx.array:
     return (x * y).sum(-1) * mx.rsqrt((x * x).sum(-1) * (y * y).sum(-1) + 1e-12)
 
 
-def chain(stream: AcceleratedStream, lesson: Lesson, ahead: int, exit: int | None = None):
+def chain(stream: AcceleratedStream, batch: TeacherBatch, ahead: int, exit: int | None = None):
     """The drafts of a chain at all tokens at once: `ahead` lists p_a .. p_E, each (B, T, D).
 
     The j-th (from 1) at token t is the draft after t where t and the j - 2 tokens before it are drafts
     themselves: the model has verified the others, and p_E stands for its last state at t - 1.
     """
     carries = stream.config.carry
-    before = shifted(lesson.states[stream._backbone.depth]) if carries else None
+    before = shifted(batch.states[stream._backbone.depth]) if carries else None
     for j in range(ahead):
-        verified = mx.maximum(mx.arange(lesson.tokens.shape[1]) - j, 0)
-        p = stream(lesson.states, lesson.cache, verified, exit, before)
+        verified = mx.maximum(mx.arange(batch.tokens.shape[1]) - j, 0)
+        p = stream(batch.states, batch.cache, verified, exit, before)
         yield p
         before = shifted(p[-1]) if carries else None
 
@@ -160,15 +162,15 @@ FADES = 0.8  # each further draft counts so much less: it is reached only if the
 
 
 def stream_loss(
-    stream: AcceleratedStream, lesson: Lesson, settings: DistilConfig, rng: np.random.Generator
+    stream: AcceleratedStream, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator
 ) -> mx.array:
     """The loss above, summed over the exits and drafts; one number."""
     backbone, config = stream._backbone, stream.config
-    depth, final = backbone.depth, lesson.states[backbone.depth]
+    depth, final = backbone.depth, batch.states[backbone.depth]
     total = 0.0
     for a, b in intervals(config):
-        targets = [lesson.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
-        for j, p in enumerate(chain(stream, lesson, settings.ahead, b)):
+        targets = [batch.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
+        for j, p in enumerate(chain(stream, batch, settings.ahead, b)):
             loss = divergence(backbone, p[-1], final, rng, positions=settings.positions)
             if settings.align_weight:
                 off = sum((1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True))
@@ -189,15 +191,15 @@ class History:
 
 
 def distil(
-    module: nn.Module, loss, lessons: list[Lesson], config: DistilConfig, report=None, seconds=math.inf
+    module: nn.Module, loss, batches: list[TeacherBatch], config: DistilConfig, report=None, seconds=math.inf
 ) -> History:
-    """Train a small module on lessons, in rounds, with AdamW and a cosine rate.
+    """Train a small module on teacher batches, in rounds, with AdamW and a cosine rate.
 
-    Among several processes (`parallel.py`) each brings lessons of its own, as many as the others.
+    Among several processes (`parallel.py`) each brings batches of its own, as many as the others.
 
     Args:
         module: its trainable parameters change in place.
-        loss: (module, lesson, rng) -> one number.
+        loss: (module, batch, rng) -> one number.
         report: called with (step, loss) after each step.
         seconds: stop early after this long; the rate falls with time as with steps.
 
@@ -216,9 +218,9 @@ def distil(
         optimizer.learning_rate = (
             config.learning_rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * done))
         )
-        order = order or list(rng.permutation(len(lessons)))
-        lesson = lessons[order.pop()]
-        value, gradients = gradient(module, lesson, rng)
+        order = order or list(rng.permutation(len(batches)))
+        batch = batches[order.pop()]
+        value, gradients = gradient(module, batch, rng)
         optimizer.update(module, parallel.average(gradients))
         mx.eval(value, module.parameters(), optimizer.state)
         if not math.isfinite(value.item()):

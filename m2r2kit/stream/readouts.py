@@ -6,7 +6,7 @@
 | `WideHead` | h_E + Up s(Down norm(h_E)) | tuned lens, Medusa's first head |
 | `ExtraBlock` | one more transformer block on h_E | Kangaroo, EESD |
 
-Each has the stream's interface for training: (lesson) -> the state that the head reads.
+Each has the stream's interface for training: (batch) -> the state that the head reads.
 """
 
 import mlx.core as mx
@@ -23,8 +23,8 @@ class Bare(nn.Module):
         super().__init__()
         self.exit = exit
 
-    def __call__(self, lesson) -> mx.array:
-        return lesson.states[self.exit]
+    def __call__(self, batch) -> mx.array:
+        return batch.states[self.exit]
 
 
 class WideHead(nn.Module):
@@ -35,8 +35,8 @@ class WideHead(nn.Module):
         self.exit = exit
         self.ffn = SmallFFN(backbone.width, max(1, parameters // (2 * backbone.width)))
 
-    def __call__(self, lesson) -> mx.array:
-        h = lesson.states[self.exit]
+    def __call__(self, batch) -> mx.array:
+        h = batch.states[self.exit]
         return h + self.ffn(h)
 
 
@@ -54,8 +54,8 @@ class ExtraBlock(nn.Module):
         self.o = mx.zeros((D, D))
         self.ffn = SmallFFN(D, max(1, (parameters - 4 * D * D) // (2 * D)))
 
-    def __call__(self, lesson) -> mx.array:
-        h = lesson.states[self.exit]
+    def __call__(self, batch) -> mx.array:
+        h = batch.states[self.exit]
         B, T, D = h.shape
         shape = (B, T, self._heads, self._head_dim)
         q, k, v = (

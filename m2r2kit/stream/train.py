@@ -1,4 +1,4 @@
-"""Train a stream for a model: text, lessons, rounds, and what came of it.
+"""Train a stream for a model: text, teacher batches, rounds, and the result.
 
 Used by `m2r2kit train stream` and by notebook 02; the loss and the loop are in `training.py`.
 """
@@ -14,24 +14,24 @@ from ..common import UserError
 from ..model.backbone import Backbone
 from ..model.cpu import parallel
 from . import evaluate as alignment
-from .distil import DistilConfig, Lesson, distance, distil, stream_loss, teach
+from .distil import DistilConfig, TeacherBatch, distance, distil, stream_loss, teacher_batch
 from .readouts import Bare, ExtraBlock, WideHead
 from .stream import AcceleratedStream, StreamConfig
 
 ROWS = 8  # of a teacher batch if nothing else is asked for
 
 
-def lessons(
+def teacher_batches(
     backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int], batch: int = ROWS
-) -> list[Lesson]:
+) -> list[TeacherBatch]:
     """Ask the teacher about rows of text (rows, WINDOW), in batches of `batch` rows: those of all
     processes together, where several train."""
     rows = max(1, batch // parallel.group().size())
     if len(text) < rows:
-        raise UserError(f"{len(text)} rows of text are no lesson; ask for at least {batch}.")
+        raise UserError(f"{len(text)} rows of text do not fill one batch; ask for at least {batch}.")
     steps = range(0, len(text) - rows + 1, rows)
     return [
-        teach(backbone, text[i : i + rows], depths, blocks)
+        teacher_batch(backbone, text[i : i + rows], depths, blocks)
         for i in tqdm(steps, desc="the model teaches", leave=False)
     ]
 
@@ -50,8 +50,8 @@ class Trained:
 def train_stream(
     backbone: Backbone,
     config: StreamConfig,
-    train: list[Lesson],
-    held_out: list[Lesson],
+    train: list[TeacherBatch],
+    held_out: list[TeacherBatch],
     settings: DistilConfig,
     seconds: float = math.inf,
     report: Callable | None = None,
@@ -69,8 +69,8 @@ def train_stream(
 def train_readout(
     backbone: Backbone,
     readout,
-    train: list[Lesson],
-    held_out: list[Lesson],
+    train: list[TeacherBatch],
+    held_out: list[TeacherBatch],
     settings: DistilConfig,
     seconds: float = math.inf,
     report: Callable | None = None,
@@ -78,8 +78,8 @@ def train_readout(
     """The same training for a readout of `readouts.py`; `Bare` is only measured."""
     from mlx.utils import tree_flatten
 
-    def loss(m, lesson, rng):
-        student, teacher = (backbone.head(x) for x in (m(lesson), lesson.states[backbone.depth]))
+    def loss(m, batch, rng):
+        student, teacher = (backbone.head(x) for x in (m(batch), batch.states[backbone.depth]))
         V = student.shape[-1]
         return distance(student.reshape(-1, V), teacher.reshape(-1, V)).mean()
 

@@ -150,7 +150,7 @@ def seed(parser):
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
 
 
-def lessons(parser):
+def training_rows(parser):
     """What a trained part learns from, and for how long."""
     parser.add_argument(
         "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"

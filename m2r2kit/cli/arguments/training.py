@@ -8,7 +8,7 @@ from ...exits.registry import KINDS as EXIT_KINDS
 from ...experts.registry import TRAINED
 from ...speculation.registry import TRAINED as DRAFTERS
 from ...stream.registry import FORMS
-from .shared import corpus, lessons, minutes, model, processes, seed, tuning
+from .shared import corpus, minutes, model, processes, seed, training_rows, tuning
 from .values import count, counts, natural, number, size, some_of
 
 
@@ -87,7 +87,7 @@ def train_stream(parser):
         action="store_true",
         help="train other readouts of the same size for as long, and record them all; saves none",
     )
-    lessons(parser)
+    training_rows(parser)
     tuning(parser)
     parser.add_argument(
         "--start",
@@ -116,7 +116,7 @@ def train_drafter(parser):
     parser.add_argument(
         "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
     )
-    lessons(parser)
+    training_rows(parser)
     tuning(parser)
 
 
@@ -158,7 +158,7 @@ def train_exits(parser):
         action="store_true",
         help="train a new router for exits that are saved already; the rest of them stays",
     )
-    lessons(parser)
+    training_rows(parser)
 
 
 def train_predictor(parser):
@@ -191,7 +191,7 @@ def train_predictor(parser):
         metavar="W",
         help="of its own FFN in each block (default: 320)",
     )
-    lessons(parser)
+    training_rows(parser)
     parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model
 
 

@@ -23,22 +23,22 @@ from .train_stream import UNTUNED
 def run(args) -> int:
     """Train, tune, save and record each kind that is asked for, on the same rows."""
     if args.rows < args.batch:
-        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
+        raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     if args.out and len(args.kind) > 1:
         raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
     backbone = for_training(args.model)
     modules = {kind: peers.new(backbone, kind, args.exit, args.seed) for kind in args.kind}
     depths = set().union(*(module.depths for module in modules.values()))
     train, held_out = text(backbone, args.corpus, args.rows, args.seed)
-    lessons = distillation.lessons(backbone, train, depths, set(), args.batch)
-    judges = distillation.lessons(backbone, held_out, depths, set())
+    batches = distillation.teacher_batches(backbone, train, depths, set(), args.batch)
+    judges = distillation.teacher_batches(backbone, held_out, depths, set())
     for kind, module in modules.items():
         out = Path(args.out) if args.out else drafters_folder(args.model, None) / kind
-        one(backbone, kind, module, lessons, judges, out, args)
+        one(backbone, kind, module, batches, judges, out, args)
     return 0
 
 
-def one(backbone: Backbone, kind: str, module, lessons, judges, out: Path, args) -> None:
+def one(backbone: Backbone, kind: str, module, batches, judges, out: Path, args) -> None:
     """Train one kind, tune the number of its drafts, save and record it."""
     distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
     before = peers.mean_loss(module, judges)
@@ -49,7 +49,7 @@ def one(backbone: Backbone, kind: str, module, lessons, judges, out: Path, args)
             bar.update()
 
         seconds = 60 * args.minutes if args.minutes else math.inf
-        history = peers.train(module, lessons, distil, report, seconds)
+        history = peers.train(module, batches, distil, report, seconds)
     after = peers.mean_loss(module, judges)
     tuned = tune_peer(backbone, kind, module) if args.tune else Tuned(UNTUNED)
     print(f"{kind}: held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")

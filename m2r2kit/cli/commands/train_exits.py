@@ -23,7 +23,7 @@ ROUTED = ("m2r2", "lens")  # kinds that have a router
 def run(args) -> int:
     """Train, save and record each kind that is asked for."""
     if args.rows < args.batch:
-        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
+        raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     if args.out and len(args.kind) > 1:
         raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
     backbone = for_training(args.model)

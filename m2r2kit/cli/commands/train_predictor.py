@@ -22,15 +22,15 @@ from .result import command, model_name
 def run(args) -> int:
     """Train, save and record each kind that is asked for."""
     if args.rows < args.batch:
-        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
+        raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     backbone = for_training(args.model)
     if not backbone.is_moe:
         raise UserError(f"{args.model} is no mixture of experts; it has no experts to name.")
     modules = {kind: new(kind, backbone, args) for kind in args.kind}
     train, held_out = text(backbone, args.corpus, args.rows, args.seed)
-    lessons, judges = (taught(backbone, rows, args.batch) for rows in (train, held_out))
+    batches, judges = (taught(backbone, rows, args.batch) for rows in (train, held_out))
     for kind, module in modules.items():
-        one(kind, module, backbone, lessons, judges, args)
+        one(kind, module, backbone, batches, judges, args)
     return 0
 
 
@@ -42,14 +42,14 @@ def new(kind: str, backbone: Backbone, args):
     return DirectMap.like(stream) if kind == "direct" else stream
 
 
-def taught(backbone: Backbone, rows: np.ndarray, batch: int) -> list[learn.RouterLesson]:
-    """Lessons of `batch` rows each."""
+def taught(backbone: Backbone, rows: np.ndarray, batch: int) -> list[learn.RouterTeacherBatch]:
+    """Batches of `batch` rows each."""
     starts = range(0, len(rows) - batch + 1, batch) if len(rows) >= batch else [0]
     starts = tqdm(starts, desc="the model teaches", leave=False)
-    return [learn.teach(backbone, rows[i : i + batch]) for i in starts]
+    return [learn.teacher_batch(backbone, rows[i : i + batch]) for i in starts]
 
 
-def one(kind: str, module, backbone: Backbone, lessons, judges, args) -> None:
+def one(kind: str, module, backbone: Backbone, batches, judges, args) -> None:
     """Train one kind, save and record it."""
     predictor = learn.predictor_of(module)
     settings = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
@@ -61,7 +61,7 @@ def one(kind: str, module, backbone: Backbone, lessons, judges, args) -> None:
             bar.update()
 
         seconds = 60 * args.minutes if args.minutes else math.inf
-        history = learn.train(module, lessons, settings, report, seconds)
+        history = learn.train(module, batches, settings, report, seconds)
     after = learn.by_distance(learn.recall(predictor, judges))
     folder, name = trained.folder_of(args.model, kind), trained.file_of(kind)
     facts = {"steps": len(history.losses), "train_seconds": round(history.seconds)}

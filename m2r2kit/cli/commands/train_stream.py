@@ -15,7 +15,7 @@ from ...model.backbone import Backbone
 from ...model.cpu import parallel
 from ...stream import checkpoints
 from ...stream import train as distillation
-from ...stream.distil import DistilConfig, Lesson, needs
+from ...stream.distil import DistilConfig, TeacherBatch, needs
 from ...stream.stream import AcceleratedStream, StreamConfig, check, tau
 from ...text.rows import for_training, text
 from .result import command, model_name
@@ -39,7 +39,7 @@ def run(args) -> int:
     distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
     seed = args.seed + 1000 * group.rank()  # each process reads rows of its own
     if args.rows < args.batch:
-        raise UserError(f"{args.rows} rows of text are no lesson; ask for at least {args.batch}.")
+        raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     if args.compare:
         train, held_out = text(backbone, args.corpus, args.rows, seed)
         return compare(backbone, config, train, held_out, distil, args)
@@ -54,8 +54,8 @@ def run(args) -> int:
         print(f"Going on after {done} steps" + (", not from --start." if args.start else "."))
     train, held_out = text(backbone, args.corpus, args.rows // group.size(), seed)
     depths, blocks = needs(stream)
-    lessons = distillation.lessons(backbone, train, depths, blocks, args.batch)
-    judges = [] if group.rank() else distillation.lessons(backbone, held_out, depths, blocks)
+    batches = distillation.teacher_batches(backbone, train, depths, blocks, args.batch)
+    judges = [] if group.rank() else distillation.teacher_batches(backbone, held_out, depths, blocks)
     seconds = 60 * args.minutes if args.minutes else math.inf
     step = done
     with tqdm(total=distil.steps, initial=done, unit="step", disable=group.rank() > 0) as bar:
@@ -68,7 +68,7 @@ def run(args) -> int:
 
         try:
             trained = distillation.train_stream(
-                backbone, config, lessons, judges, replace(distil, first_step=done), seconds, report, stream
+                backbone, config, batches, judges, replace(distil, first_step=done), seconds, report, stream
             )
         except KeyboardInterrupt:
             checkpoints.save(stream, config, backbone.sha256, unfinished, "stream", steps=step)
@@ -147,15 +147,15 @@ def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: Dis
     depths |= {tau(l, 0, exit, backbone.depth, r) for l in range(exit + 1) for r in (base.rate, 1.0)}
     _, blocks = needs(AcceleratedStream(backbone, base))
     blocks |= set(range(exit))
-    lessons: list[Lesson] = distillation.lessons(backbone, train, depths, blocks, args.batch)
-    judges = distillation.lessons(backbone, held_out, depths, blocks)
+    batches: list[TeacherBatch] = distillation.teacher_batches(backbone, train, depths, blocks, args.batch)
+    judges = distillation.teacher_batches(backbone, held_out, depths, blocks)
     rows = []
     print(f"{'form':24} {'numbers':>9} {'seconds':>7} {'agreement':>9} {'nats':>6} {'cos h_N':>7}")
     for name, made in distillation.comparison(backbone, exit, base):
         if isinstance(made, StreamConfig):
-            got = distillation.train_stream(backbone, made, lessons, judges, distil)
+            got = distillation.train_stream(backbone, made, batches, judges, distil)
         else:
-            got = distillation.train_readout(backbone, made(), lessons, judges, distil)
+            got = distillation.train_readout(backbone, made(), batches, judges, distil)
         f = got.figures
         rows.append(
             {"form": name, "exit": exit, "parameters": got.parameters, "train_seconds": got.seconds, **f}

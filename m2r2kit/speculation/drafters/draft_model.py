@@ -11,7 +11,7 @@ from mlx_lm.models import llama
 from ...common import UserError
 from ...model.backbone import Backbone, crop
 from ...model.small_llama import causal_bias, check, hf_config, hidden_states, new_parameters
-from ...stream.distil import Lesson, divergence
+from ...stream.distil import TeacherBatch, divergence
 from .base import Draft, Drafter
 
 
@@ -59,12 +59,12 @@ class DraftModel(nn.Module):
         """Depths of the model's states that the loss reads."""
         return {self._backbone.depth}
 
-    def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
+    def loss(self, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution of each next token."""
-        bias = causal_bias(*lesson.tokens.shape, self.config)
+        bias = causal_bias(*batch.tokens.shape, self.config)
         p = self.llama.parameters()
-        x = hidden_states(p, lesson.tokens, bias, self.config)
-        final = lesson.states[self._backbone.depth]
+        x = hidden_states(p, batch.tokens, bias, self.config)
+        final = batch.states[self._backbone.depth]
         return divergence(self._backbone, x, final, rng, lambda x: x @ p["model"]["embed_tokens"]["weight"].T)
 
 

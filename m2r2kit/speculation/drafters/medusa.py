@@ -8,7 +8,7 @@ import numpy as np
 
 from ...model.backbone import Backbone
 from ...model.compiled import lean_pass
-from ...stream.distil import Lesson, divergence
+from ...stream.distil import TeacherBatch, divergence
 from .base import Draft, Drafter
 
 
@@ -50,9 +50,9 @@ class MedusaHeads(nn.Module):
         x = self._backbone.norm(h)
         return (x + nn.silu(x @ self.matrices + self.biases)).reshape(1, -1, x.shape[-1])
 
-    def loss(self, lesson: Lesson, rng: np.random.Generator) -> mx.array:
+    def loss(self, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
         """KL of each head to what the model says at its position, weighted."""
-        h = lesson.states[self._backbone.depth]
+        h = batch.states[self._backbone.depth]
         x, total, weights = self._backbone.norm(h), 0.0, 0.0
         for k in range(self.config.heads):
             here, weight = x[:, : -k - 1], self.config.decay**k
