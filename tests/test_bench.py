@@ -2,10 +2,12 @@
 
 import time
 
+import numpy as np
 import pytest
 import tiny
 
 from m2r2kit.bench import speculation as bench
+from m2r2kit.bench.rounds import rounds
 from m2r2kit.bench.speculation import Arm, compare
 from m2r2kit.cli.commands.bench import drafts_at
 from m2r2kit.common import UserError
@@ -25,11 +27,11 @@ TRAINED = {"parameters": 12, "train_steps": 3, "train_seconds": 4}
 def figures(monkeypatch):
     """Of plain and an early exit, as if plain took 10 s, of which 2 s over the prompts."""
 
-    def timed(backbone, arms, *_):
-        for arm in arms:
-            arm.seconds, arm.prefill_seconds = ([10.0], [2.0]) if arm.name == "plain" else ([8.0], [2.0])
+    def clocked(arms, prompts, repeats, seconds, first, report):
+        rounds(arms, prompts, 0, seconds, first, report)
+        return [np.array([[[10.0, 2.0], [0.0, 0.0]]]) * (1 if a.name == "plain" else 0.8) for a in arms]
 
-    monkeypatch.setattr(bench, "time_arms", timed)
+    monkeypatch.setattr(bench, "rounds", clocked)
     monkeypatch.setattr(bench, "step_costs", lambda *_, **__: (0.1, 1.5))
     view = tiny.backbone()
     arms = [Arm("plain", Plain()), Arm("early-exit", EarlyExit(view, 3), 3, TRAINED)]
@@ -58,7 +60,7 @@ def test_an_arm_says_what_its_training_took_and_how_much_it_drafts(figures):
 
 def test_rounds_add_up_the_first_passes():
     arm = Arm("plain", Plain())
-    bench.time_arms(tiny.backbone(), [arm], PROMPTS, ["", ""], 3, repeats=2)
+    bench.run_arms(tiny.backbone(), [arm], PROMPTS, 3, repeats=2)
     assert len(arm.prefill_seconds) == 2
     assert all(0 < first < whole for first, whole in zip(arm.prefill_seconds, arm.seconds, strict=True))
 

@@ -155,6 +155,6 @@ def test_published_files_through_the_pocket_model(name, count, kinds):
         bench.Arm("lookahead", Lookahead(view), 4),
         bench.Arm("plain", Plain()),
     ]
-    bench.check_equality(view, arms, asked.ids, 8)
+    bench.run_arms(view, arms, asked.ids, 8)
     assert len(asked.ids) + asked.too_long == (6 if name == "mt_bench" else 3)
     assert all(arm.equal and arm.tokens for arm in arms)

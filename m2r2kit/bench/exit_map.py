@@ -14,7 +14,7 @@ import numpy as np
 from ..common import UserError
 from ..model.backbone import Backbone
 from ..speculation import Drafter
-from .speculation import Arm, acceptance, check_equality
+from .speculation import Arm, acceptance, run_arms
 from .tune import smooth
 
 
@@ -42,7 +42,7 @@ def exit_map(
     if not drafters or most < 2:
         raise UserError("A map needs at least one exit and drafts of at least 2 tokens.")
     arms = {exit: Arm(f"exit {exit}", drafter, most) for exit, drafter in drafters.items()}
-    check_equality(backbone, list(arms.values()), prompts, max_tokens, report)
+    run_arms(backbone, list(arms.values()), prompts, max_tokens, report=report)
     lengths, rows = range(1, most + 1), []
     for exit, arm in arms.items():
         c, line = smooth(lengths, backbone, arm.drafter, prompts[0])

@@ -7,9 +7,8 @@ rounds of the ratio of total times.
 """
 
 import re
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +21,7 @@ from ..exits.teacher_forced import Texts
 from ..model.backbone import Backbone
 from ..stream.distil import teacher_batch
 from .merit import LOSSES, Curve, crossing, merits
+from .rounds import ratios, rounds
 
 TOGETHER = 48  # texts that pass at once
 UNTIMED = ("m2r2-oracle", "m2r2-random")  # a bound and a control, of which nobody decodes
@@ -108,7 +108,7 @@ class Timed:
     threshold: float
     decoder: object
     levels: object  # the thresholds of the exits
-    seconds: list[float] = field(default_factory=list)  # a round, all prompts
+    seconds: np.ndarray | None = None  # of each round, all prompts
     right: int = 0
     tokens: int = 0
     depth: int = 0
@@ -121,15 +121,15 @@ class Timed:
         self.depth += sum(out.depth)
         return out.seconds
 
-    def figures(self, plain: list[float]) -> dict:
-        ratios = [p / s for p, s in zip(plain, self.seconds, strict=True)]
+    def figures(self, plain: np.ndarray) -> dict:
+        speed = ratios(plain, self.seconds)
         return {
             "threshold": self.threshold,
             "agreement": self.right / self.tokens,
             "depth": self.depth / self.tokens,
-            "speedup": statistics.median(ratios),
-            "from": min(ratios),
-            "to": max(ratios),
+            "speedup": speed["median"],
+            "from": speed["min"],
+            "to": speed["max"],
         }
 
 
@@ -148,8 +148,10 @@ def points_to_time(curve: Curve) -> list[float]:
     return [curve.thresholds[i] for i in sorted(near)]
 
 
-def time_points(arms: list[Timed], plain: Callable, pairs: list, repeats: int, report=None) -> list[float]:
-    """Rounds of all arms, interleaved prompt by prompt, after one that is not counted.
+def time_points(
+    arms: list[Timed], plain: Callable, pairs: list, repeats: int, report: Callable | None = None
+) -> np.ndarray:
+    """Rounds of plain decoding and all arms; the arms keep their seconds.
 
     Args:
         plain: (prompt, number of tokens) -> seconds of plain decoding.
@@ -158,19 +160,16 @@ def time_points(arms: list[Timed], plain: Callable, pairs: list, repeats: int, r
     Returns:
         seconds of each round of plain decoding.
     """
-    plainly: list[float] = []
-    for counted in range(repeats + 1):
-        totals = [0.0] * (len(arms) + 1)
-        for prompt, answer in pairs:
-            totals[-1] += plain(prompt, len(answer))
-            for i, arm in enumerate(arms):
-                totals[i] += arm.decode(prompt, answer)
-            if report:
-                report()
-        if counted:  # the first round traces and warms up
-            plainly.append(totals[-1])
-            for arm, seconds in zip(arms, totals, strict=False):
-                arm.seconds.append(seconds)
+
+    def seconds(arm: Timed | None, number: int) -> float:
+        prompt, answer = pairs[number]
+        return arm.decode(prompt, answer) if arm else plain(prompt, len(answer))
+
+    plainly, *others = (
+        each.sum(1) for each in rounds([None, *arms], len(pairs), repeats, seconds, None, report)
+    )
+    for arm, each in zip(arms, others, strict=True):
+        arm.seconds = each
     return plainly
 
 

@@ -1,7 +1,7 @@
-"""Measure ways of streaming experts against each other: equality first, then time, interleaved.
+"""Measure ways of streaming experts against each other, in rounds (`rounds.py`).
 
-All arms of a budget have the same slots and decode the same prompts in turn (A B C A B C ..); when an
-arm comes back to a prompt it has decoded all others since. What a token takes is held against
+All arms of a budget have the same slots; when an arm comes back to a prompt it has decoded all others since.
+What a token takes is compared with
 
     C            computing one token: with all experts in memory, where they fit (`bench_resident.py`)
     I            the bytes that the LRU arm reads for a token, at the disk's own speed
@@ -11,6 +11,8 @@ arm comes back to a prompt it has decoded all others since. What a token takes i
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ..common import UserError
 from ..experts import registry as methods
@@ -23,7 +25,7 @@ from ..experts.residency import Counts
 from ..experts.trace import Trace
 from ..model.backbone import Backbone
 from .resident import Disk, disk_speed, in_memory, streamed
-from .speculation import ratios
+from .rounds import ratios, rounds
 
 ARMS = {  # name -> policy, predictor
     "on-demand": ("none", "nothing"),
@@ -43,8 +45,7 @@ class ExpertArm:
     name: str
     decoder: ExpertDecoder
     tokens: int = 0  # of a round
-    seconds: list[float] = field(default_factory=list)  # a round, without the first passes
-    prefill_seconds: list[float] = field(default_factory=list)
+    times: np.ndarray | None = None  # (rounds, prompts, 2): seconds without the first pass, and of it
     stall_seconds: float = 0.0
     in_time: int = 0
     late: int = 0
@@ -60,14 +61,22 @@ class ExpertArm:
             predictor.follow(self.known[number], self.decoder.residency.passes)
         return self.decoder.generate(prompt, max_tokens)
 
-    def timed(self, prompt: list[int], number: int, max_tokens: int) -> None:
-        """Decode a prompt and add what it took."""
+    @property
+    def seconds(self) -> list[float]:
+        """Of each round, without the first passes."""
+        return self.times[..., 0].sum(1).tolist()
+
+    @property
+    def prefill_seconds(self) -> list[float]:
+        """Of each round, of the first passes."""
+        return self.times[..., 1].sum(1).tolist()
+
+    def timed(self, prompt: list[int], number: int, max_tokens: int) -> tuple[float, float]:
+        """Decode a prompt, add what was seen, and return what it took."""
         reader, system = self.decoder.reader, system_read_bytes()
         before = reader.bytes_read
         out = self.decode(prompt, number, max_tokens)
         self.decoder.settle()
-        self.seconds[-1] += out.seconds - out.prefill_seconds
-        self.prefill_seconds[-1] += out.prefill_seconds
         self.stall_seconds += out.stall_seconds
         self.in_time += out.in_time
         self.late += out.late
@@ -75,6 +84,7 @@ class ExpertArm:
         self.reader_bytes += reader.bytes_read - before
         after = system_read_bytes()
         self.system_bytes = None if after is None else self.system_bytes + after - system
+        return out.seconds - out.prefill_seconds, out.prefill_seconds
 
 
 # --- what is there to compare ---------------------------------------------------------------
@@ -147,8 +157,7 @@ def compare(
                 make = methods.policy(policy)
                 decoder = ExpertDecoder(model, model.residency(slots, make), readers[-1], who)
                 arms.append(ExpertArm(name, decoder, known=right.traces))
-            _equality(arms, prompts, right.tokens, max_tokens, report)
-            _time(arms, prompts, max_tokens, repeats, report)
+            _run(arms, prompts, right.tokens, max_tokens, repeats, report)
         finally:
             for reader in readers:
                 reader.close()
@@ -156,30 +165,20 @@ def compare(
     return figures
 
 
-def _equality(arms, prompts, right, max_tokens, report) -> None:
-    """Every arm decodes every prompt once, which fills its memory as well."""
-    for number, prompt in enumerate(prompts):
-        for arm in arms:
-            out = arm.decode(prompt, number, max_tokens)
-            arm.decoder.settle()
-            arm.tokens += len(out.tokens)
-            arm.mismatches += out.tokens != right[number]
-            if report:
-                report()
+def _run(arms: list[ExpertArm], prompts, right, max_tokens: int, repeats: int, report) -> None:
+    """All arms on all prompts: once to compare the texts, which fills their memory as well, then timed."""
 
+    def check(arm: ExpertArm, number: int) -> None:
+        out = arm.decode(prompts[number], number, max_tokens)
+        arm.decoder.settle()
+        arm.tokens += len(out.tokens)
+        arm.mismatches += out.tokens != right[number]
 
-def _time(arms, prompts, max_tokens, repeats, report) -> None:
-    """Rounds of all arms on all prompts; the order of the arms turns each time."""
-    for round_ in range(repeats):
-        for arm in arms:
-            arm.seconds.append(0.0)
-            arm.prefill_seconds.append(0.0)
-        for number, prompt in enumerate(prompts):
-            turn = (round_ + number) % len(arms)
-            for arm in arms[turn:] + arms[:turn]:
-                arm.timed(prompt, number, max_tokens)
-                if report:
-                    report()
+    def timed(arm: ExpertArm, number: int) -> tuple[float, float]:
+        return arm.timed(prompts[number], number, max_tokens)
+
+    for arm, times in zip(arms, rounds(arms, len(prompts), repeats, timed, check, report), strict=True):
+        arm.times = times
 
 
 def _budget(arms: list[ExpertArm], share: float, slots: int, C: float, speed: float, record: int) -> dict:

@@ -1,4 +1,4 @@
-"""What ways of streaming are held against: right tokens, routing, a token's computing, the disk's speed.
+"""What ways of streaming are compared with: right tokens, routing, a token's computing, the disk's speed.
 
     plain    the model itself, wholly in memory           overhead_resident = whole / plain
     whole    this wing, all experts in slots              overhead_stops    = cut / whole
@@ -20,7 +20,7 @@ from ..experts.reader import Reader
 from ..experts.trace import Trace
 from ..model.backbone import Backbone
 from ..speculation import generate
-from .speculation import ratios
+from .rounds import ratios, rounds
 
 SAMPLE = 400  # records read to measure the disk
 
@@ -58,33 +58,34 @@ def in_memory(
     Its memory is that of two models.
     """
     m = model.store.manifest
-    tokens, traces = [], []
-    seconds = {name: [] for name in ("plain", "whole", "cut")}  # a round
+    right, tokens, traces = ([None] * len(prompts) for _ in range(3))
+    same = []
     with Reader(model.store, disk.mode, disk.threads) as reader:
         decoder = ExpertDecoder(model, model.residency(m.experts, methods.policy("lru")), reader)
 
-        def decode(name, prompt):
+        def decode(name, number):
             if name == "plain":
-                return generate(whole, prompt, max_tokens=max_tokens)
+                return generate(whole, prompts[number], max_tokens=max_tokens)
             decoder.cut = name == "cut"
-            return decoder.generate(prompt, max_tokens)
+            return decoder.generate(prompts[number], max_tokens)
 
-        right, equal = [], True
-        for prompt in prompts:  # not timed: compiles the passes, and brings the experts in
-            right.append(decode("plain", prompt).tokens)
-            decoder.trace = Trace(m.blocks, m.experts, m.top_k)
-            tokens.append(decode("cut", prompt).tokens)
-            traces.append(decoder.trace)
-            decoder.trace = None
-            equal = equal and right[-1] == tokens[-1] == decode("whole", prompt).tokens
-        for round_ in range(repeats):
-            for times in seconds.values():
-                times.append(0.0)
-            for number, prompt in enumerate(prompts):
-                turn = (round_ + number) % 3
-                for name in [*seconds, *seconds][turn : turn + 3]:
-                    out = decode(name, prompt)
-                    seconds[name][-1] += out.seconds - out.prefill_seconds
+        def check(name, number):  # compiles the passes as well, and brings the experts in
+            decoder.trace = Trace(m.blocks, m.experts, m.top_k) if name == "cut" else None
+            said = decode(name, number).tokens
+            if name == "plain":
+                right[number] = said
+            elif name == "cut":
+                traces[number], decoder.trace = decoder.trace, None
+            tokens[number] = tokens[number] or said
+            same.append(said == tokens[number])
+
+        def timed(name, number):
+            out = decode(name, number)
+            return out.seconds - out.prefill_seconds
+
+        names = ("plain", "whole", "cut")
+        times = rounds(names, len(prompts), repeats, timed, check)
+        seconds = {name: each.sum(1) for name, each in zip(names, times, strict=True)}
     count = sum(map(len, right))
     figures = {
         "compute_seconds": float(np.median(seconds["cut"])) / count,
@@ -94,7 +95,7 @@ def in_memory(
         "overhead_resident": ratios(seconds["whole"], seconds["plain"]),
         "overhead_stops": ratios(seconds["cut"], seconds["whole"]),
     }
-    return Right(right, traces, equal, figures)
+    return Right(right, traces, all(same), figures)
 
 
 def streamed(model: StreamedModel, slots: int, disk: Disk, prompts, max_tokens: int, repeats: int) -> Right:

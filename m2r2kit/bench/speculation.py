@@ -1,9 +1,7 @@
-"""Measure ways of decoding against each other: equality first, then time, interleaved.
+"""Measure ways of decoding against each other, in rounds (`rounds.py`).
 
-For each prompt every arm decodes in turn (A B C A B C ..), so that whatever else the machine
-does meets all arms alike. A speed-up is the median over rounds of the ratio of total times,
-with its smallest and largest. Beside it stands the speed-up that follows from what it is made of,
-all in plain steps, as measured one by one:
+Beside the measured speed-up stands the one that follows from what it is made of, all in plain steps, as
+measured one by one:
 
     predicted = (P + n) / (P + s (g c + v))      n  tokens, s  steps that wrote them: tau = n / s
                                                  g  drafts a step on average
@@ -21,12 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from ..model.backbone import Backbone, crop
 from ..speculation import Plain, Sampler, generate
 from ..speculation.decode import MOST_DRAFTS, Generation, draft_and_verify, one_token, read_prompt, verify
 from ..speculation.drafters.base import Draft, Drafter
 from ..speculation.registry import mlx_lm_generate
+from .rounds import ratios, rounds
 
 PLAIN_STEPS = 4  # timed together, because the loop starts each before the last one is read
 TIE_ULP = 32  # two logits closer than this many units in the last place are a tie
@@ -41,9 +41,7 @@ class Arm:
     drafts: int = 0
     training: dict = field(default_factory=dict)  # what it took, as methods.training says
     tokens: int = 0
-    seconds: list[float] = field(default_factory=list)  # a round, all prompts
-    prefill_seconds: list[float] = field(default_factory=list)  # of these, for the first passes
-    by_kind: dict[str, list[float]] = field(default_factory=dict)
+    times: np.ndarray | None = None  # (rounds, prompts, 2): seconds, and of these for the first pass
     accepted: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     mismatches: int = 0
@@ -53,6 +51,16 @@ class Arm:
     def equal(self) -> bool:
         """Whether every text was plain decoding's, ties of rounding apart."""
         return self.mismatches == self.ties
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each round, all prompts."""
+        return self.times[..., 0].sum(1).tolist()
+
+    @property
+    def prefill_seconds(self) -> list[float]:
+        """Of each round, for the first passes."""
+        return self.times[..., 1].sum(1).tolist()
 
     def decode(self, backbone: Backbone, prompt: list[int], max_tokens: int) -> Generation:
         if self.drafter is None:
@@ -78,58 +86,29 @@ def is_tie(backbone: Backbone, prompt: list[int], one: list[int], other: list[in
     return abs(a - b) <= TIE_ULP * unit
 
 
-def check_equality(
-    backbone: Backbone, arms: list[Arm], prompts: list[list[int]], max_tokens: int, report=None
+def run_arms(
+    backbone: Backbone, arms: list[Arm], prompts: list[list[int]], max_tokens: int, repeats=0, report=None
 ) -> None:
-    """Decode every prompt once with every arm, and count where a text is not plain decoding's."""
+    """Decode all prompts with all arms: once to compare the texts with plain decoding's, then `repeats` timed
+    rounds."""
     plain = Arm("plain", Plain())
-    for prompt in prompts:
-        right = plain.decode(backbone, prompt, max_tokens).tokens
-        for arm in arms:
-            out = arm.decode(backbone, prompt, max_tokens)
-            arm.tokens += len(out.tokens)
-            arm.accepted += out.accepted
-            arm.drafted += out.drafted
-            if out.tokens != right:
-                arm.mismatches += 1
-                arm.ties += is_tie(backbone, prompt, right, out.tokens)
-            if report:
-                report()
+    right = [plain.decode(backbone, prompt, max_tokens).tokens for prompt in prompts]
 
+    def check(arm: Arm, number: int) -> None:
+        out = arm.decode(backbone, prompts[number], max_tokens)
+        arm.tokens += len(out.tokens)
+        arm.accepted += out.accepted
+        arm.drafted += out.drafted
+        if out.tokens != right[number]:
+            arm.mismatches += 1
+            arm.ties += is_tie(backbone, prompts[number], right[number], out.tokens)
 
-# --- time ---------------------------------------------------------------------------------
+    def timed(arm: Arm, number: int) -> tuple[float, float]:
+        out = arm.decode(backbone, prompts[number], max_tokens)
+        return out.seconds, out.prefill_seconds
 
-
-def time_arms(
-    backbone: Backbone,
-    arms: list[Arm],
-    prompts: list[list[int]],
-    kinds: list[str],
-    max_tokens: int,
-    repeats: int,
-    report=None,
-) -> None:
-    """Rounds of all arms on all prompts, interleaved; the order of the arms turns each time."""
-    for round_ in range(repeats):
-        for arm in arms:
-            arm.seconds.append(0.0)
-            arm.prefill_seconds.append(0.0)
-        for i, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
-            turn = (round_ + i) % len(arms)
-            for arm in arms[turn:] + arms[:turn]:
-                out = arm.decode(backbone, prompt, max_tokens)
-                arm.seconds[-1] += out.seconds
-                arm.prefill_seconds[-1] += out.prefill_seconds
-                of_kind = arm.by_kind.setdefault(kind, [0.0] * repeats)
-                of_kind[round_] += out.seconds
-                if report:
-                    report()
-
-
-def ratios(plain: list[float], other: list[float]) -> dict:
-    """Median, smallest and largest of the rounds' ratios plain / other."""
-    each = [p / o for p, o in zip(plain, other, strict=True)]
-    return {"median": statistics.median(each), "min": min(each), "max": max(each)}
+    for arm, times in zip(arms, rounds(arms, len(prompts), repeats, timed, check, report), strict=True):
+        arm.times = times
 
 
 # --- what a speed-up is made of -----------------------------------------------------------
@@ -137,8 +116,8 @@ def ratios(plain: list[float], other: list[float]) -> dict:
 
 def prefill_steps(plain: Arm) -> float:
     """P: the first passes over all prompts, in plain steps; the median of the rounds."""
-    rounds = zip(plain.prefill_seconds, plain.seconds, strict=True)
-    return statistics.median(plain.tokens * first / (whole - first) for first, whole in rounds)
+    each = zip(plain.prefill_seconds, plain.seconds, strict=True)
+    return statistics.median(plain.tokens * first / (whole - first) for first, whole in each)
 
 
 def acceptance(accepted: list[int], drafted: list[int]) -> list[float]:
@@ -220,19 +199,21 @@ def _step_costs(backbone, drafter, K, prompt, repeats, kept):
         rows = Draft([pending] * K) if short else drafted
         mx.eval(verify(backbone, drafter, rows, pending, cache)[0].argmax(-1))
 
-    times: dict[str, list[float]] = {"plain": [], "whole": [], "check": [], "full": []}
-    for i in range(repeats + 2):  # the first two warm up
-        for part in (plain, whole, check, full):
-            if part in (check, full):
-                drafted = drafter(prompt, K, greedy, cache)
-                if isinstance(drafted, Draft):
-                    mx.eval(drafted.tokens, drafted.states)
-            begun = time.perf_counter()
-            part()
-            if i >= 2:
-                times[part.__name__].append(time.perf_counter() - begun)
-            crop(cache, length)
-    unit, step, checked, v = (statistics.median(times[k]) for k in ("plain", "whole", "check", "full"))
+    def seconds(part: Callable, _) -> float:
+        nonlocal drafted
+        if part in (check, full):
+            drafted = drafter(prompt, K, greedy, cache)
+            if isinstance(drafted, Draft):
+                mx.eval(drafted.tokens, drafted.states)
+        begun = time.perf_counter()
+        part()
+        took = time.perf_counter() - begun
+        crop(cache, length)
+        return took
+
+    drafted = None
+    times = rounds((plain, whole, check, full), 1, repeats + 1, seconds)
+    unit, step, checked, v = (float(np.median(each[1:])) for each in times)  # two rounds warm up
     unit /= PLAIN_STEPS
     made = max(1, drafted.depth)  # a pool or a text may have none to offer
     return (step - checked) / made / unit, v / unit
@@ -254,8 +235,7 @@ def compare(
 
     An arm whose texts are not plain decoding's gets no speed.
     """
-    check_equality(backbone, arms, prompts, max_tokens, report)
-    time_arms(backbone, arms, prompts, kinds, max_tokens, repeats, report)
+    run_arms(backbone, arms, prompts, max_tokens, repeats, report)
     plain = next(a for a in arms if a.name == "plain")
     mlx_lm = next((a for a in arms if a.name == "mlx_lm" and a.equal), None)
     prefill = prefill_steps(plain)
@@ -285,7 +265,8 @@ def compare(
             "ties": arm.ties,
         }
         if arm.equal:
-            for kind, seconds in arm.by_kind.items():
-                of_kind = figures["per_kind"].setdefault(kind, {})
-                of_kind[arm.name] = ratios(plain.by_kind[kind], seconds)
+            for kind in dict.fromkeys(kinds):
+                here = np.array(kinds) == kind
+                one, other = (each.times[:, here, 0].sum(1) for each in (plain, arm))
+                figures["per_kind"].setdefault(kind, {})[arm.name] = ratios(one, other)
     return figures

@@ -97,7 +97,9 @@ def time(backbone: Backbone, methods: dict, curves: dict, pairs, figures: dict, 
     def plain(prompt, tokens):
         return generate(backbone, prompt, max_tokens=tokens).seconds
 
-    with tqdm(total=(repeats + 1) * len(pairs), unit="prompt", desc="time", disable=quiet()) as bar:
+    with tqdm(
+        total=(repeats + 1) * (len(arms) + 1) * len(pairs), unit="text", desc="time", disable=quiet()
+    ) as bar:
         seconds = bench.time_points(arms, plain, pairs, repeats, bar.update)
     for arm in arms:
         figures[arm.name].setdefault("timed", []).append(arm.figures(seconds))
