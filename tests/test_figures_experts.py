@@ -170,7 +170,7 @@ def test_sizes_and_records(ax):
     assert "50 times" in said and "1,000 MB/s with 2 threads and 1024 KiB" in said
     manifest = tiny_experts.store().manifest
     assert f"{manifest.record_bytes // 4096} pages" in disk.draw_record(ax, manifest)
-    assert sum(bar.get_width() for bar in ax.patches) * 4096 == manifest.bytes_used
+    assert sum(bar.get_width() for bar in ax.patches) * 4096 == manifest.slot_bytes // len(manifest.blocks)
 
 
 def test_plans_and_checks(ax):

@@ -229,7 +229,7 @@ def test_a_record_that_cannot_be_put_in_its_place_does_not_hang():
         raise ValueError("too long")
 
     with Reader(tiny_experts.store(), "buffered") as r:
-        with pytest.raises(UserError, match="cannot be put in its place"):
+        with pytest.raises(UserError, match="cannot be put into its slot"):
             r.wait([r.submit(0, 0, land, True)])
 
 
@@ -255,7 +255,7 @@ def test_records_reach_the_slots_they_are_meant_for(mode):
     from m2r2kit.experts.slots import Bank
 
     store = tiny_experts.store("olmoe", 4)
-    bank = Bank(store.manifest, 3)
+    bank = Bank(store.manifest.pieces_of(1), 3)
     with Reader(store, mode) as r:
         r.wait([r.submit(1, 6, lambda record: bank.write(2, record), True)])
     view = tiny_experts.resident("olmoe", 4)

@@ -42,7 +42,7 @@ def test_it_says_the_same_and_its_records_are_so_many_times_as_large(both, tmp_p
     a, b = (np.array(view.logits(tokens, view.new_cache(8))) for view in (narrow, wide))
     assert np.allclose(a, b, atol=1e-4) and not np.allclose(a, 0)
     assert generate(narrow, [3, 1, 4], max_tokens=8).tokens == generate(wide, [3, 1, 4], max_tokens=8).tokens
-    sizes = [pack(folder, tmp_path / folder.name).bytes_used for folder in both]
+    sizes = [pack(folder, tmp_path / folder.name).slot_bytes for folder in both]
     assert sizes[1] == K * sizes[0]
 
 

@@ -161,7 +161,7 @@ def compare(
         finally:
             for reader in readers:
                 reader.close()
-        figures["budgets"].append(_budget(arms, share, slots, C, speed, manifest.record_bytes))
+        figures["budgets"].append(_budget(arms, share, slots, C, speed, manifest.mean_record_bytes))
     return figures
 
 

@@ -24,7 +24,7 @@ from ..model.cache import FIRST_ROOM
 from ..model.cpu.threads import decoding
 from . import moe
 from .generation import Event, ExpertGeneration
-from .packing import load_without_experts
+from .packing import facts_of, load_without_experts
 from .policies import Expert
 from .predictors import Predictor
 from .reader import AHEAD, PARKED, Reader, Request
@@ -38,10 +38,10 @@ CHUNK = 512  # tokens of a prompt that are read at once: each expert is read onc
 
 
 class StreamedModel:
-    """A model without its experts, and the store that has them.
+    """A model without its experts, and the store that holds them.
 
     Raises:
-        UserError: the model or the store cannot be used, or they do not belong together.
+        UserError: the model or the store cannot be used, or the store is not that of this model.
     """
 
     def __init__(self, model: str | Path, store: str | Path | Store):
@@ -49,11 +49,13 @@ class StreamedModel:
         manifest = self.store.manifest
         dtype, sha256 = getattr(mx, manifest.dtype), self.store.model_sha256
         self.backbone, self.experts = load_without_experts(model, dtype, sha256)
-        self.store.belongs_to(self.backbone.sha256)
+        self.store.fits(facts_of(self.backbone, self.experts))
 
     def residency(self, slots: int, policy: Callable, shared: bool = False) -> Residency:
-        """An empty memory with so many slots in each block (in all, if `shared`)."""
+        """An empty memory with so many slots in each block (in all blocks together, if `shared`)."""
         m = self.store.manifest
+        if shared and not m.one_size:
+            raise UserError("The blocks of this model have experts of different sizes, which share no slots.")
         return Residency(m.blocks, m.experts, m.top_k, slots, policy, shared)
 
 
@@ -86,14 +88,14 @@ class ExpertDecoder:
         self.residency, self.reader, self.trace = residency, reader, trace
         self.predictor = predictor or Predictor()
         manifest = model.store.manifest
-        banks = [Bank(manifest, pool.slots) for pool in residency.pools]
+        banks = [Bank(parts, pool.slots) for parts, pool in zip(manifest.pieces, residency.pools)]
         self.bank_of = {l: banks[residency.pools.index(pool)] for l, pool in residency.pool_of.items()}
         self.switches = {l: self.bank_of[l].switch(model.experts[l]) for l in manifest.blocks}
         looks = isinstance(self.predictor, StatePredictor)
         parts = self.backbone, self.switches, self.predictor if looks else None
         first = {l: residency.shared * i * manifest.experts for i, l in enumerate(manifest.blocks)}
-        pieces = (piece.nbytes for piece in manifest.pieces)
-        self.matrix_bytes = max(self.backbone.matrix_bytes, *pieces)
+        largest = max(piece.nbytes for parts in manifest.pieces for piece in parts)
+        self.matrix_bytes = max(self.backbone.matrix_bytes, largest)
         self.cut, self.cut_pass = False, moe.TokenPass(*parts)
         self.whole_pass = moe.TokenPass(*parts, first) if residency.whole else None
         self.pending: dict[Expert, Request] = {}  # reads of experts that have not been used since

@@ -1,36 +1,44 @@
 """Pack the experts of a model into a store (`store.py`), one block after the other.
 
-Everything is written into `OUT.partial`, each file under a temporary name until it is whole, and
-the folder gets its own name when all is there: a store is whole or absent. A packing that was
-interrupted goes on with the first block that is missing.
+Everything is written into a folder of its own beside OUT, `OUT.packing`, which is renamed when all is there:
+a store is whole or absent. An interrupted packing goes on with the first missing block. A lock keeps two
+processes apart: the second waits, and then uses the store of the first.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..common import UserError, cache_dir
+from ..common import UserError, cache_dir, unwritable, write_whole
 from ..model.backbone import Backbone
 from ..model.families import PARTS, Parts
 from ..model.load import model_folder, weights_sha256
-from .store import MANIFEST, PAGE, STAMPS, Manifest, Piece, Store, file_name, stamps
+from .store import FORMAT, MANIFEST, STAMPS, Manifest, Piece, Store, file_name, padded, stamped, stamps
 
 SPARE = 16 << 20  # bytes that packing leaves free on the disk
 ORDER = ("gate_proj", "up_proj", "down_proj")  # as they are needed
+LOCK, PROGRESS = "lock", "progress.json"  # in the folder of a packing
+OWN = re.compile(r"lock|(progress|manifest|model)\.json|block-\d+\.bin(\.new)?|\.m2r2kit-\w+")  # files in it
 
 
 def take_experts(model: nn.Module) -> dict[int, nn.Module]:
     """Take the experts (`SwitchGLU`) of each block out of a model: block -> experts.
 
-    With `Backbone.load(.., take_out=..)` they are out before any of them is read.
+    As `Backbone.load(.., take_out=..)` calls it, their weights are never read.
     """
     parts, taken = PARTS.get(model.model_type, Parts()), {}
     for l, block in enumerate(model.layers):
@@ -42,7 +50,7 @@ def take_experts(model: nn.Module) -> dict[int, nn.Module]:
 def load_without_experts(
     model: str | Path, dtype: mx.Dtype | None = None, sha256: Callable | None = None
 ) -> tuple[Backbone, dict[int, nn.Module]]:
-    """The view of a model without its experts, and these, not read yet, as `take_experts` gives them.
+    """The view of a model without its experts, and the experts as `take_experts` gives them, unread.
 
     Raises:
         UserError: the model cannot be loaded, or has no experts.
@@ -60,7 +68,7 @@ def arithmetic(backbone: Backbone) -> mx.Dtype:
 
 
 def tensors(experts: nn.Module) -> list[tuple[str, mx.array]]:
-    """Names and arrays (E, ..) of what a block's experts consist of, in the order of a record."""
+    """Names and arrays (E, ..) of a block's experts, in the order of a record."""
     flat = tree_flatten(experts.parameters())
     return sorted(flat, key=lambda item: (ORDER.index(item[0].split(".")[0]), item[0] != "weight"))
 
@@ -70,97 +78,187 @@ def pieces(experts: nn.Module) -> tuple[Piece, ...]:
     found, offset = [], 0
     for name, w in tensors(experts):
         nbytes = w.nbytes // w.shape[0]
-        found.append(Piece(name, str(w.dtype).split(".")[-1], tuple(w.shape[1:]), offset, nbytes))
+        found.append(Piece(name, dtype_name(w.dtype), tuple(w.shape[1:]), offset, nbytes))
         offset += nbytes
     return tuple(found)
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Such as `float32`."""
+    return str(dtype).split(".")[-1]
+
+
+def facts_of(backbone: Backbone, experts: dict[int, nn.Module]) -> dict:
+    """All that a manifest says of a model, but the hashes of its records. Reads no weights; the experts take
+    the arithmetic of the other weights.
+
+    Raises:
+        UserError: blocks have different numbers of experts.
+    """
+    dtype = arithmetic(backbone)
+    for each in experts.values():
+        each.set_dtype(dtype)
+    counts = {tensors(each)[0][1].shape[0] for each in experts.values()}
+    if len(counts) > 1:
+        raise UserError("The blocks of this model have different numbers of experts; no store can hold them.")
+    return {
+        "model_sha256": backbone.sha256,
+        "family": backbone.family,
+        "dtype": dtype_name(dtype),
+        "blocks": tuple(experts),
+        "experts": counts.pop(),
+        "top_k": backbone.config["num_experts_per_tok"],
+        "pieces": tuple(pieces(each) for each in experts.values()),
+    }
 
 
 def pack(model: str | Path, out: str | Path, report: Callable | None = None) -> Manifest:
     """Write the experts of a model into a new store.
 
+    If another process is packing the same store, wait for it and use what it wrote.
+
     Args:
-        report: called as (bytes of a finished block, bytes of all) after each, also after those
-            that an interrupted packing had finished.
+        report: called as (bytes of a finished block, bytes of all) after each block, also after those that
+            an interrupted packing had finished.
 
     Raises:
         UserError: no such model, no experts, `out` exists, or the disk is too small or fails.
     """
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already; delete it, or give another folder.")
-    seen = stamps(model_folder(model))  # before its hash is taken
+    seen = stamps(model_folder(model))  # before its hash is computed
     backbone, experts = load_without_experts(model)
-    dtype = arithmetic(backbone)
-    for each in experts.values():
-        each.set_dtype(dtype)
-    layout = {pieces(each) for each in experts.values()}
-    if len(layout) > 1:
-        raise UserError(f"The blocks of {model} have experts of different sizes; a store needs one size.")
-    parts = layout.pop()
-    record = -(-(parts[-1].offset + parts[-1].nbytes) // PAGE) * PAGE
-    E = tensors(next(iter(experts.values())))[0][1].shape[0]
-    facts = {
-        "model_sha256": backbone.sha256,
-        "family": backbone.family,
-        "dtype": str(dtype).split(".")[-1],
-        "blocks": tuple(experts),
-        "experts": E,
-        "top_k": backbone.config["num_experts_per_tok"],
-        "record_bytes": record,
-        "pieces": parts,
-    }
+    facts = facts_of(backbone, experts)
     del backbone
-    partial = out.with_name(out.name + ".partial")
     try:
-        return _write(experts, facts, partial, out, report, seen)
+        with own_folder(out) as folder:
+            if folder is not None:
+                return _write(experts, facts, folder, out, report, seen)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{out} could not be written ({reason}); make room, and the same command goes on from there."
-        ) from error
+        said = str(unwritable(out, error)).rstrip(".")
+        raise UserError(f"{said}, and the same command goes on from there.") from error
+    store = Store(out)
+    store.fits(facts)
+    return store.manifest
 
 
 def kept(model: str | Path) -> Store:
     """A model's store in the cache folder; packed on the first call. Raises UserError as `pack` does."""
     folder = model_folder(model)
-    out = cache_dir() / "experts" / f"{folder.name}-{weights_sha256(folder)[:12]}"
+    out = cache_dir() / "experts" / f"{folder.name}-{weights_sha256(folder)[:12]}-{FORMAT}"
     if not out.exists():
+        check_cache(out.parent)
         pack(folder, out)
     return Store(out)
 
 
-def _write(experts: dict, facts: dict, partial: Path, out: Path, report, seen: list) -> Manifest:
-    E, record = facts["experts"], facts["record_bytes"]
-    partial.mkdir(parents=True, exist_ok=True)
-    done = _finished(partial, facts)
-    for file in partial.glob("block-*.bin"):  # what another packing has left
-        if file.name not in map(file_name, done):
-            file.unlink()
-    missing = (len(experts) - len(done)) * E * record
-    free = shutil.disk_usage(partial).free
+def check_cache(folder: Path) -> None:
+    """Refuse a cache folder that cannot be written, and say which variable names another one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"The cache folder {cache_dir()} cannot be written ({error.strerror}); name another one with the "
+            "variable M2R2KIT_CACHE."
+        ) from error
+
+
+# --- the folder of a packing ----------------------------------------------------------------
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[Path | None]:
+    """The folder beside `out` in which its packing works, locked; None if another process packed `out`
+    while this one waited for the lock. If packing fails before a block is finished, the folder is deleted.
+
+    Raises:
+        UserError: a folder of that name holds something else.
+    """
+    folder = out.with_name(out.name + ".packing")
+    with _locked(folder):
+        if os.path.lexists(out):
+            shutil.rmtree(folder, ignore_errors=True)
+            yield None
+            return
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / PROGRESS).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _locked(folder: Path) -> IO:
+    """Make a folder, or take over that of an interrupted packing. It belongs to this process until the file
+    that is returned is closed."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            other = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name))
+            if other or folder.is_symlink():
+                raise UserError(f"{folder} is no folder of an interrupted packing; move it away.")
+            lock = (folder / LOCK).open("a")
+        except FileNotFoundError:
+            continue  # another process has finished
+        try:
+            _wait_for(lock)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK)):
+                return lock
+        except FileNotFoundError:
+            pass  # likewise
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+def _wait_for(lock: IO) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:  # some network disks have no locks; then nobody is kept apart
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+def _write(experts: dict, facts: dict, folder: Path, out: Path, report, seen: list) -> Manifest:
+    sizes = {
+        l: facts["experts"] * padded(parts[-1].offset + parts[-1].nbytes)
+        for l, parts in zip(facts["blocks"], facts["pieces"])
+    }
+    total, done = sum(sizes.values()), _finished(folder, facts, sizes)
+    ours = {LOCK, PROGRESS, *map(file_name, done), *(file_name(l) + ".new" for l in sizes)}
+    for file in folder.iterdir():  # what an interrupted packing left, perhaps of another model
+        if file.name not in ours:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    missing, free = sum(sizes[l] for l in sizes if l not in done), shutil.disk_usage(folder).free
     if free < missing + SPARE:
         raise UserError(
             f"The experts take {missing / 1e9:.2f} GB more on the disk of {out} and "
             f"{free / 1e9:.2f} GB are free; make room."
         )
     for l in list(experts):
-        switch = experts.pop(l)  # so that its weights are freed when they are written
+        switch = experts.pop(l)  # its weights are freed when they are written
         if l not in done:
-            done[l] = _write_block(switch, partial / file_name(l), E, record)
-            _note(partial, facts, done)
+            done[l] = _write_block(switch, folder / file_name(l), sizes[l] // facts["experts"])
+            write_whole(folder / PROGRESS, json.dumps({"facts": _as_json(facts), "sha256": done}))
         if report:
-            report(E * record, len(facts["blocks"]) * E * record)
+            report(sizes[l], total)
     manifest = Manifest(**facts, sha256=tuple(tuple(done[l]) for l in facts["blocks"]))
-    _replace(partial / MANIFEST, manifest.to_json().encode())
-    _replace(partial / STAMPS, json.dumps(seen).encode())
-    (partial / PROGRESS).unlink()
-    partial.rename(out)
+    write_whole(folder / MANIFEST, manifest.to_json())
+    write_whole(folder / STAMPS, stamped(facts["model_sha256"], seen))
+    folder.rename(out)
+    for name in (PROGRESS, LOCK):
+        (out / name).unlink()
     return manifest
 
 
-def _write_block(experts: nn.Module, file: Path, E: int, record: int) -> list[str]:
-    """The records of one block into a file; their SHA-256."""
+def _write_block(experts: nn.Module, file: Path, record: int) -> list[str]:
+    """The records of one block into a file, each of `record` bytes; their SHA-256."""
     found = tensors(experts)
+    E = found[0][1].shape[0]
     mx.eval([w for _, w in found])
     views = [np.array(w.reshape(E, -1).view(mx.uint8), copy=False) for _, w in found]  # (E, bytes)
     sums, temporary = [], file.with_name(file.name + ".new")
@@ -170,42 +268,22 @@ def _write_block(experts: nn.Module, file: Path, E: int, record: int) -> list[st
             stream.write(content)
             sums.append(hashlib.sha256(content).hexdigest())
         stream.flush()
-        os.fsync(stream.fileno())
+        os.fsync(stream.fileno())  # or the note that it is finished may reach the disk first
     temporary.replace(file)
     return sums
 
 
-# --- going on after an interruption ---------------------------------------------------------
-
-PROGRESS = "progress.json"
-
-
-def _finished(partial: Path, facts: dict) -> dict[int, list[str]]:
-    """Checksums of the blocks that an interrupted packing of the same model has finished."""
+def _finished(folder: Path, facts: dict, sizes: dict[int, int]) -> dict[int, list[str]]:
+    """Checksums of the blocks that an interrupted packing of the same model finished."""
     try:
-        kept = json.loads((partial / PROGRESS).read_text())
-        if kept["facts"] != _as_json(facts):
+        noted = json.loads((folder / PROGRESS).read_text())
+        if noted["facts"] != _as_json(facts):
             raise ValueError("of another model")
-        size = facts["experts"] * facts["record_bytes"]
-        done = {int(l): sums for l, sums in kept["sha256"].items()}
-        return {l: s for l, s in done.items() if (partial / file_name(l)).stat().st_size == size}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # none, or nothing that can be gone on with
-
-
-def _note(partial: Path, facts: dict, done: dict[int, list[str]]) -> None:
-    text = json.dumps({"facts": _as_json(facts), "sha256": done})
-    _replace(partial / PROGRESS, text.encode())
+        done = {int(l): sums for l, sums in noted["sha256"].items()}
+        return {l: s for l, s in done.items() if (folder / file_name(l)).stat().st_size == sizes[l]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # there is nothing to go on with
 
 
 def _as_json(facts: dict):
-    return json.loads(json.dumps(facts | {"pieces": [p.__dict__ for p in facts["pieces"]]}))
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(file.name + ".new")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    return json.loads(json.dumps(facts, default=asdict))

@@ -1,17 +1,18 @@
-"""Which experts will be needed, said from ids alone; these run in a replay as well.
+"""Which experts will be needed, predicted from ids alone; these run in a replay as well.
 
-Those that look at states are in `state_predictors.py`. What any of them says only starts reads.
+Those that look at states are in `state_predictors.py`. A prediction only starts reads.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..common import UserError
 from .trace import Named, Trace
 
 
 class Predictor:
-    """Names nothing; what all predictors share. Experts are named best first."""
+    """Predicts nothing; what all predictors share. Experts are named best first."""
 
     def new_text(self) -> None:
         """A new text begins."""
@@ -21,7 +22,7 @@ class Predictor:
         return []
 
     def of(self, token: int) -> Named:
-        """What the token by itself says, before its pass."""
+        """What the token alone says, before its pass."""
         return []
 
     def at(self, number: int, l: int, wanted: Sequence[int]) -> Named:
@@ -30,10 +31,10 @@ class Predictor:
 
 
 class Distant(Predictor):
-    """Names a block's experts `distance` blocks before it, and those of the first ones at the beginning.
+    """Predicts a block's experts `distance` blocks before it, and those of the first blocks before the pass.
 
     Args:
-        blocks: those that have experts.
+        blocks: the blocks that have experts.
     """
 
     def __init__(self, blocks: Sequence[int], distance: int):
@@ -84,7 +85,7 @@ class Static(Distant):
 
 
 class Random(Distant):
-    """`width` experts at random, the same in each run: the floor."""
+    """`width` experts drawn at random, the same in each run: the floor."""
 
     def __init__(self, blocks, distance, experts: int, width: int, seed: int = 0):
         super().__init__(blocks, distance)
@@ -96,7 +97,11 @@ class Random(Distant):
 
 
 class Oracle(Distant):
-    """What a trace of this very run says: the ceiling."""
+    """The experts of this very run, from its trace: the ceiling.
+
+    Raises:
+        UserError: as soon as the run leaves the trace, for a wrong ceiling would be none.
+    """
 
     def __init__(self, trace: Trace, distance: int):
         super().__init__(trace.blocks, distance)
@@ -107,11 +112,21 @@ class Oracle(Distant):
         self.wanted, self.first = [dict(zip(trace.blocks, p.wanted)) for p in trace.passes], first
 
     def guess(self, number, m):
+        if not 0 <= number - self.first < len(self.wanted):
+            raise UserError(OTHER_RUN)
         return self.wanted[number - self.first][m]
+
+    def at(self, number, l, wanted):
+        if set(self.guess(number, l)) != set(wanted):
+            raise UserError(OTHER_RUN)
+        return super().at(number, l, wanted)
+
+
+OTHER_RUN = "The oracle's trace is of another text; record this run with `--trace`, and give that."
 
 
 class Recorded(Predictor):
-    """What was named in the run that a trace is of."""
+    """What was predicted in the run that a trace is of."""
 
     def __init__(self, trace: Trace):
         self.trace = trace

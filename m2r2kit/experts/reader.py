@@ -1,12 +1,11 @@
-"""Threads that bring records from disk, past the page cache, each into the place it is meant for.
+"""Threads that read records from disk, past the page cache, each into its slot.
 
-They read bytes and know nothing of MLX. What is needed now overtakes what may be needed later. By
-default reads go past the page cache (O_DIRECT on Linux, F_NOCACHE on macOS): a file that was just
-written, or fits the memory, would otherwise be read at the speed of memory and be called a disk.
+They read bytes and know nothing of MLX. Demand reads overtake prefetches. By default reads go past the page
+cache (O_DIRECT on Linux, F_NOCACHE on macOS): a file that was just written, or fits in memory, would
+otherwise be read at the speed of memory and pass for a disk.
 """
 
 import fcntl
-import hashlib
 import mmap
 import os
 import sys
@@ -20,25 +19,26 @@ import numpy as np
 
 from ..common import UserError
 from ..model.cpu.threads import answering
-from .store import Store
+from .store import PAGE, Store
 
 MODES = ("direct", "buffered")
 QUEUED, READING, LANDING, DONE, CANCELLED = range(5)
-NOW, AHEAD, PARKED = range(3)  # needed now; may be needed; was not when it was expected to be
+NOW, AHEAD, PARKED = range(3)  # needed now; prefetch; mispredicted, on hold
+PATIENCE = 2.0  # seconds that `close` waits for reads under way
 
 
 class Link:
     """A slower disk, simulated: a token bucket of `rate` bytes/s.
 
-    Charged from when a request was issued, not from when its bytes came: then the rate is what it
-    says whether they came from the disk or from memory.
+    Reads are charged from when they were issued, not from when their bytes came, so the rate holds whether
+    they came from the disk or from memory.
     """
 
     def __init__(self, rate: float):
         self.rate, self.next, self.lock = rate, 0.0, threading.Lock()
 
     def finish(self, issued: float, nbytes: int) -> None:
-        """Sleep until a request of so many bytes, issued then (perf_counter), would be through."""
+        """Sleep until a request of so many bytes, issued then (perf_counter), would be done."""
         with self.lock:
             self.next = max(self.next, issued) + nbytes / self.rate
             until = self.next
@@ -50,9 +50,9 @@ class Request:
     """One record on its way.
 
     Attributes:
-        land: called with the record (uint8, read-only in spirit) when it is there, in a reader's thread.
-        urgent: asked for when it was needed.
-        rank: NOW and AHEAD are the queues in which it waits; PARKED is not read until it gets another.
+        land: called with the record (uint8, not to be changed) when it is read, in a reader's thread.
+        urgent: whether it was issued on demand.
+        rank: NOW and AHEAD are the queues in which it waits; PARKED is not read until it gets another rank.
         issued, begun, finished: perf_counter; 0 until then.
         error: why it failed, one sentence.
     """
@@ -76,36 +76,45 @@ class Reader:
 
     Args:
         mode: `direct` past the page cache, or `buffered` through it.
-        threads: that read at once; each has one buffer of a record. One of several does not read ahead,
-            so that what is needed now waits for nothing that may be.
+        threads: how many read at once; each has a buffer of one record. One of several is reserved for
+            demand reads.
         link: bytes/s of a simulated link in front of the disk; None is the disk as it is.
 
-    A record's checksum is compared when it is first read through this `Store`. A read that fails, comes
-    short or has a wrong checksum is tried once more; then `wait` raises, and the record has not landed.
+    Every record is checked (`Store.is_right`). A read that fails, comes short or gives a wrong record is
+    tried once more; then `wait` raises, and the record has not landed.
 
     Raises:
-        UserError: a file cannot be opened so.
+        UserError: a file cannot be opened in this mode, or there is no memory or no thread for reading.
     """
 
     def __init__(self, store: Store, mode: str = "direct", threads: int = 2, link: float | None = None):
         self.store, self.mode = store, mode
         self.link = Link(link) if link else None
-        self.size = store.manifest.record_bytes
+        self.size = store.manifest.record_bytes  # of the largest record
         self.bytes_read = self.reads = self.retries = 0
         self._changed = threading.Condition()
         self._queues: tuple[deque[Request], deque[Request]] = deque(), deque()  # NOW, AHEAD
         self._early, self._most_early = 0, max(1, threads - 1)  # reads ahead under way, and how many may be
-        self._closed = False
+        self._closed, self._failed = False, ""
         self._files: dict[int, int] = {}
+        self._threads: list[threading.Thread] = []
         try:
             for block in store.manifest.blocks:
                 self._files[block] = open_file(store.path(block), mode)
+            for _ in range(threads):
+                buffer = np.frombuffer(mmap.mmap(-1, self.size), np.uint8)  # page-aligned, as O_DIRECT needs
+                thread = threading.Thread(target=self._work, args=(buffer,), daemon=True)
+                thread.start()
+                self._threads.append(thread)
         except UserError:
-            self._close_files()
+            self.close()
             raise
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        except (OSError, MemoryError, RuntimeError) as error:
+            self.close()
+            raise UserError(
+                f"The system has no memory or no thread left for reading ({error}); close other programs, or "
+                "give less --threads."
+            ) from error
 
     @property
     def buffer_bytes(self) -> int:
@@ -115,15 +124,16 @@ class Reader:
     # --- for the thread that computes ---
 
     def submit(self, block: int, expert: int, land: Callable[[np.ndarray], None], urgent: bool) -> Request:
-        """Ask for a record."""
+        """Issue a read."""
         request = Request(block, expert, land, urgent)
         with self._changed:
+            self._check()
             self._queues[request.rank].append(request)
             self._changed.notify_all()
         return request
 
     def rank(self, requests: Iterable[Request], rank: int) -> None:
-        """Give another rank to requests whose reading has not begun."""
+        """Give another rank to requests that are still queued."""
         with self._changed:
             for request in requests:
                 self._move(request, rank)
@@ -136,7 +146,7 @@ class Reader:
                 self._changed.notify_all()
 
     def cancel(self, request: Request) -> None:
-        """A record is not wanted any more; when this returns it has landed or never will."""
+        """A record is not needed any more; when this returns it has landed or never will."""
         with self._changed:
             while request.state == LANDING:
                 self._changed.wait()
@@ -144,10 +154,10 @@ class Reader:
                 request.state = CANCELLED
 
     def wait(self, requests: Iterable[Request]) -> None:
-        """Until all of these have landed; those that were asked for ahead are needed now.
+        """Wait until all of these have landed; prefetches among them become demand reads.
 
         Raises:
-            UserError: one of them could not be read.
+            UserError: one of them could not be read, or the reader has stopped.
         """
         requests = list(requests)
         with self._changed:
@@ -155,19 +165,24 @@ class Reader:
                 self._move(request, NOW)
             for request in requests:
                 while request.state != DONE:
+                    self._check()
                     self._changed.wait()
         for request in requests:
             if request.error:
                 raise UserError(request.error)
 
     def close(self) -> None:
-        """Stop the threads and close the files."""
+        """Stop the threads and close the files. A read that hangs longer than `PATIENCE` is left behind with
+        its open file, and what it brings goes nowhere."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        until = time.monotonic() + PATIENCE
         for thread in self._threads:
-            thread.join()
-        self._close_files()
+            thread.join(max(0.0, until - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            while self._files:
+                os.close(self._files.popitem()[1])
 
     def __enter__(self) -> "Reader":
         return self
@@ -175,21 +190,25 @@ class Reader:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _close_files(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+    def _check(self) -> None:
+        """Refuse to wait for what will never come."""
+        if self._failed or self._closed:
+            raise UserError(self._failed or "This reader of experts is closed; open the store again.")
 
     # --- the threads ---
 
-    def _work(self) -> None:
-        area = mmap.mmap(-1, self.size)  # page-aligned, as O_DIRECT asks for
-        buffer = np.frombuffer(area, np.uint8)
-        with answering():
-            while (request := self._take()) is not None:
-                self._serve(request, buffer)
+    def _work(self, buffer: np.ndarray) -> None:
+        try:
+            with answering():
+                while (request := self._take()) is not None:
+                    self._serve(request, buffer)
+        except BaseException as error:  # whoever waits must hear of it, whatever it is
+            with self._changed:
+                self._failed = f"A thread that reads experts ended ({_reason(error)}); open the model again."
+                self._changed.notify_all()
 
     def _take(self) -> Request | None:
-        """The next request, when there is one; None when the reader closes."""
+        """The next request, as soon as there is one; None when the reader closes."""
         with self._changed:
             while True:
                 if self._closed:
@@ -205,18 +224,20 @@ class Reader:
                     return request
 
     def _serve(self, request: Request, buffer: np.ndarray) -> None:
-        """Bring one record, and put it in its place if it is still wanted."""
-        error = self._bring(request, buffer)
+        """Read one record, and put it into its slot if it is still needed."""
+        record = buffer[: self.store.manifest.record_size(request.block)]
+        error = self._bring(request, record)
         with self._changed:
-            if request.state == CANCELLED:
+            if request.state == CANCELLED or self._closed:
                 self._served(request)
                 return
             request.state = LANDING
         try:
             if error is None:
-                request.land(buffer)
-        except Exception as fault:  # or whoever waits would wait for ever
-            error = f"Expert {request.expert} of block {request.block} cannot be put in its place ({fault})."
+                request.land(record)
+        except Exception as fault:
+            where = f"Expert {request.expert} of block {request.block}"
+            error = f"{where} cannot be put into its slot ({_reason(fault)}); open the model again."
         with self._changed:
             request.error, request.finished = error, time.perf_counter()
             request.state = DONE
@@ -226,14 +247,14 @@ class Reader:
         self._early -= request.rank == AHEAD
         self._changed.notify_all()
 
-    def _bring(self, request: Request, buffer: np.ndarray) -> str | None:
-        """One record into the buffer; why it failed twice, if it did."""
+    def _bring(self, request: Request, record: np.ndarray) -> str | None:
+        """Read one record, at most twice; why that failed, if it did."""
         for attempt in range(2):
             try:
-                self._read(request, buffer)
+                self._read(request, record)
                 return None
-            except OSError as error:
-                reason = error.strerror or str(error)
+            except Exception as error:  # a MemoryError too
+                reason = _reason(error)
                 with self._changed:
                     self.retries += attempt == 0
         where = self.store.path(request.block)
@@ -242,26 +263,28 @@ class Reader:
             "check the disk, or pack the model again."
         )
 
-    def _read(self, request: Request, buffer: np.ndarray) -> None:
-        issued, view = time.perf_counter(), memoryview(buffer)
-        offset, got = request.expert * self.size, 0
-        while got < self.size:
+    def _read(self, request: Request, record: np.ndarray) -> None:
+        issued, view, size = time.perf_counter(), memoryview(record), len(record)
+        offset, got = request.expert * size, 0
+        while got < size:
             n = os.preadv(self._files[request.block], [view[got:]], offset + got)
             if n == 0:
                 raise OSError("the file ends too early")
             got += n
-            if got < self.size and self.mode == "direct" and got % 4096:
+            if got < size and self.mode == "direct" and got % PAGE:
                 raise OSError("the read came short")  # it cannot go on from the middle of a page
         with self._changed:
             self.reads += 1
             self.bytes_read += got
-        record = request.block, request.expert
-        if record not in self.store.verified:
-            if hashlib.sha256(buffer).hexdigest() != self.store.checksum(*record):
-                raise OSError("its checksum is wrong")
-            self.store.verified.add(record)
+        if not self.store.is_right(request.block, request.expert, record):
+            raise OSError("its checksum is wrong")
         if self.link:
-            self.link.finish(issued, self.size)
+            self.link.finish(issued, size)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, or its name if it says nothing."""
+    return (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
 
 
 def open_file(path: Path, mode: str) -> int:
@@ -278,7 +301,7 @@ def open_file(path: Path, mode: str) -> int:
 
 
 def system_read_bytes() -> int | None:
-    """Bytes that this process has made the system read from disks so far; None where it does not say."""
+    """Bytes that the system has read from disks for this process so far; None where it does not say."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:

@@ -1,13 +1,15 @@
 """The slot bank: where experts lie in memory, and how the model computes from there.
 
-One array for each piece of a record, with room for a few experts: (slots, out, in) in the place of
-(E, out, in). mlx-lm's own `SwitchGLU` runs over it, with slot numbers in the place of expert ids;
-each row is multiplied by the same matrix, so its result is the same to the bit.
+One array for each piece of a record, with a capacity of a few experts: (slots, out, in) instead of
+(E, out, in). mlx-lm's own `SwitchGLU` runs over it, with slot numbers instead of expert ids; each position is
+multiplied by the same matrix, so the result is the same to the bit.
 
-A record is copied through a NumPy view of the arrays. That changes memory which MLX takes for
-constant: it is right because a slot is written only between its last use and its next (`residency.py`).
-Checked on CPUs; on a GPU of Apple's, whose memory is shared, we have not been able to try it.
+A record is copied through a NumPy view of the arrays. That changes memory which MLX takes for constant. It
+is right because a slot is written only between its last use and its next (`residency.py`). Checked on CPUs;
+not yet tried on Apple's GPUs, which share the memory.
 """
+
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,14 +18,14 @@ from mlx.utils import tree_unflatten
 
 from ..common import UserError
 from ..model.view import private
-from .store import Manifest
+from .store import Manifest, Piece
 
 
 class Bank:
-    """Room for `slots` experts of a store, all empty."""
+    """So many empty slots for experts whose records consist of these pieces."""
 
-    def __init__(self, manifest: Manifest, slots: int):
-        self.pieces = manifest.pieces
+    def __init__(self, pieces: Sequence[Piece], slots: int):
+        self.pieces = pieces
         self.arrays = {p.name: mx.zeros((slots, *p.shape), getattr(mx, p.dtype)) for p in self.pieces}
         mx.eval(self.arrays)
         self.views = [bytes_of(self.arrays[p.name]) for p in self.pieces]  # each (slots, bytes)
@@ -35,7 +37,7 @@ class Bank:
         return sum(array.nbytes for array in self.arrays.values())
 
     def write(self, slot: int, record: np.ndarray) -> None:
-        """Put a record (bytes) into a slot; any thread may."""
+        """Copy a record (bytes) into a slot; any thread may."""
         for piece, view in zip(self.pieces, self.views, strict=True):
             view[slot] = record[piece.offset : piece.offset + piece.nbytes]
 
@@ -47,7 +49,7 @@ class Bank:
 
 
 def bytes_of(array: mx.array) -> np.ndarray:
-    """The memory of an evaluated array as it is, uint8 (rows, bytes of a row); nothing is copied."""
+    """The memory of an evaluated array, uint8 (rows, bytes of a row); nothing is copied."""
     return np.frombuffer(memoryview(array).cast("B"), np.uint8).reshape(array.shape[0], -1)
 
 
@@ -55,21 +57,20 @@ def slots_of_budget(manifest: Manifest, budget: int, buffers: int, shared: bool 
     """Slots of each block (all blocks together if `shared`) that fit a budget.
 
     Args:
-        budget: bytes for the bank and for the readers' buffers together.
-        buffers: bytes of these.
+        budget: bytes for the bank and the readers' buffers together.
+        buffers: bytes of the readers' buffers.
 
     Raises:
         UserError: the budget does not hold the experts of one token in every block.
     """
-    blocks = 1 if shared else len(manifest.blocks)
-    slots = max(0, budget - buffers) // (blocks * manifest.bytes_used)
+    each = manifest.slot_bytes // (len(manifest.blocks) if shared else 1)
+    slots = max(0, budget - buffers) // each
     if slots < manifest.top_k:
-        least = manifest.top_k * blocks * manifest.bytes_used + buffers
+        least = manifest.top_k * each + buffers
         raise UserError(f"A budget of {budget} bytes is too small for this model; it needs {least} at least.")
     return min(slots, manifest.experts * (len(manifest.blocks) if shared else 1))
 
 
 def budget_of_share(manifest: Manifest, share: float, buffers: int) -> int:
-    """The budget that holds this share of all experts, whole slots in each block."""
-    slots = round(share * manifest.experts)
-    return slots * len(manifest.blocks) * manifest.bytes_used + buffers
+    """The budget that holds this share of all experts, in whole slots, and the buffers."""
+    return round(share * manifest.experts) * manifest.slot_bytes + buffers

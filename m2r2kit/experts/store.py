@@ -1,27 +1,53 @@
-"""The expert store: the experts of a model as records of one size, each brought by one read.
+"""The expert store: the experts of a model as records, each read at once.
 
-    STORE/manifest.json     what is in it, and the SHA-256 of each record
+    STORE/manifest.json     what the store holds, the SHA-256 of each record, and its own
     STORE/block-07.bin      the experts of block 7, one record after the other
-    STORE/model.json        the model's weight files as they were when their hash was last taken
+    STORE/model.json        the model's weight files as they were when their hash was last computed
 
-A record holds gate, up and down of one expert, one after the other, padded to whole pages of 4 KiB:
-reads that go past the page cache must begin and end at such a page.
+A record holds gate, up and down of one expert, one after the other, padded to whole pages of 4 KiB, because
+reads past the page cache must begin and end at a page. All records of a block have one size; blocks may
+differ, as in models with mixed quantisation.
+
+What is checked:
+
+- the manifest against its own checksum when the store is opened, and against the model when it is used;
+- each record against its SHA-256 when it is first read through a `Store`, and by `pack --verify`;
+- each later read against a `quick_sum` taken at the first. It costs a fiftieth of the SHA-256 and changes
+  with any flipped bit and any lost or exchanged page. So a record that rots while the store is in use ends
+  the text with a sentence instead of changing it.
 """
 
 import hashlib
 import json
 import math
+import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
-from ..common import UserError
+from ..common import UserError, write_whole
 from ..model.load import weights_sha256
 
-FORMAT = 1
+FORMAT = 2
 PAGE = 4096  # bytes
 MANIFEST, STAMPS = "manifest.json", "model.json"
+DTYPES = ("float32", "float16", "bfloat16")  # of the arithmetic
+NAMES = {
+    "family": "type",
+    "dtype": "arithmetic",
+    "blocks": "list of blocks with experts",
+    "experts": "number of experts",
+    "top_k": "number of experts that run for a token",
+    "pieces": "layout of a record",
+}
+
+
+def padded(nbytes: int) -> int:
+    """Bytes of the whole pages that hold so many bytes."""
+    return -(-nbytes // PAGE) * PAGE
 
 
 @dataclass(frozen=True)
@@ -41,14 +67,13 @@ class Manifest:
     """What a store holds.
 
     Attributes:
-        model_sha256: of the weight files that it was packed from (`backbone.weights_sha256`).
+        model_sha256: hash of the weight files that it was packed from (`load.weights_sha256`).
         family: the model's type.
         dtype: arithmetic of the model that these experts belong to, such as `float32`.
-        blocks: numbers of the blocks that have experts.
-        experts: E, how many each block has; `top_k` of them run for a token.
-        record_bytes: of one expert, a multiple of `PAGE`.
-        pieces: what a record consists of.
-        sha256: for each of `blocks`, of its E records, padding included.
+        blocks: indices of the blocks that have experts.
+        experts: E, the experts of each block; `top_k` of them run for a token.
+        pieces: for each of `blocks`, what its records consist of.
+        sha256: for each of `blocks`, the hash of each of its E records, padding included.
     """
 
     model_sha256: str
@@ -57,30 +82,58 @@ class Manifest:
     blocks: tuple[int, ...]
     experts: int
     top_k: int
-    record_bytes: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
     sha256: tuple[tuple[str, ...], ...]
 
+    def pieces_of(self, block: int) -> tuple[Piece, ...]:
+        """What a record of a block consists of."""
+        return self.pieces[self.blocks.index(block)]
+
+    def record_size(self, block: int) -> int:
+        """Bytes of each record of a block, a multiple of `PAGE`."""
+        return padded(_end(self.pieces_of(block)))
+
     @property
-    def bytes_used(self) -> int:
-        """Of a record without its padding."""
-        return self.pieces[-1].offset + self.pieces[-1].nbytes
+    def one_size(self) -> bool:
+        """Whether records of all blocks consist of the same pieces."""
+        return len(set(self.pieces)) == 1
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the largest record."""
+        return padded(max(map(_end, self.pieces)))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of one slot in each block, which takes no padding."""
+        return sum(map(_end, self.pieces))
 
     @property
     def total_bytes(self) -> int:
-        """Of all records."""
-        return len(self.blocks) * self.experts * self.record_bytes
+        """Bytes of all records."""
+        return self.experts * sum(padded(_end(pieces)) for pieces in self.pieces)
+
+    @property
+    def mean_record_bytes(self) -> int:
+        """Bytes of a record, the mean over all blocks."""
+        return self.total_bytes // (self.experts * len(self.blocks))
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "page": PAGE, **asdict(self)}, indent=1) + "\n"
+        value = {"format": FORMAT, "page": PAGE, **asdict(self)}
+        return json.dumps(value | {"checksum": _checksum(value)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises ValueError, KeyError or TypeError where the text is none."""
+        """Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if this is no manifest."""
         value = json.loads(text)
-        if value.pop("format") != FORMAT or value.pop("page") != PAGE:
+        if value["format"] != FORMAT or value["page"] != PAGE:
             raise ValueError("it was written by another version of this kit")
-        value["pieces"] = tuple(Piece(**(p | {"shape": tuple(p["shape"])})) for p in value["pieces"])
+        if value.pop("checksum") != _checksum(value):
+            raise ValueError("it was changed after it was written")
+        del value["format"], value["page"]
+        value["pieces"] = tuple(
+            tuple(Piece(**(p | {"shape": tuple(p["shape"])})) for p in pieces) for pieces in value["pieces"]
+        )
         value["blocks"] = tuple(value["blocks"])
         value["sha256"] = tuple(tuple(block) for block in value["sha256"])
         manifest = cls(**value)
@@ -88,19 +141,42 @@ class Manifest:
         return manifest
 
     def check(self) -> None:
-        """Raises ValueError where the numbers do not fit each other."""
-        end = 0
-        for piece in self.pieces:
-            size = math.prod(piece.shape) * getattr(mx, piece.dtype).size
-            if piece.offset != end or piece.nbytes != size:
-                raise ValueError(f"{piece.name} does not lie where it should")
-            end += size
-        if not end or self.record_bytes != -(-end // PAGE) * PAGE:
-            raise ValueError("the size of its records is wrong")
-        if not 1 <= self.top_k <= self.experts or len(self.sha256) != len(self.blocks) or not self.blocks:
+        """Raises ValueError if the facts contradict each other."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"its arithmetic is {self.dtype}")
+        for pieces in self.pieces:
+            end = 0
+            for piece in pieces:
+                size = math.prod(piece.shape) * getattr(mx, piece.dtype).size
+                if piece.offset != end or piece.nbytes != size:
+                    raise ValueError(f"{piece.name} does not lie where it should")
+                end += size
+            if not end:
+                raise ValueError("its records are empty")
+        counts = {len(self.blocks), len(self.pieces), len(self.sha256)}
+        if not 1 <= self.top_k <= self.experts or len(counts) != 1 or not self.blocks:
             raise ValueError("its counts do not fit each other")
         if any(len(block) != self.experts for block in self.sha256):
             raise ValueError("a record has no checksum")
+
+
+def _end(pieces: tuple[Piece, ...]) -> int:
+    """Bytes of a record without its padding."""
+    return pieces[-1].offset + pieces[-1].nbytes
+
+
+def _checksum(value: dict) -> str:
+    """Of everything that a manifest says."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def quick_sum(record: np.ndarray) -> int:
+    """A checksum at the speed of memory: the CRC-32 of the sums of a record's pages as 64-bit words.
+
+    Args:
+        record: uint8, whole pages.
+    """
+    return zlib.crc32(record.view(np.uint64).reshape(-1, PAGE // 8).sum(axis=1))
 
 
 def file_name(block: int) -> str:
@@ -108,38 +184,44 @@ def file_name(block: int) -> str:
 
 
 def stamps(model: Path) -> list[list]:
-    """Of each weight file of a model's folder: name, bytes, times of change, and the file's number. A file
-    that was written again has others, even where somebody set its time back."""
+    """Name, bytes, times of change, inode and device of each weight file of a model's folder. They change
+    when a file is written again, even if its time is set back."""
     files = [(path.name, path.stat()) for path in sorted(model.glob("model*.safetensors"))]
     return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for name, s in files]
+
+
+def stamped(sha256: str, files: list[list]) -> str:
+    """What `model.json` says: files with these `stamps` have this hash."""
+    return json.dumps({"sha256": sha256, "files": files})
 
 
 class Store:
     """A store on disk. Opening it reads the manifest and looks at the sizes of the files, not into them.
 
-    Attributes:
-        verified: (block, expert) of the records that were read and had the right checksum.
-
     Raises:
-        UserError: there is none, or it is not whole.
+        UserError: there is none, it is not whole, or another version of this kit wrote it.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder, self.verified = Path(folder), set()
+        self.folder = Path(folder)
+        self._verified: dict[tuple[int, int], int] = {}  # records with the right SHA-256 -> quick sum
         file = self.folder / MANIFEST
         if not file.exists():
             raise UserError(f"There is no expert store in {folder}; make one with `m2r2kit pack MODEL OUT`.")
         try:
             self.manifest = Manifest.from_json(file.read_text())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({error}); pack the model again.") from error
-        size = self.manifest.experts * self.manifest.record_bytes
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file} cannot be used ({error}); {self._again}.") from error
         for block in self.manifest.blocks:
-            path = self.path(block)
-            if not path.exists():
-                raise UserError(f"{self.folder} lacks {path.name}; pack the model again.")
+            path, size = self.path(block), self.manifest.experts * self.manifest.record_size(block)
+            if not path.is_file():
+                raise UserError(f"{self.folder} lacks {path.name}; {self._again}.")
             if path.stat().st_size != size:
-                raise UserError(f"{path} has {path.stat().st_size} bytes, not {size}; pack the model again.")
+                raise UserError(f"{path} has {path.stat().st_size} bytes, not {size}; {self._again}.")
+
+    @property
+    def _again(self) -> str:
+        return f"delete {self.folder} and pack the model again"
 
     def path(self, block: int) -> Path:
         """The file with the experts of a block."""
@@ -148,14 +230,26 @@ class Store:
     def checksum(self, block: int, expert: int) -> str:
         return self.manifest.sha256[self.manifest.blocks.index(block)][expert]
 
+    def is_right(self, block: int, expert: int, record: np.ndarray) -> bool:
+        """Whether a record that was read (uint8, padding included) is the one that was packed: by its
+        SHA-256 the first time, by its quick sum from then on. Any thread may ask."""
+        key, found = (block, expert), quick_sum(record)
+        if key in self._verified:
+            return self._verified[key] == found
+        if hashlib.sha256(record).hexdigest() != self.checksum(block, expert):
+            return False
+        self._verified[key] = found
+        return True
+
     def damaged(self, report=None) -> list[tuple[int, int]]:
         """All (block, expert) whose record is not the one that was packed; reads the whole store.
 
         Args:
             report: called with the bytes of each record.
         """
-        found, size = [], self.manifest.record_bytes
+        found = []
         for block in self.manifest.blocks:
+            size = self.manifest.record_size(block)
             with self.path(block).open("rb") as file:
                 for expert in range(self.manifest.experts):
                     if hashlib.sha256(file.read(size)).hexdigest() != self.checksum(block, expert):
@@ -165,22 +259,18 @@ class Store:
         return found
 
     def model_sha256(self, model: Path) -> str:
-        """`weights_sha256` of a model's folder, read anew only if its files are not those that the store was
-        packed from, or last seen with: of a large model that takes minutes."""
-        file, now = self.folder / STAMPS, stamps(model)
+        """`weights_sha256` of a model's folder. For a large model that takes minutes, so it is computed again
+        only if the weight files have changed since the store was packed, or last saw them."""
+        file, now = self.folder / STAMPS, stamped(self.manifest.model_sha256, stamps(model))
         try:
-            if json.loads(file.read_text()) == now:
+            if file.read_text() == now:
                 return self.manifest.model_sha256
         except (OSError, ValueError):
-            pass  # it only spares time
+            pass  # the file only saves time
         sha256 = weights_sha256(model)
         if sha256 == self.manifest.model_sha256:
-            try:
-                temporary = file.with_name(file.name + ".new")
-                temporary.write_text(json.dumps(now))
-                temporary.replace(file)
-            except OSError:
-                pass  # a store that may not be written, or a full disk
+            with suppress(UserError):  # a read-only store, or a full disk
+                write_whole(file, now)
         return sha256
 
     def belongs_to(self, model_sha256: str) -> None:
@@ -190,3 +280,15 @@ class Store:
                 f"The experts in {self.folder} were packed from another model "
                 f"({self.manifest.model_sha256[:12]}, this one is {model_sha256[:12]}); pack this model."
             )
+
+    def fits(self, facts: dict) -> None:
+        """Refuse, in one sentence, a model of other facts (`packing.facts_of`) than this store's. The hash of
+        the weights does not cover them: they depend on the model's config.json."""
+        self.belongs_to(facts["model_sha256"])
+        for name, its in facts.items():
+            mine = getattr(self.manifest, name)
+            if mine != its:
+                said = "" if name == "pieces" else f" ({mine}, the model's {its})"
+                raise UserError(
+                    f"The {NAMES[name]} of {self.folder} is not that of this model{said}; {self._again}."
+                )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common import UserError
+from ..common import UserError, whole
 from .policies import Expert
 
 Named = list[tuple[int, list[int]]]  # (block, experts), best first
@@ -69,7 +69,7 @@ class Trace:
     # --- files ---
 
     def save(self, file: str | Path) -> None:
-        """Write a `.npz`, whole or not at all."""
+        """Write a `.npz`, whole or not at all. Raises UserError if it cannot be written."""
         lists, names = [], []  # experts; (pass, moment, block, how many) of each prediction
         lengths = [[len(w) for w in p.wanted] for p in self.passes]
         for number, p in enumerate(self.passes):
@@ -77,11 +77,9 @@ class Trace:
                 for block, experts in named:
                     names.append((number, moment, block, len(experts)))
                     lists += experts
-        file = Path(file)
-        temporary = file.with_name(file.name + ".new.npz")
-        try:
+        with whole(file) as new, new.open("wb") as stream:
             np.savez_compressed(
-                temporary,
+                stream,
                 shape=np.array([self.experts, self.top_k]),
                 blocks=np.array(self.blocks),
                 passes=np.array([(p.text, p.prompt) for p in self.passes], np.int32).reshape(-1, 2),
@@ -90,14 +88,17 @@ class Trace:
                 names=np.array(names, np.int32).reshape(-1, 4),
                 named=np.array(lists, np.int16),
             )
-            temporary.replace(file)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{file} could not be written ({error.strerror or error}).") from error
 
     @classmethod
-    def load(cls, file: str | Path) -> "Trace":
-        """Raises UserError where there is no trace or it is damaged."""
+    def load(cls, file: str | Path, model=None) -> "Trace":
+        """Read a trace.
+
+        Args:
+            model: what has the `blocks`, `experts` and `top_k` that the trace must have, such as a manifest.
+
+        Raises:
+            UserError: there is no trace, it is damaged, or it was recorded with another model.
+        """
         try:
             with np.load(file, allow_pickle=False) as kept:
                 arrays = {name: kept[name] for name in kept.files}
@@ -106,12 +107,16 @@ class Trace:
             for (text, prompt), lengths in zip(arrays["passes"].tolist(), arrays["lengths"].tolist()):
                 chosen = [[next(wanted) for _ in range(n)] for n in lengths]
                 trace.passes.append(Pass(text, bool(prompt), chosen, [[] for _ in range(len(chosen) + 1)]))
+            if not set(arrays["wanted"].tolist()) <= set(range(trace.experts)):
+                raise ValueError("there are no such experts")
             for number, moment, block, count in arrays["names"].tolist():
                 trace.passes[number].named[moment].append((block, [next(named) for _ in range(count)]))
         except FileNotFoundError:
             raise UserError(f"There is no trace {file}; record one with `--trace`.") from None
         except Exception as error:  # NumPy raises whatever a damaged zip leads it to
             raise UserError(f"{file} is damaged or no trace; record it again.") from error
+        if model and (trace.blocks, trace.experts, trace.top_k) != (model.blocks, model.experts, model.top_k):
+            raise UserError(f"{file} is the trace of another model; record one with this model.")
         return trace
 
 

@@ -1,16 +1,17 @@
-"""Predictors that were trained for a model, on disk: streams and direct maps, each in a folder of its own."""
+"""Trained predictors of a model on disk: streams and direct maps, each in its own folder."""
 
 from pathlib import Path
 
 from ..common import UserError
 from ..model.backbone import Backbone
+from ..model.load import weights_sha256
 from ..stream import checkpoints
 from ..stream.stream import AcceleratedStream, load_stream
 from .state_predictors import DirectConfig, DirectMap, StreamPredictor
 
 FOLDER = "predictors"  # inside the model's
 STREAMS = {"m2r2": "stream", "m2r2-r1": "stream-r1"}  # rate 2, and the control without velocity
-OPENING = "m2r2-r1"  # also what names, for the stream of rate 2, the block that comes before it is ahead
+OPENING = "m2r2-r1"  # for the stream of rate 2, it also predicts the block that comes too early for it
 DIRECT = "direct"
 
 
@@ -20,7 +21,7 @@ def folder_of(model: str | Path, name: str) -> Path:
 
 
 def file_of(name: str) -> str:
-    """How the files in that folder are called."""
+    """The name of the files in that folder, without their endings."""
     return DIRECT if name == DIRECT else "stream"
 
 
@@ -31,12 +32,12 @@ def predictor(
     width: int | None = None,
     folder: str | Path | None = None,
 ) -> StreamPredictor | DirectMap:
-    """A trained predictor of a model by its name; the stream with its opening, if that was trained too.
+    """A trained predictor of a model by its name; a stream with its opening, if that was trained too.
 
     Args:
         model: the model's folder.
-        width: experts that it names; by default as many as run.
-        folder: where it lies, if not in the model's.
+        width: how many experts it predicts for a block; by default as many as run.
+        folder: where it lies, if not in the model's folder.
 
     Raises:
         UserError: there is none, it is damaged, or it belongs to another model.
@@ -63,7 +64,7 @@ def direct(backbone: Backbone, folder: str | Path, width: int | None = None) -> 
 
 
 def stream(backbone: Backbone, folder: str | Path) -> AcceleratedStream:
-    """A stream that was trained to name experts; raises UserError likewise."""
+    """A stream trained to predict experts; raises UserError likewise."""
     there(folder, "stream")
     return load_stream(backbone, folder)
 
@@ -72,3 +73,21 @@ def there(folder: str | Path, name: str) -> None:
     """Refuse a folder without the trained part, in a sentence that names the command."""
     if not (Path(folder) / f"{name}.json").exists():
         raise UserError(f"There is no trained {name} in {folder}; make it with `m2r2kit train predictor`.")
+
+
+def hand_over(model: str | Path, other: str | Path) -> None:
+    """Copy the trained predictors of a model into the folder of another with the same hidden states, and bind
+    them to it.
+
+    Raises:
+        UserError: one of them is damaged, or belongs to another model.
+    """
+    backbone, sha256 = Backbone.load(model), weights_sha256(Path(other))
+    for kind in (*STREAMS, DIRECT):
+        folder, name = folder_of(model, kind), file_of(kind)
+        if not (folder / f"{name}.json").exists():
+            continue
+        made = direct(backbone, folder) if kind == DIRECT else stream(backbone, folder)
+        facts = checkpoints.read_settings(folder, name, type(made.config))[1]
+        facts = {key: facts[key] for key in ("steps", "train_seconds") if key in facts}
+        checkpoints.save(made, made.config, sha256, folder_of(other, kind), name, **facts)

@@ -56,23 +56,23 @@ def draw_sizes(ax, sizes: list[int], speeds: dict[int, list[float]]) -> str:
 
 
 def draw_record(ax, manifest) -> str:
-    """A record on disk: its pieces, and its padding, in pages."""
+    """A record of the first block on disk: its pieces, and its padding, in pages."""
     ax.clear()
-    page, left = 4096, 0
+    page, left, record = 4096, 0, manifest.record_size(manifest.blocks[0])
     for piece, color, hatch in zip(
-        manifest.pieces, (PALE["blue"], PALE["orange"], PALE["grey"]) * 4, HATCHES * 2
+        manifest.pieces[0], (PALE["blue"], PALE["orange"], PALE["grey"]) * 4, HATCHES * 2
     ):
         width = piece.nbytes / page
         ax.barh(0, width, 1, left=left, color=color, hatch=hatch, edgecolor=EDGE)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         ax.text(left + width / 2, 0, piece.name.split(".")[0], ha="center", va="center", fontsize=9, bbox=box)
         left += width
-    ax.set(yticks=[], xlabel="pages of 4 KiB", xlim=(0, manifest.record_bytes / page), ylim=(-0.55, 0.55))
+    ax.set(yticks=[], xlabel="pages of 4 KiB", xlim=(0, record / page), ylim=(-0.55, 0.55))
     ax.spines["left"].set_visible(False)
-    padding = manifest.record_bytes - manifest.bytes_used
+    padding = record - sum(piece.nbytes for piece in manifest.pieces[0])
     return (
-        f"One expert is one record of {manifest.record_bytes / 1024:.0f} KiB, "
-        f"{manifest.record_bytes // page} pages, of which {padding} bytes are padding; one read brings all."
+        f"One expert is one record of {record / 1024:.0f} KiB, "
+        f"{record // page} pages, of which {padding} bytes are padding; one read brings all."
     )
 
 

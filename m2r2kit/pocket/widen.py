@@ -1,33 +1,32 @@
-"""The same mixture of experts with wider experts: what it says is the same, what it reads is more.
+"""The same mixture of experts with wider experts: it generates the same and reads more.
 
-Each neuron of an expert is there k times and gives a k-th of what it gave (Net2WiderNet, arXiv 1511.05641):
+Each neuron of an expert is copied k times, and each copy contributes a k-th (Net2WiderNet, arXiv 1511.05641):
 
     gate, up (F, D) -> (k F, D)     each row k times
     down     (D, F) -> (D, k F)     each column k times, divided by k
 
-Routers and everything else stay as they are. So the same experts are chosen for the same text, and predictors
-that were trained for the model name them as well as before; but a record has k times the bytes. How much is
-read for a token decides whether reading ahead pays; this changes it, and nothing else, in a trained model.
+Routers and everything else stay as they are. So the same experts are chosen for the same text, and trained
+predictors are as good as before; but a record has k times the bytes. How much is read for a token decides
+whether prefetching pays; this changes it, and nothing else, in a trained model.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..common import UserError
-from ..experts import trained
-from ..model.backbone import Backbone
-from ..model.load import weights_sha256
-from ..stream import checkpoints
 from .new_model import new_model
 
 WEIGHTS = "model.safetensors"
 
 
-def write(model: Path, out: Path, k: int) -> int:
-    """Write the wider model, and beside it the predictors that were trained for the narrow one; returns the
-    bytes of one expert, in float32.
+def write(model: Path, out: Path, k: int, also: Callable[[Path], None] | None = None) -> int:
+    """Write the wider model; returns the bytes of one expert, in float32.
+
+    Args:
+        also: writes more into the folder, before it takes the name `out`.
 
     Raises:
         UserError: the model has no experts of this kind, or `out` cannot be written.
@@ -38,15 +37,16 @@ def write(model: Path, out: Path, k: int) -> int:
         mx.save_safetensors(str(partial / WEIGHTS), wide, metadata={"format": "mlx"})
         config["intermediate_size"] *= k
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        hand_over(model, partial)
+        if also:
+            also(partial)
     return 3 * 4 * config["hidden_size"] * config["intermediate_size"]
 
 
 def read(model: Path) -> tuple[dict, dict[str, mx.array]]:
-    """The config and the weights of a model that can be widened.
+    """The config and the weights of a model.
 
     Raises:
-        UserError: it is none, or cannot be read.
+        UserError: it cannot be read, or cannot be widened.
     """
     try:
         config = json.loads((model / "config.json").read_text())
@@ -75,23 +75,3 @@ def widened(weights: dict[str, mx.array], k: int) -> dict[str, mx.array]:
         return mx.repeat(w, k, axis=-2)
 
     return {name: wider(name, w) for name, w in weights.items()}
-
-
-def hand_over(model: Path, wide: Path) -> None:
-    """Copy the predictors that lie beside a model, bound to the wide one: they see states, and know nothing
-    of how wide an expert is.
-
-    Raises:
-        UserError: one of them is damaged, or belongs to another model.
-    """
-    backbone, sha256 = Backbone.load(model), weights_sha256(wide)
-    for kind in (*trained.STREAMS, trained.DIRECT):
-        folder, name = trained.folder_of(model, kind), trained.file_of(kind)
-        if not (folder / f"{name}.json").exists():
-            continue
-        made = (
-            trained.direct(backbone, folder) if kind == trained.DIRECT else trained.stream(backbone, folder)
-        )
-        facts = checkpoints.read_settings(folder, name, type(made.config))[1]
-        facts = {key: facts[key] for key in ("steps", "train_seconds") if key in facts}
-        checkpoints.save(made, made.config, sha256, trained.folder_of(wide, kind), name, **facts)

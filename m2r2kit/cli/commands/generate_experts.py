@@ -27,7 +27,7 @@ def run(args, prompts) -> int:
     model = StreamedModel(args.model, args.experts)
     backbone, manifest = model.backbone, model.store.manifest
     ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first
-    known = Trace.load(args.known) if args.known else None
+    known = Trace.load(args.known, manifest) if args.known else None
     make = methods.policy(args.policy, known)
     who = predictor(args, model, known)
     trace = Trace(manifest.blocks, manifest.experts, manifest.top_k) if args.trace else None
@@ -41,10 +41,10 @@ def run(args, prompts) -> int:
             show = None if args.json else Stream(backbone)
             out = decoder.generate(tokens, args.max_tokens, chooser(args), show)
             if args.json:
-                print(json.dumps(as_json(backbone, prompt.id, out, manifest.record_bytes)))
+                print(json.dumps(as_json(backbone, prompt.id, out, manifest.mean_record_bytes)))
             else:
                 show.close()
-                print(in_words(out, manifest.record_bytes), file=sys.stderr)
+                print(in_words(out, manifest.mean_record_bytes), file=sys.stderr)
             sys.stdout.flush()
     if trace:
         trace.save(args.trace)

@@ -6,6 +6,7 @@ import sys
 from tqdm import tqdm
 
 from ...common import UserError
+from ...experts import trained
 from ...pocket import widen as wider_moe
 from ...pocket.random_olmoe import LargeConfig, sized, write
 from ..arguments import MODEL, MOE
@@ -18,7 +19,7 @@ def run(args) -> int:
         if args.size or args.width:
             raise UserError("--widen keeps the model's other sizes; leave out --size and --width.")
         model = args.model or MOE
-        nbytes = wider_moe.write(model, args.out, args.widen)
+        nbytes = wider_moe.write(model, args.out, args.widen, lambda out: trained.hand_over(model, out))
         print(
             f"{args.out}: {model} with experts {args.widen} times as wide, {nbytes / 2**20:.2f} MiB\n"
             "each in float32. It says the same, chooses the same experts, and has the same predictors."

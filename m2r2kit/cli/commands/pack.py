@@ -22,9 +22,11 @@ def write(args) -> int:
             bar.update(done)
 
         manifest = pack(args.model, args.out, report)
+    kib = sorted({manifest.record_size(block) // 1024 for block in manifest.blocks})
+    sizes = f"{kib[0]}" if len(kib) == 1 else f"{kib[0]} to {kib[-1]}"
     print(
         f"Packed {len(manifest.blocks)} blocks of {manifest.experts} experts into {args.out}: "
-        f"{manifest.total_bytes / 1e9:.3f} GB in records of {manifest.record_bytes / 1024:.0f} KiB."
+        f"{manifest.total_bytes / 1e9:.3f} GB in records of {sizes} KiB."
     )
     return 0
 
