@@ -1,8 +1,8 @@
 """The command line: `m2r2kit COMMAND ..`, such as doctor, notebooks, generate, bench, train or report.
 
-Exit codes: 0 done, 1 a check failed, 2 bad arguments or input, 130 interrupted. This file
-names the commands (`arguments.py` has what each takes); what one needs is imported when it runs, so that
-`--help` answers at once.
+Exit codes: 0 done, 1 a check failed, 2 bad arguments or input, 130 interrupted (128 + the number of another
+signal that asks to stop). This file names the commands (`arguments.py` has what each takes); what one needs
+is imported when it runs, so that `--help` answers at once.
 """
 
 import argparse
@@ -10,9 +10,11 @@ import errno
 import importlib
 import os
 import sys
+from contextlib import suppress
 
 from . import __version__
 from .cli import arguments
+from .cli.stops import exit_code, stoppable
 from .common import UserError
 
 
@@ -147,15 +149,17 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     args.words = sys.argv[1:] if argv is None else argv  # for the processes that a command starts
     try:
-        code = args.run(args)
+        with stoppable():
+            code = args.run(args)
         sys.stdout.flush()
         return code
     except UserError as error:
         print(f"m2r2kit: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("m2r2kit: interrupted; nothing half-written is left", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        with suppress(OSError):  # the terminal may be closed
+            print("m2r2kit: interrupted; nothing half-written is left", file=sys.stderr)
+        return exit_code(interrupt)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -96,9 +96,66 @@ def test_a_traceback_in_the_log_is_found(folder):
     assert len(problems) == 1 and "KeyError: 3" in problems[0]
 
 
+LATE = """\
+import threading, time
+def fail():
+    time.sleep({seconds})
+    raise ValueError("too late")
+threading.Thread(target=fail).start()"""
+SPLIT = """\
+import sys
+sys.stderr.write("Traceback (most recent")
+sys.stderr.flush()
+sys.stderr.write(" call last):\\n  File 'x', line 1\\nKeyError: 'split'\\n")"""
+REPORTED = """\
+import logging
+try:
+    {}["logged"]
+except KeyError:
+    logging.exception("in a callback")"""
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ([LATE.format(seconds=1)], "ValueError: too late"),  # after the last cell
+        ([LATE.format(seconds=0.5), "time.sleep(2)"], "ValueError: too late"),  # in another cell
+        ([SPLIT], "KeyError: 'split'"),
+        ([REPORTED], "KeyError: 'logged'"),
+        (["class A:\n    def __del__(self):\n        raise OSError('at the end')\na = A()\na.a = a\ndel a"],
+         "OSError: at the end"),
+    ],
+)  # fmt: skip
+def test_an_error_outside_the_cells_is_found(sources, expected, folder):
+    _, problems, _ = notebooks.execute(write(folder, notebook(*sources)))
+    assert len(problems) == 1 and problems[0].endswith(expected), problems
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print('Traceback (most recent call last):')",
+        "import sys\nprint('Python prints Traceback (most recent call last): first', file=sys.stderr)",
+        "import traceback\ntry:\n    1 / 0\nexcept ZeroDivisionError:\n    print(traceback.format_exc())",
+    ],
+)
+def test_a_notebook_may_write_of_tracebacks(source, folder):
+    nb, problems, _ = notebooks.execute(write(folder, notebook(source)))
+    assert problems == [] and len(nb.cells) == 3  # what runs after the last cell is not kept
+
+
+@pytest.mark.parametrize("source", ["import os\nos.kill(os.getpid(), 9)", "import os\nos._exit(0)"])
+def test_a_kernel_that_dies_is_told_in_a_sentence(source, folder, capsys):
+    write(folder, notebook("a = 1", source))
+    assert notebooks.run() == 1
+    shown = capsys.readouterr()
+    assert "07_test" in shown.out and "cell 3: the kernel died" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+
+
 def test_a_slow_cell_is_ended(folder):
     _, problems, seconds = notebooks.execute(write(folder, notebook("import time\ntime.sleep(60)")), None, 2)
-    assert problems == ["a cell took more than 2 s"] and seconds < 50
+    assert problems == ["cell 2 took more than 2 s"] and seconds < 50
 
 
 def test_build_writes_a_clean_notebook_and_run_leaves_it_alone(folder, capsys):

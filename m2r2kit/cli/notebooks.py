@@ -1,12 +1,11 @@
 """Run, check and build the notebooks of this project (`m2r2kit notebooks run|check|build`).
 
 Execution goes through papermill, with three things that papermill leaves out: an unknown
-parameter is an error, an error inside a widget callback is an error, and the kernel is always the
-Python that runs this, whatever kernels the machine has installed.
+parameter is an error, an error in a widget callback or a thread is an error, and the kernel is always the
+Python that runs this (`notebook_client.py`).
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -51,68 +50,6 @@ def load(path: Path) -> nbformat.NotebookNode:
 # --- execution ----------------------------------------------------------------------------
 
 
-def _engine():
-    """Papermill's engine with our kernel, and with eyes for what callbacks report.
-
-    An exception in a callback goes to an Output widget or to the log: the cell succeeds, and the
-    next `clear_output` wipes the traces. The messages on their way from the kernel show them all.
-    """
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import NBClientEngine, papermill_engines
-
-    class ThisPython(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name):
-            return KernelSpec(
-                # its log tells of the transport at each start, and of its own end as an error
-                argv=[
-                    sys.executable,
-                    "-m",
-                    "ipykernel_launcher",
-                    "-f",
-                    "{connection_file}",
-                    "--log-level=50",
-                ],
-                display_name="Python 3 (ipykernel)",
-                language="python",
-                env={
-                    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-                    # a backend chosen for scripts would leave the notebooks without pictures
-                    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-                },
-            )
-
-    class Manager(AsyncKernelManager):
-        def _kernel_spec_manager_default(self):
-            return ThisPython()
-
-    class Client(PapermillNotebookClient):
-        def process_message(self, msg, cell, cell_index):
-            content = msg["content"]
-            if msg["msg_type"] == "error":
-                self.nb_man.heard.append(f"{content['ename']}: {content['evalue']}")
-            elif msg["msg_type"] == "stream" and "Traceback (most recent call last)" in content["text"]:
-                self.nb_man.heard.append(content["text"].strip().splitlines()[-1])
-            return super().process_message(msg, cell, cell_index)
-
-    class Engine(NBClientEngine):
-        @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, heard, execution_timeout=None, **kwargs):
-            nb_man.heard = heard
-            return Client(
-                nb_man,
-                kernel_name=kernel_name,
-                kernel_manager_class=Manager,
-                timeout=execution_timeout,
-                startup_timeout=120,
-                coalesce_streams=True,
-            ).execute()
-
-    papermill_engines.register("m2r2kit", Engine)
-    return "m2r2kit"
-
-
 def execute(path: Path, values: dict | None = None, cell_seconds: int | None = None, bar=False):
     """Execute a copy of a notebook; returns (executed notebook or None, problems, seconds).
 
@@ -129,7 +66,9 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    heard: list[str] = []
+    from .notebook_client import NAME, Heard
+
+    heard = Heard()
     begun = time.perf_counter()
     nb, failed = None, []
     with tempfile.TemporaryDirectory(prefix="m2r2kit-") as folder:
@@ -138,7 +77,7 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
                 str(path.resolve()),
                 str(Path(folder) / path.name),
                 parameters=values,
-                engine_name=_engine(),
+                engine_name=NAME,
                 kernel_name="python3",
                 language="python",
                 progress_bar={"desc": path.stem, "leave": False} if bar else False,
@@ -149,12 +88,16 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
         except PapermillExecutionError as error:
             failed = [f"cell {error.exec_count}: {error.ename}: {error.evalue}"]
         except CellTimeoutError:
-            failed = [f"a cell took more than {cell_seconds} s"]
-            heard.clear()  # the interrupt that ended it
+            failed = [f"cell {heard.cell} took more than {cell_seconds} s"]
+            heard = Heard()  # the interrupt that ended it
         except DeadKernelError:
-            failed = ["the kernel died"]
+            failed = [f"cell {heard.cell}: the kernel died, as where memory ends or a library crashes"]
+        except RuntimeError as error:
+            if heard.cell:
+                raise
+            failed = [f"the kernel did not start ({error}); see `m2r2kit doctor`"]
     # what failed a cell was heard as well; only the rest comes from callbacks
-    quiet = [text for text in dict.fromkeys(heard) if not any(text in line for line in failed)]
+    quiet = [text for text in heard.all() if not any(text in line for line in failed)]
     failed += [f"an error that its cell did not raise, as in a widget's callback: {text}" for text in quiet]
     return nb, failed, time.perf_counter() - begun
 

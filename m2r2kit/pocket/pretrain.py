@@ -215,7 +215,7 @@ class Run:
                 (nats) and this step's tokens/s.
             save_every: seconds between two saves.
         """
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         begun = saved = time.perf_counter()
         losses: deque[float] = deque(maxlen=50)
         try:

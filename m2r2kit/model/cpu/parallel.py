@@ -6,6 +6,7 @@ are taken in another order; in `train stream` each process brings text of its ow
 through MLX's ring over loopback.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -76,11 +78,11 @@ def launch(processes: int, arguments: list[str]) -> int:
             for child in children:
                 child.send_signal(signal.SIGINT)
 
-        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             for rank in range(processes):
                 # a core each, where they fill the machine: moved about they lose a third of their speed
-                pin = {cores[rank]} if processes == len(cores) else None
+                pin = {cores[rank]} if processes == len(cores) else set()
                 with Path(folder, f"{rank}.log").open("w") as log:
                     children.append(
                         subprocess.Popen(
@@ -89,7 +91,7 @@ def launch(processes: int, arguments: list[str]) -> int:
                             stdout=None if rank == 0 else subprocess.DEVNULL,
                             stderr=None if rank == 0 else log,
                             start_new_session=True,
-                            preexec_fn=(lambda pin=pin: os.sched_setaffinity(0, pin)) if pin else None,
+                            preexec_fn=partial(_begin, pin),
                         )
                     )
             return _wait(children, Path(folder))
@@ -99,6 +101,15 @@ def launch(processes: int, arguments: list[str]) -> int:
                     child.kill()
             for s, handler in previous.items():
                 signal.signal(s, handler)
+
+
+def _begin(pin: set[int]) -> None:
+    """In a child before it starts: keep to some cores, and stop when the process that launched it is gone."""
+    if pin:
+        os.sched_setaffinity(0, pin)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # sys/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _wait(children: list[subprocess.Popen], folder: Path) -> int:
