@@ -82,7 +82,7 @@ def test_one_draft_too_many_is_caught():
 
 
 def test_ignoring_the_end_of_text_is_caught():
-    tokens, keep = plain(max_tokens=30).tokens, loop._keep
+    tokens = plain(max_tokens=30).tokens
     view = WithEnds(tiny.backbone(), {tokens[5]})
     wanted = plain(view=view)
 
@@ -91,6 +91,5 @@ def test_ignoring_the_end_of_text_is_caught():
         assert (found.tokens, found.stopped) == (wanted.tokens, wanted.stopped)
 
     check()
-    with patched(loop, "_keep", lambda out, emitted, k, eos: keep(out, emitted, k, set())):
-        with pytest.raises(AssertionError):
-            check()
+    with patched(loop, "until_end", lambda tokens, eos: tokens), pytest.raises(AssertionError):
+        check()

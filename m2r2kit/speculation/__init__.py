@@ -5,6 +5,7 @@ from importlib import import_module
 _EXPORTS = {
     "Sampler": "accept",
     "Generation": "decode",
+    "Speculation": "decode",
     "generate": "decode",
     "M2R2": "drafters.base",
     "Drafter": "drafters.base",

@@ -1,23 +1,21 @@
-"""One loop for all: draft, verify, accept. With 0 drafts it is plain decoding.
+"""The decoder that drafts, verifies and accepts. With 0 drafts it is plain decoding.
 
 A step begins with one pending token, emitted but not yet in the cache:
 
-    draft    K tokens, running the blocks below the exit E on each        (drafters.py)
-    verify   the K + 1 rows through blocks E..N, in one pass
+    draft    K tokens, running the blocks below the exit E on each        (drafters/)
+    verify   the K + 1 positions through blocks E..N, in one pass
     accept   the longest right prefix and one token of the model's own    (accept.py)
     crop     the cache to what was accepted, and tell the drafter
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from .. import driver
 from ..common import UserError
+from ..driver import Decoder, Generation, Step, until_end
 from ..model.backbone import Backbone, crop
-from ..model.cache import FIRST_ROOM
-from ..model.cpu.threads import decoding
 from .accept import Sampler, accept_greedy, accept_sampled
 from .drafters.base import Draft, Drafter, Plain, as_row
 from .tree import Tree, accept_tree, verify_tree
@@ -25,32 +23,64 @@ from .tree import Tree, accept_tree, verify_tree
 MOST_DRAFTS = 16
 
 
-@dataclass
-class Generation:
-    """What came out of one prompt.
+class Speculation(Decoder):
+    """A model that decodes with a drafter; the tokens are those of plain decoding whatever the drafter is.
 
-    Attributes:
-        tokens: emitted ids, the end-of-text mark included if it was reached.
-        drafted: drafts offered in each step (a drafter may offer fewer than it is asked for).
-        accepted: drafts accepted in each step (those after an end of text do not count).
-        from_draft: for each emitted token, whether it was a draft.
-        seconds: from the first pass over the prompt to the last token.
-        prefill_seconds: those of the first pass, over all of the prompt but its last token.
-        stopped: `eos` or `length`.
+    Args:
+        drafter: who drafts; None is plain decoding.
+        drafts: K, tokens drafted in a step, 0..16.
+        cache: an empty cache for the next text, for a caller that wants to look at it; by default a new
+            one for each text.
+
+    Raises:
+        UserError: a draft count out of range.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    from_draft: list[bool] = field(default_factory=list)
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    stopped: str = "length"
+    def __init__(
+        self,
+        backbone: Backbone,
+        drafter: Drafter | None = None,
+        drafts: int = 4,
+        sampler: Sampler | None = None,
+        cache: list | None = None,
+    ):
+        if not 0 <= drafts <= MOST_DRAFTS:
+            raise UserError(f"The number of drafts must lie between 0 and {MOST_DRAFTS}; got {drafts}.")
+        self.backbone, self.drafter, self.drafts = backbone, drafter or Plain(), drafts
+        self.sampler, self._empty = sampler or Sampler(), cache
 
-    @property
-    def steps(self) -> int:
-        """Verification passes."""
-        return len(self.drafted)
+    def begin(self, prompt, capacity):
+        self.cache = self.backbone.new_cache(capacity) if self._empty is None else self._empty
+        self._empty, self._eos = None, self.backbone.eos
+        self._text, self._ahead = list(prompt), None
+        self._verified = len(prompt) - 1  # positions of the cache that hold the model's own states
+        self.drafter.begin(prompt, capacity)
+        if self._verified:
+            read_prompt(self.backbone, self.drafter, prompt, self.cache)
+
+    def step(self, pending, left):
+        k, drafter, cache = min(self.drafts, left - 1), self.drafter, self.cache  # the pass adds one token
+        if k == 0 or isinstance(drafter, Plain):
+            return self._plain(pending, left > 1)
+        emitted, drafted, states = draft_and_verify(
+            self.backbone, drafter, self._text, k, self.sampler, cache
+        )
+        kept = until_end(emitted, self._eos)
+        self._verified += len(kept)
+        crop(cache, self._verified)
+        if drafter.learns is not None:
+            drafter.learn(states[:, : len(kept)])
+        self._text += kept
+        return Step(kept, drafted, min(len(emitted) - 1, len(kept)))  # the last one is the model's own
+
+    def _plain(self, pending: int, more: bool) -> Step:
+        """A step without drafts."""
+        emitted, self._ahead = one_token(self.backbone, pending, self._ahead, more, self.sampler, self.cache)
+        self._verified += 1
+        self._text += emitted
+        if emitted[0] in self._eos:  # the token after it has been read already
+            crop(self.cache, self._verified)
+        return Step(emitted)
 
 
 def generate(
@@ -63,55 +93,14 @@ def generate(
     on_tokens: Callable[[list[int], list[bool]], None] | None = None,
     cache: list | None = None,
 ) -> Generation:
-    """Continue a prompt; the tokens are those of plain decoding whatever the drafter is.
-
-    Args:
-        prompt: token ids, at least one.
-        drafter: who drafts; None is plain decoding.
-        drafts: K, tokens drafted in a step, 0..16.
-        max_tokens: emit at most this many (and no more than the context holds).
-        on_tokens: called after each step with the new tokens and which of them were drafts.
-        cache: an empty cache to fill, for who wants to look at it afterwards.
+    """Continue a prompt of token ids: `driver.generate` with a `Speculation` of these arguments.
 
     Raises:
         UserError: an empty or over-long prompt, or a draft count out of range.
     """
-    room = backbone.room_after(prompt)
-    if not 0 <= drafts <= MOST_DRAFTS:
-        raise UserError(f"The number of drafts must lie between 0 and {MOST_DRAFTS}; got {drafts}.")
-    if max_tokens < 1:
-        raise UserError(f"At least one token must be asked for; got {max_tokens}.")
-    drafter, sampler = drafter or Plain(), sampler or Sampler()
-    limit = min(max_tokens, room)
-    cache = backbone.new_cache(len(prompt) + min(limit, FIRST_ROOM)) if cache is None else cache
-    out, begun = Generation(), time.perf_counter()
-
-    verified = len(prompt) - 1  # positions of the cache that hold the model's own states
-    drafter.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
-    if verified:
-        read_prompt(backbone, drafter, prompt, cache)
-    out.prefill_seconds = time.perf_counter() - begun
-    text, ahead = list(prompt), None
-    with decoding(backbone.matrix_bytes):
-        while len(out.tokens) < limit and out.stopped != "eos":
-            k = min(drafts, limit - len(out.tokens) - 1)  # the pass itself adds one token
-            if k == 0 or isinstance(drafter, Plain):
-                more = len(out.tokens) + 1 < limit
-                emitted, ahead = one_token(backbone, text[-1], ahead, more, sampler, cache)
-                new = _keep(out, emitted, 0, backbone.eos)
-            else:
-                emitted, drafted, states = draft_and_verify(backbone, drafter, text, k, sampler, cache)
-                new = _keep(out, emitted, drafted, backbone.eos)
-                crop(cache, verified + new)
-                if drafter.learns is not None:
-                    drafter.learn(states[:, :new])
-            verified += new
-            text += out.tokens[-new:]
-            if on_tokens:
-                on_tokens(out.tokens[-new:], out.from_draft[-new:])
-    crop(cache, len(prompt) + len(out.tokens) - 1)
-    out.seconds = time.perf_counter() - begun
-    return out
+    return driver.generate(
+        Speculation(backbone, drafter, drafts, sampler, cache), prompt, max_tokens, on_tokens
+    )
 
 
 def read_prompt(backbone: Backbone, drafter: Drafter, prompt: list[int], cache: list) -> None:
@@ -203,16 +192,3 @@ def verify(
         h, logits = backbone.close(h, cache, E)
         return logits[0], h
     return backbone.finish(h, cache, E)[0], h
-
-
-def _keep(out: Generation, emitted: list[int], k: int, eos: set[int]) -> int:
-    """Add a step's tokens to the result, cut after an end of text; returns how many were kept."""
-    drafts = len(emitted) - 1  # the last one is the model's own
-    kept = next((i + 1 for i, token in enumerate(emitted) if token in eos), len(emitted))
-    if emitted[kept - 1] in eos:
-        out.stopped = "eos"
-    out.tokens += emitted[:kept]
-    out.from_draft += [i < drafts for i in range(kept)]
-    out.drafted.append(k)
-    out.accepted.append(min(drafts, kept))
-    return kept
