@@ -64,7 +64,7 @@ def test_a_threshold_that_nobody_reaches_is_plain_decoding(reader, waits):
         out = decoder.generate(prompt, NEVER, max_tokens=20)
         assert out.tokens == plain(view, prompt)
         assert set(out.depth) == {view.depth}
-    state, whole = decoder.begin([1, 2, 3], 10), view.new_cache(10)
+    state, whole = decoder.read([1, 2, 3], 10), view.new_cache(10)
     view.run(view.embed(mx.array([[1, 2]])), whole)
     decoder.token(3, state, [NEVER] * 3, 0.0)
     view.logits(mx.array([[3]]), whole)
@@ -128,7 +128,7 @@ def test_tokens_that_wait_get_the_keys_of_the_full_run():
     view, module = exits()
     decoder = ExitDecoder(view, module.reader, At(2), module.fill, waits=True)
     text = plain(view, PROMPTS[1], 20)
-    state = decoder.begin(PROMPTS[1], 40)
+    state = decoder.read(PROMPTS[1], 40)
     token, left = PROMPTS[1][-1], 0
     for i, following in enumerate(text):
         _, number = decoder.token(token, state, [0.6] * 3, i / 20)
@@ -147,7 +147,7 @@ def test_tokens_that_wait_get_the_keys_of_the_full_run():
 def test_a_fill_puts_the_keys_of_its_state_in_the_skipped_blocks():
     view, module = exits()
     decoder = ExitDecoder(view, module.reader, Static(), Fill("p"))
-    state = decoder.begin([5, 6], 10)
+    state = decoder.read([5, 6], 10)
     decoder.token(6, state, [0, 0, 0], 0.0)
     entry = state.cache[2]
     whole = view.new_cache(10)

@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from .. import driver
+from ..driver import Generation
 from ..model.backbone import Backbone, crop
 from ..speculation import Plain, Sampler, generate
-from ..speculation.decode import MOST_DRAFTS, Generation, draft_and_verify, one_token, read_prompt, verify
+from ..speculation.decode import MOST_DRAFTS, draft_and_verify, one_token, read_prompt, verify
 from ..speculation.drafters.base import Draft, Drafter
-from ..speculation.registry import mlx_lm_generate
+from ..speculation.reference import MlxLm
 from .rounds import ratios, rounds
 
 PLAIN_STEPS = 4  # timed together, because the loop starts each before the last one is read
@@ -64,7 +66,7 @@ class Arm:
 
     def decode(self, backbone: Backbone, prompt: list[int], max_tokens: int) -> Generation:
         if self.drafter is None:
-            return mlx_lm_generate(backbone, prompt, max_tokens)
+            return driver.generate(MlxLm(backbone), prompt, max_tokens)
         return generate(backbone, prompt, self.drafter, self.drafts, max_tokens)
 
 

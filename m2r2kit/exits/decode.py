@@ -10,38 +10,23 @@
 With a threshold that nobody reaches it is plain decoding, to the bit.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .. import driver
+from ..driver import Decoder, Generation, Step
 from ..model.backbone import Backbone
-from ..model.cache import FEW, FIRST_ROOM, Traced
+from ..model.cache import FEW, Traced
 from ..model.compiled import lean_pass
 from .fill import Fill
 from .gates import Gate, Seen
 
-
-@dataclass
-class ExitGeneration:
-    """What came out of one prompt.
-
-    Attributes:
-        tokens: emitted ids, the end-of-text mark included if it was reached.
-        depth: of each token, the exit that it took; N for those through all blocks.
-        seconds: from the first pass over the prompt to the last token; `prefill_seconds`, of that pass.
-        stopped: `eos` or `length`.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    depth: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    stopped: str = "length"
+NEVER = 2.0  # a threshold that no score reaches
 
 
-class ExitDecoder:
+class ExitDecoder(Decoder):
     """A model that decodes with exits.
 
     Args:
@@ -50,6 +35,11 @@ class ExitDecoder:
         fill: of `fill.py`.
         waits: whether skipped tokens run with the next one that goes deep.
         use: numbers of the exits to be tried, rising; by default all. Others cost nothing.
+
+    Attributes:
+        threshold: score from which a token leaves, one for all exits or one for each; `NEVER` at first. It
+            may be changed between texts.
+        longest: length of an answer at which a schedule has come to its end.
     """
 
     def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits=False, use=None):
@@ -69,6 +59,8 @@ class ExitDecoder:
             filled = [l for l in reader.reads if l >= end] if seen else range(end, N)
             self.fills.append(Traced(self._filling(j, filled), N, filled))
         self.choose = mx.compile(self._choice)
+        self.threshold: float | Sequence[float] = NEVER
+        self.longest = 128
 
     def _probe(self, j: int, runs: range):
         """The compiled body of one probe, with the slow blocks that it `runs`; its first input is a token
@@ -172,9 +164,9 @@ class ExitDecoder:
                 state.cache[l].trim(rows.shape[1] - 1)
         return rows
 
-    def begin(self, prompt: list[int], room: int) -> "State":
+    def read(self, prompt: list[int], capacity: int) -> "State":
         """A state that has read all of a prompt but its last token, through all blocks."""
-        cache = self.backbone.new_cache(room)
+        cache = self.backbone.new_cache(capacity)
         before = mx.zeros((1, 1, self.backbone.width))
         if len(prompt) > 1:
             h = self.backbone.run(self.backbone.embed(mx.array([prompt[:-1]])), cache)
@@ -182,45 +174,29 @@ class ExitDecoder:
             mx.eval(before, [(c.keys, c.values) for c in cache])
         return State(cache, before, len(prompt) - 1, [[] for _ in self.use])
 
+    def begin(self, prompt, capacity):
+        self._state, self._emitted = self.read(prompt, capacity), 0
+        one = isinstance(self.threshold, float | int)
+        self._levels = [self.threshold] * len(self.reader.exits) if one else self.threshold
+        self._depths = (*self.reader.exits, self.backbone.depth)
+
+    def step(self, pending, left):
+        progress = min(1.0, self._emitted / self.longest)
+        new, number = self.token(pending, self._state, self._levels, progress)
+        self._emitted += 1
+        return Step([new], depth=self._depths[number])
+
     def generate(
         self,
         prompt: list[int],
         threshold: float | Sequence[float],
         max_tokens: int = 128,
-        on_tokens: Callable | None = None,
         given: list[int] | None = None,
         longest: int = 128,
-    ) -> ExitGeneration:
-        """Continue a prompt.
-
-        Args:
-            threshold: score from which a token leaves, one for all exits or one for each.
-            on_tokens: called with ([token], [depth]) after each.
-            given: tokens that follow in the place of those that are emitted, to compare with them.
-            longest: length of an answer at which a schedule has come to its end.
-
-        Raises:
-            UserError: an empty or over-long prompt.
-        """
-        backbone = self.backbone
-        limit = min(max_tokens, backbone.room_after(prompt))
-        out, begun = ExitGeneration(), time.perf_counter()
-        state = self.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
-        out.prefill_seconds = time.perf_counter() - begun
-        levels = [threshold] * len(self.reader.exits) if isinstance(threshold, float | int) else threshold
-        token, depths = prompt[-1], (*self.reader.exits, backbone.depth)
-        while len(out.tokens) < limit:
-            new, number = self.token(token, state, levels, min(1.0, len(out.tokens) / longest))
-            token = new if given is None else given[len(out.tokens)]
-            out.tokens.append(new)
-            out.depth.append(depths[number])
-            if on_tokens:
-                on_tokens([new], [depths[number]])
-            if token in backbone.eos:
-                out.stopped = "eos"
-                break
-        out.seconds = time.perf_counter() - begun
-        return out
+    ) -> Generation:
+        """`driver.generate` with this threshold."""
+        self.threshold, self.longest = threshold, longest
+        return driver.generate(self, prompt, max_tokens, given=given)
 
 
 @dataclass

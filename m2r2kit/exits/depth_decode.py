@@ -5,21 +5,24 @@ A router decides on the state at its block, so the pass stops there and goes on 
     first part | router | block, or its keys and values only; blocks up to the next router | router | ..
 """
 
-import time
-
 import mlx.core as mx
 
+from .. import driver
+from ..driver import Decoder, Generation, Step
 from ..model.backbone import Backbone
-from ..model.cache import FIRST_ROOM, Traced
-from .decode import ExitGeneration
+from ..model.cache import Traced
 from .depths import MixtureOfDepths, Shallow
 
 
-class DepthDecoder:
-    """A model that decodes with `Shallow` or `MixtureOfDepths`, with their weights of this moment."""
+class DepthDecoder(Decoder):
+    """A model that decodes with `Shallow` or `MixtureOfDepths`, with their weights of this moment.
+
+    Attributes:
+        threshold: score from which a routed block takes a token. It may be changed between texts.
+    """
 
     def __init__(self, backbone: Backbone, module: Shallow | MixtureOfDepths):
-        self.backbone, self.module = backbone, module
+        self.backbone, self.module, self.threshold = backbone, module, 0.5
         mx.eval(module.parameters())
         self.blocks = [block.merged() for block in module.blocks]
         self.routed = [l for l in range(len(self.blocks)) if self._routes(l)]
@@ -56,28 +59,23 @@ class DepthDecoder:
             h, said = part[take](cache, h)
         return said.item(), run
 
+    def begin(self, prompt, capacity):
+        """The prompt passes the whole changed model."""
+        self._cache = self.backbone.new_cache(capacity)
+        if len(prompt) > 1:
+            self._read(mx.array([prompt[:-1]]), self._cache, self.threshold)
+            mx.eval([(c.keys, c.values) for c in self._cache[: len(self.blocks)]])
+
+    def step(self, pending, left):
+        new, run = self.token(pending, self._cache, self.threshold)
+        return Step([new], depth=run)
+
     def generate(
         self, prompt: list[int], threshold: float, max_tokens: int = 128, given: list[int] | None = None
-    ) -> ExitGeneration:
-        """Continue a prompt, as `ExitDecoder.generate`; the prompt passes the whole changed model."""
-        limit = min(max_tokens, self.backbone.room_after(prompt))
-        out, begun = ExitGeneration(), time.perf_counter()
-        cache = self.backbone.new_cache(len(prompt) + min(limit, FIRST_ROOM))
-        if len(prompt) > 1:
-            self._read(mx.array([prompt[:-1]]), cache, threshold)
-            mx.eval([(c.keys, c.values) for c in cache[: len(self.blocks)]])
-        out.prefill_seconds = time.perf_counter() - begun
-        token = prompt[-1]
-        while len(out.tokens) < limit:
-            new, run = self.token(token, cache, threshold)
-            token = new if given is None else given[len(out.tokens)]
-            out.tokens.append(new)
-            out.depth.append(run)
-            if token in self.backbone.eos:
-                out.stopped = "eos"
-                break
-        out.seconds = time.perf_counter() - begun
-        return out
+    ) -> Generation:
+        """`driver.generate` with this threshold."""
+        self.threshold = threshold
+        return driver.generate(self, prompt, max_tokens, given=given)
 
     def _read(self, tokens: mx.array, cache: list, threshold: float) -> None:
         """A prompt (1, T), all its tokens at once."""

@@ -6,7 +6,6 @@ asked for.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ from ..common import Entry, UserError, registry
 
 if TYPE_CHECKING:
     from ..model.backbone import Backbone
-    from .decode import Generation
     from .drafters.base import Drafter
 
 METHODS = registry(
@@ -151,24 +149,3 @@ def training(method: str, stream: Path, drafters: Path) -> dict:
     if METHODS[method].needs:
         return checkpoints.trained(stream, "stream", StreamConfig)
     return {"parameters": 0, "train_steps": 0, "train_seconds": 0}
-
-
-def mlx_lm_generate(backbone: Backbone, prompt: list[int], max_tokens: int, sampler=None) -> Generation:
-    """mlx-lm's own generation of the same weights, for comparison; greedy unless given its sampler."""
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
-
-    from .decode import Generation
-
-    out, begun = Generation(), time.perf_counter()
-    limit = min(max_tokens, backbone.context - len(prompt))
-    for token, _ in generate_step(mx.array(prompt), backbone.model, max_tokens=limit, sampler=sampler):
-        out.tokens.append(int(token))
-        out.drafted.append(0)
-        out.accepted.append(0)
-        out.from_draft.append(False)
-        if out.tokens[-1] in backbone.eos:
-            out.stopped = "eos"
-            break
-    out.seconds = time.perf_counter() - begun
-    return out

@@ -3,11 +3,13 @@
 import json
 import sys
 
+from ... import driver
 from ...common import peak_bytes
+from ...driver import Generation
 from ...model.backbone import Backbone
-from ...speculation import Sampler, generate
-from ...speculation.decode import Generation
-from ...speculation.registry import drafter, drafters_folder, mlx_lm_generate, stream_folder, tuned_drafts
+from ...speculation import Sampler, Speculation
+from ...speculation.reference import MlxLm
+from ...speculation.registry import drafter, drafters_folder, stream_folder, tuned_drafts
 from ...text.prompts import Prompt, read
 from . import generate_exits
 
@@ -33,11 +35,10 @@ def run(args) -> int:
         sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)
         show = None if args.json else Stream(backbone)
         if who is None:
-            out = mlx_lm_generate(backbone, tokens, args.max_tokens, _mlx_lm_sampler(args))
-            if show:
-                show(out.tokens, out.from_draft)
+            decoder = MlxLm(backbone, _mlx_lm_sampler(args))
         else:
-            out = generate(backbone, tokens, who, drafts, args.max_tokens, sampler, show)
+            decoder = Speculation(backbone, who, drafts, sampler)
+        out = driver.generate(decoder, tokens, args.max_tokens, show)
         print(json.dumps(as_json(backbone, prompt.id, args.method, out))) if args.json else show.end(out)
         sys.stdout.flush()
     return 0

@@ -3,16 +3,17 @@
 import json
 import sys
 
+from ... import driver
 from ...common import UserError
+from ...driver import Generation
 from ...exits import trained
 from ...exits.calibrate import calibrate
-from ...exits.decode import ExitDecoder, ExitGeneration
+from ...exits.decode import NEVER, ExitDecoder
 from ...exits.methods import with_gate
 from ...model.backbone import Backbone
 from ...text.prompts import Prompt
 
 SHADES = (22, 28, 34, 40)  # of green in a terminal of 256 colours: the earlier a token left, the lighter
-NEVER = 2.0  # a threshold that no probability reaches
 
 
 def run(args, backbone: Backbone, prompts: list[Prompt], ids: list[list[int]]) -> int:
@@ -29,10 +30,13 @@ def run(args, backbone: Backbone, prompts: list[Prompt], ids: list[list[int]]) -
     if args.exits:
         method.use = tuple(j for j, exit in enumerate(module.config.exits) if exit in args.exits)
     decoder = ExitDecoder(backbone, *method.parts, method.used(threshold))
-    levels = method.levels(threshold)
+    decoder.threshold = method.levels(threshold)
     for prompt, tokens in zip(prompts, ids, strict=True):
         show = None if args.json else Shaded(backbone, args.exits or module.config.exits)
-        out = decoder.generate(tokens, levels, args.max_tokens, show)
+        out = Generation()
+        for step in driver.steps(decoder, tokens, args.max_tokens, out):
+            if show:
+                show(step.tokens, [step.depth])
         if args.json:
             print(json.dumps(as_json(backbone, prompt.id, threshold, out)))
         else:
@@ -54,7 +58,7 @@ def chosen(args, facts: dict) -> tuple[float, str]:
     return found, f"at most {args.risk:.0%} differ, with a confidence of {args.confidence:.0%}"
 
 
-def as_json(backbone: Backbone, id: str, threshold: float, out: ExitGeneration) -> dict:
+def as_json(backbone: Backbone, id: str, threshold: float, out: Generation) -> dict:
     """The object that `--json` prints for a prompt."""
     return {
         "id": id,
@@ -87,7 +91,7 @@ class Shaded:
                 text = f"\x1b[38;5;{self.shade[depth]}m{text}\x1b[2m{depth}\x1b[0m"
             print(text, end="", flush=True)
 
-    def end(self, out: ExitGeneration, promise: str) -> None:
+    def end(self, out: Generation, promise: str) -> None:
         """The rest of the text, and one line of what it took."""
         self.detokenizer.finalize()
         print(self.detokenizer.last_segment)
