@@ -3,13 +3,13 @@
     begin    the decoder reads the prompt, all but its last token
     step     it emits one token or more, the first of them after `pending`     (again and again)
 
-Plain decoding, drafts, exits and experts from disk are decoders. `steps` is the only token loop of the kit;
+Plain decoding, drafts, exits and experts from disk are decoders. `drive` is the only token loop of the kit;
 `generate` runs it to its end, and `stream` turns its tokens into text.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,9 +17,10 @@ from .common import UserError
 from .model.backbone import Backbone
 from .model.cache import FIRST_ROOM
 from .model.cpu.threads import decoding
+from .text.streaming import Detokenizer, StopWords
 
 
-class Step(NamedTuple):
+class Emitted(NamedTuple):
     """What a decoder emits at once.
 
     Attributes:
@@ -55,7 +56,7 @@ class Decoder:
         """
         raise NotImplementedError
 
-    def step(self, pending: int, left: int) -> Step:
+    def step(self, pending: int, left: int) -> Emitted:
         """Emit what follows.
 
         Args:
@@ -106,13 +107,13 @@ class Generation:
         return len(self.drafted)
 
 
-def steps(
+def drive(
     decoder: Decoder,
     prompt: list[int],
     max_tokens: int = 128,
     out: Generation | None = None,
     given: Sequence[int] | None = None,
-) -> Iterator[Step]:
+) -> Iterator[Emitted]:
     """Continue a prompt step by step.
 
     Args:
@@ -162,16 +163,69 @@ def generate(
     on_tokens: Callable[[list[int], list[bool]], None] | None = None,
     given: Sequence[int] | None = None,
 ) -> Generation:
-    """Continue a prompt to its end; arguments and errors as of `steps`.
+    """Continue a prompt to its end; arguments and errors as of `drive`.
 
     Args:
         on_tokens: called after each step with the new tokens and which of them were drafts.
     """
     out = Generation()
-    for step in steps(decoder, prompt, max_tokens, out, given):
+    for step in drive(decoder, prompt, max_tokens, out, given):
         if on_tokens:
             on_tokens(step.tokens, out.from_draft[-len(step.tokens) :])
     return out
+
+
+class Piece(NamedTuple):
+    """One token and the text that became certain with it, which may be empty, or of tokens before it.
+
+    Attributes:
+        depth: blocks that the token ran, where a decoder with exits says so.
+        stopped: of the last piece, why the text stops; None of all others.
+    """
+
+    text: str
+    token: int
+    from_draft: bool
+    depth: int | None = None
+    stopped: str | None = None
+
+
+def stream(
+    decoder: Decoder,
+    prompt: list[int],
+    max_tokens: int = 128,
+    stop: Sequence[str] = (),
+    out: Generation | None = None,
+) -> Iterator[Piece]:
+    """Continue a prompt token by token, with text; arguments and errors as of `drive`.
+
+    The texts of all pieces are `tokenizer.decode` of the tokens, up to the first stop word.
+
+    Args:
+        stop: words that end the text; neither they nor what follows is part of it.
+    """
+    out = Generation() if out is None else out
+    backbone, words = decoder.backbone, StopWords(stop)
+    detokenizer = Detokenizer(backbone.tokenizer, backbone.eos)
+    with closing(drive(decoder, prompt, max_tokens, out)) as run:
+        for step in run:
+            first, count = len(out.tokens) - len(step.tokens), len(out.tokens)
+            for n, token in enumerate(step.tokens, first + 1):
+                ends = out.stopped is not None and n == count
+                segment = detokenizer.add(token) + (detokenizer.finish() if ends else "")
+                segment, found = words.take(segment, ends)
+                out.text += segment
+                if found:  # what the step emitted after it is not part of the text
+                    out.stopped, ends, count = "stop", True, n
+                    for each in (out.tokens, out.from_draft, out.depth):
+                        del each[n:]
+                    out.accepted[-1] = min(out.accepted[-1], n - first)
+                    run.close()
+                yield Piece(
+                    segment, token, n - first <= step.accepted, step.depth, out.stopped if ends else None
+                )
+                if found:
+                    return
 
 
 def until_end(tokens: list[int], eos: set[int]) -> list[int]:

@@ -125,12 +125,12 @@ def test_whatever_the_predictor_and_the_replay_counts_the_same(name, shared):
     else:
         assert replay(trace, fresh, Recorded(trace)) == live.counts
     for out in outs:
-        assert out.in_time + out.late == out.counts.ahead
-        assert out.counts.accesses == len(out.tokens) * K * tiny.BLOCKS
+        assert out.experts.in_time + out.experts.late == out.experts.counts.ahead
+        assert out.experts.counts.accesses == len(out.tokens) * K * tiny.BLOCKS
     if name in ("self", "oracle"):
         assert live.counts.recall == 1
     if name == "oracle" and not shared:
-        assert sum(out.counts.missed for out in outs) == 0
+        assert sum(out.experts.counts.missed for out in outs) == 0
 
 
 @pytest.mark.parametrize("form, settings", [
@@ -282,13 +282,16 @@ def test_the_timeline_shows_every_read_that_was_used_and_where_it_was_waited_for
         out = decoder.generate(PROMPTS[0], 5)
     kinds = [e.kind for e in events]
     assert kinds.count("compute") == 5 * tiny.BLOCKS
-    assert kinds.count("demand") == out.counts.missed and kinds.count("ahead") == out.counts.ahead
+    assert (
+        kinds.count("demand") == out.experts.counts.missed
+        and kinds.count("ahead") == out.experts.counts.ahead
+    )
     assert all(e.start <= e.end for e in events)
     waits = {(e.block, e.end): e for e in events if e.kind == "wait"}
     for e in events:
         if e.kind in ("demand", "ahead"):  # through before the wait for its block was
             assert any(block == e.block and end >= e.end for block, end in waits)
-    assert sum(e.end - e.start for e in waits.values()) == pytest.approx(out.stall_seconds)
+    assert sum(e.end - e.start for e in waits.values()) == pytest.approx(out.experts.stall_seconds)
 
 
 # --- memory ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def test_tokens_are_those_of_the_model_in_memory(family, bits, shared):
     counts = residency.counts
     assert (counts.filled, counts.missed, counts.speculated) == (ALL, 0, 0)
     assert counts.resident == counts.accesses
-    assert [out.prefill.filled for out in outs] == [ALL, 0, 0]  # once, before the first text
+    assert [out.experts.prefill.filled for out in outs] == [ALL, 0, 0]  # once, before the first text
 
 
 @pytest.mark.parametrize("name", ["previous", "next-router", "self", "direct", "m2r2"])

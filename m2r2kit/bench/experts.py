@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..common import UserError
+from ..driver import Generation
 from ..experts import registry as methods
 from ..experts import trained
 from ..experts.decode import ExpertDecoder, StreamedModel
-from ..experts.generation import ExpertGeneration
 from ..experts.predictors import Oracle
 from ..experts.reader import Reader, system_read_bytes
 from ..experts.residency import Counts
@@ -55,7 +55,7 @@ class ExpertArm:
     mismatches: int = 0
     known: list[Trace] = field(default_factory=list)  # for the oracle: the routing of each prompt
 
-    def decode(self, prompt: list[int], number: int, max_tokens: int) -> ExpertGeneration:
+    def decode(self, prompt: list[int], number: int, max_tokens: int) -> Generation:
         predictor = self.decoder.predictor
         if isinstance(predictor, Oracle):
             predictor.follow(self.known[number], self.decoder.residency.passes)
@@ -77,10 +77,10 @@ class ExpertArm:
         before = reader.bytes_read
         out = self.decode(prompt, number, max_tokens)
         self.decoder.settle()
-        self.stall_seconds += out.stall_seconds
-        self.in_time += out.in_time
-        self.late += out.late
-        self.counts = self.counts + out.counts
+        self.stall_seconds += out.experts.stall_seconds
+        self.in_time += out.experts.in_time
+        self.late += out.experts.late
+        self.counts = self.counts + out.experts.counts
         self.reader_bytes += reader.bytes_read - before
         after = system_read_bytes()
         self.system_bytes = None if after is None else self.system_bytes + after - system

@@ -111,7 +111,7 @@ def streamed(model: StreamedModel, slots: int, disk: Disk, prompts, max_tokens: 
         decoder.trace = None
         for _ in range(repeats):
             outs = [decoder.generate(prompt, max_tokens) for prompt in prompts]
-            seconds.append(sum(out.seconds - out.prefill_seconds - out.stall_seconds for out in outs))
+            seconds.append(sum(out.seconds - out.prefill_seconds - out.experts.stall_seconds for out in outs))
     figures = {
         "compute_seconds": float(np.median(seconds)) / sum(map(len, tokens)),
         "compute_from": f"an LRU cache of {slots} slots a block, without what it waited",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .. import driver
-from ..driver import Decoder, Generation, Step
+from ..driver import Decoder, Emitted, Generation
 from ..model.backbone import Backbone
 from ..model.cache import FEW, Traced
 from ..model.compiled import lean_pass
@@ -184,7 +184,7 @@ class ExitDecoder(Decoder):
         progress = min(1.0, self._emitted / self.longest)
         new, number = self.token(pending, self._state, self._levels, progress)
         self._emitted += 1
-        return Step([new], depth=self._depths[number])
+        return Emitted([new], depth=self._depths[number])
 
     def generate(
         self,

@@ -8,7 +8,7 @@ A router decides on the state at its block, so the pass stops there and goes on 
 import mlx.core as mx
 
 from .. import driver
-from ..driver import Decoder, Generation, Step
+from ..driver import Decoder, Emitted, Generation
 from ..model.backbone import Backbone
 from ..model.cache import Traced
 from .depths import MixtureOfDepths, Shallow
@@ -68,7 +68,7 @@ class DepthDecoder(Decoder):
 
     def step(self, pending, left):
         new, run = self.token(pending, self._cache, self.threshold)
-        return Step([new], depth=run)
+        return Emitted([new], depth=run)
 
     def generate(
         self, prompt: list[int], threshold: float, max_tokens: int = 128, given: list[int] | None = None

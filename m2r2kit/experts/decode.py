@@ -10,7 +10,8 @@ The router decides, always; a prediction only starts a read. Tokens are those of
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import create_attention_mask
 
+from .. import driver
 from ..common import UserError
+from ..driver import Decoder, Emitted, Generation
 from ..model.backbone import Backbone
-from ..model.cache import FIRST_ROOM
 from ..model.cpu.threads import decoding
 from . import moe
-from .generation import Event, ExpertGeneration
+from .generation import Event, ExpertWork
 from .packing import facts_of, load_without_experts
 from .policies import Expert
 from .predictors import Predictor
@@ -59,7 +61,7 @@ class StreamedModel:
         return Residency(m.blocks, m.experts, m.top_k, slots, policy, shared)
 
 
-class ExpertDecoder:
+class ExpertDecoder(Decoder):
     """Decodes a streamed model with one memory, one reader and one predictor.
 
     Args:
@@ -70,6 +72,7 @@ class ExpertDecoder:
         timeline: a list to add `Event`s to; reads appear when they are used, computing for tokens only.
 
     Attributes:
+        choose: logits (V,) -> the next token; None takes the likeliest. It may be changed between texts.
         cut: stop at each router also where all experts are in memory, to measure what the stops cost; it
             may be changed between texts.
     """
@@ -100,7 +103,8 @@ class ExpertDecoder:
         self.whole_pass = moe.TokenPass(*parts, first) if residency.whole else None
         self.pending: dict[Expert, Request] = {}  # reads of experts that have not been used since
         self.texts, self.broken = 0, False
-        self._out = ExpertGeneration()
+        self.choose: Callable[[mx.array], int] | None = None
+        self.work = ExpertWork()
 
     @property
     def bank_bytes(self) -> int:
@@ -109,59 +113,58 @@ class ExpertDecoder:
 
     # --- text ---
 
+    def begin(self, prompt, capacity):
+        """The prompt is read in chunks, so that each expert is read once a chunk.
+
+        Raises:
+            UserError: an error has stopped this decoder before, or a record cannot be read.
+        """
+        with self._whole():
+            self.texts, self.work, residency = self.texts + 1, ExpertWork(), self.residency
+            before = replace(residency.counts)
+            self._fill(residency.new_text())
+            self.predictor.new_text()
+            self._cache = moe.new_cache(self.backbone, capacity)
+            self._last, self._next = mx.zeros((1, 1, self.backbone.width)), None
+            for i in range(0, len(prompt) - 1, CHUNK):
+                self._last = self._read(prompt[i : min(i + CHUNK, len(prompt) - 1)], self._cache)
+            self._before = replace(residency.counts)
+            self.work = ExpertWork(prefill=self._before - before)  # its waits are the tokens' own
+
+    def step(self, pending, left):
+        with self._whole():
+            if self.whole_pass and not self.cut:
+                more = self.choose is None and left > 1
+                logits, self._last, choice = self._flow(pending, self._cache, self._last, more)
+            else:
+                logits, self._last = self._token(pending, self._cache, self._last)
+                choice = mx.argmax(logits)
+            self.work.counts = self.residency.counts - self._before
+            return Emitted([choice.item() if self.choose is None else self.choose(logits)])
+
+    def threads(self):
+        # without a predictor nothing is read while something is computed
+        return decoding(self.matrix_bytes, apart=type(self.predictor) is not Predictor)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is not done to its end leaves the decoder unusable: a slot may not hold what it should."""
+        if self.broken:
+            raise UserError("This decoder was stopped by an error; open the model again.")
+        self.broken = True
+        yield
+        self.broken = False
+
     def generate(
         self,
         prompt: list[int],
         max_tokens: int = 128,
         choose: Callable[[mx.array], int] | None = None,
         on_tokens: Callable | None = None,
-    ) -> ExpertGeneration:
-        """Continue a prompt.
-
-        Args:
-            prompt: token ids, at least one.
-            choose: logits (V,) -> the next token; by default the likeliest.
-            on_tokens: called with ([token], [False]) after each.
-
-        Raises:
-            UserError: an empty or over-long prompt, or a record that cannot be read.
-        """
-        limit = min(max_tokens, self.backbone.room_after(prompt))
-        if self.broken:  # a slot may not hold what it should
-            raise UserError("This decoder was stopped by an error; open the model again.")
-        self.broken = True
-        out = self._out = ExpertGeneration()
-        begun, before = time.perf_counter(), replace(self.residency.counts)
-        self._fill(self.residency.new_text())
-        self.predictor.new_text()
-        cache = moe.new_cache(self.backbone, len(prompt) + min(limit, FIRST_ROOM))
-        last = mx.zeros((1, 1, self.backbone.width))
-        for i in range(0, len(prompt) - 1, CHUNK):
-            last = self._read(prompt[i : min(i + CHUNK, len(prompt) - 1)], cache)
-        out.prefill = self.residency.counts - before
-        out.in_time, out.late, out.stall_seconds = 0, 0, 0.0  # of the prompt's passes
-        out.prefill_seconds = time.perf_counter() - begun
-        token, self._next = prompt[-1], None
-        ahead = type(self.predictor) is not Predictor  # otherwise nothing is read while something is computed
-        with decoding(self.matrix_bytes, apart=ahead):
-            while len(out.tokens) < limit and out.stopped != "eos":
-                if self.whole_pass and not self.cut:
-                    more = choose is None and len(out.tokens) + 1 < limit
-                    logits, last, choice = self._flow(token, cache, last, more)
-                else:
-                    logits, last = self._token(token, cache, last)
-                    choice = mx.argmax(logits)
-                token = choice.item() if choose is None else choose(logits)
-                out.tokens.append(token)
-                if token in self.backbone.eos:
-                    out.stopped = "eos"
-                if on_tokens:
-                    on_tokens([token], [False])
-        self.texts += 1
-        out.counts = self.residency.counts - before - out.prefill
-        out.seconds = time.perf_counter() - begun
-        self.broken = False
-        return out
+    ) -> Generation:
+        """`driver.generate` with this choice of tokens."""
+        self.choose = choose
+        return driver.generate(self, prompt, max_tokens, on_tokens)
 
     def settle(self) -> None:
         """Wait for what was asked for ahead and not needed, so that it does not meet what is timed next."""
@@ -178,7 +181,7 @@ class ExpertDecoder:
         for m, experts in named:
             self._start(residency.speculate(m, experts), urgent=False)
         self._again(named)
-        noted = Pass(self.texts, False, named=[named])
+        noted = Pass(self.texts - 1, False, named=[named])
         steps = self.cut_pass.run(mx.array([[token]]), cache, last)
         decision = next(steps)
         while decision.l is not None:
@@ -216,7 +219,7 @@ class ExpertDecoder:
         named = [*self.predictor.before(number), *self.predictor.of(token)]
         for m, experts in named:
             residency.speculate(m, experts)
-        noted = Pass(self.texts, False, named=[named])
+        noted = Pass(self.texts - 1, False, named=[named])
         for l, wanted in zip(residency.blocks, decision.ids.tolist(), strict=True):
             at = [each for each in decision.named if each[0] == l]
             residency.arrive(l, wanted, self._chosen(noted, number, l, wanted, at))
@@ -238,7 +241,7 @@ class ExpertDecoder:
         """A chunk of a prompt through all blocks, each expert that it needs read once; the last h_N."""
         backbone, residency = self.backbone, self.residency
         residency.begin()
-        noted = Pass(self.texts, True, named=[[] for _ in range(len(residency.blocks) + 1)])
+        noted = Pass(self.texts - 1, True, named=[[] for _ in range(len(residency.blocks) + 1)])
         h = backbone.embed(mx.array([tokens]))
         for l in range(backbone.depth):
             mask = create_attention_mask(h, cache[l])
@@ -307,7 +310,7 @@ class ExpertDecoder:
 
     def _ready(self, l: int, experts: Sequence[int]) -> list[int]:
         """The slots of these experts, when all of them are there."""
-        keys, held, out = [(l, e) for e in experts], self.residency.pool_of[l].held, self._out
+        keys, held, out = [(l, e) for e in experts], self.residency.pool_of[l].held, self.work
         waiting = [self.pending.pop(key) for key in keys if key in self.pending]
         if waiting:
             for request in waiting:

@@ -1,4 +1,4 @@
-"""What came out of decoding with experts from disk, and when each thing in it happened."""
+"""What decoding with experts from disk took, and when each thing in it happened."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -7,22 +7,15 @@ from .residency import Counts
 
 
 @dataclass
-class ExpertGeneration:
-    """What came out of one prompt.
+class ExpertWork:
+    """What the experts of one text took (`Generation.experts`).
 
     Attributes:
-        tokens: emitted ids, the end-of-text mark included if it was reached.
-        seconds: from the first pass over the prompt to the last token; `prefill_seconds`, of that pass.
-        stopped: `eos` or `length`.
         counts: of the tokens' passes, without the prompt's; `prefill` has those of the prompt.
         in_time, late: of `counts.ahead`, those whose read was through when they were needed, or not.
         stall_seconds: spent waiting for reads, in the tokens' passes.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    stopped: str = "length"
     counts: Counts = field(default_factory=Counts)
     prefill: Counts = field(default_factory=Counts)
     in_time: int = 0

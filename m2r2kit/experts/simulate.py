@@ -62,7 +62,7 @@ class Clocked:
     Attributes:
         tokens: the events of each token, as a live run's `timeline` has them.
         seconds, stall_seconds: of all tokens, and the part of them spent waiting.
-        counts, in_time, late: as `ExpertGeneration` has them.
+        counts, in_time, late: as `ExpertWork` has them.
     """
 
     tokens: list[list[Event]] = field(default_factory=list)

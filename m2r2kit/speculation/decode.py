@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .. import driver
 from ..common import UserError
-from ..driver import Decoder, Generation, Step, until_end
+from ..driver import Decoder, Emitted, Generation, until_end
 from ..model.backbone import Backbone, crop
 from .accept import Sampler, accept_greedy, accept_sampled
 from .drafters.base import Draft, Drafter, Plain, as_row
@@ -71,16 +71,16 @@ class Speculation(Decoder):
         if drafter.learns is not None:
             drafter.learn(states[:, : len(kept)])
         self._text += kept
-        return Step(kept, drafted, min(len(emitted) - 1, len(kept)))  # the last one is the model's own
+        return Emitted(kept, drafted, min(len(emitted) - 1, len(kept)))  # the last one is the model's own
 
-    def _plain(self, pending: int, more: bool) -> Step:
+    def _plain(self, pending: int, more: bool) -> Emitted:
         """A step without drafts."""
         emitted, self._ahead = one_token(self.backbone, pending, self._ahead, more, self.sampler, self.cache)
         self._verified += 1
         self._text += emitted
         if emitted[0] in self._eos:  # the token after it has been read already
             crop(self.cache, self._verified)
-        return Step(emitted)
+        return Emitted(emitted)
 
 
 def generate(

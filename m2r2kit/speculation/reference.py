@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
-from ..driver import Decoder, Step
+from ..driver import Decoder, Emitted
 from ..model.backbone import Backbone
 
 
@@ -30,7 +30,7 @@ class MlxLm(Decoder):
         token = int(next(self._steps)[0])
         if left == 1 or token in self._eos:
             self._steps.close()  # it has set a stream of its own
-        return Step([token])
+        return Emitted([token])
 
     def threads(self):
         return nullcontext()  # as a user of mlx-lm has them

@@ -34,7 +34,7 @@ def run(args, backbone: Backbone, prompts: list[Prompt], ids: list[list[int]]) -
     for prompt, tokens in zip(prompts, ids, strict=True):
         show = None if args.json else Shaded(backbone, args.exits or module.config.exits)
         out = Generation()
-        for step in driver.steps(decoder, tokens, args.max_tokens, out):
+        for step in driver.drive(decoder, tokens, args.max_tokens, out):
             if show:
                 show(step.tokens, [step.depth])
         if args.json:

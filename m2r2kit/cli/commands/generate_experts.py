@@ -7,10 +7,10 @@ from dataclasses import asdict
 import numpy as np
 
 from ...common import UserError, peak_bytes
+from ...driver import Generation
 from ...experts import registry as methods
 from ...experts import trained
 from ...experts.decode import ExpertDecoder, StreamedModel
-from ...experts.generation import ExpertGeneration
 from ...experts.predictors import Predictor
 from ...experts.reader import Reader
 from ...experts.registry import TRAINED
@@ -68,7 +68,7 @@ def chooser(args):
     return lambda logits: sampler.draw(np.asarray(sampler.probabilities(logits[None]))[0])
 
 
-def as_json(backbone, id: str, out: ExpertGeneration, record_bytes: int) -> dict:
+def as_json(backbone, id: str, out: Generation, record_bytes: int) -> dict:
     """The object that `--json` prints for a prompt."""
     return {
         "id": id,
@@ -76,22 +76,22 @@ def as_json(backbone, id: str, out: ExpertGeneration, record_bytes: int) -> dict
         "text": backbone.decode(out.tokens),
         "seconds": round(out.seconds, 6),
         "prefill_seconds": round(out.prefill_seconds, 6),
-        "stall_seconds": round(out.stall_seconds, 6),
+        "stall_seconds": round(out.experts.stall_seconds, 6),
         "stopped": out.stopped,
-        **asdict(out.counts),
-        "in_time": out.in_time,
-        "late": out.late,
-        "bytes_asked_for": out.counts.reads * record_bytes,
+        **asdict(out.experts.counts),
+        "in_time": out.experts.in_time,
+        "late": out.experts.late,
+        "bytes_asked_for": out.experts.counts.reads * record_bytes,
         "peak_bytes": peak_bytes(),
     }
 
 
-def in_words(out: ExpertGeneration, record_bytes: int) -> str:
+def in_words(out: Generation, record_bytes: int) -> str:
     """One line of what it took."""
-    counts = out.counts
+    counts = out.experts.counts
     resident, in_time, late, missed = (
         f"{100 * n / max(1, counts.accesses):.0f} %"
-        for n in (counts.resident, out.in_time, out.late, counts.missed)
+        for n in (counts.resident, out.experts.in_time, out.experts.late, counts.missed)
     )
     seconds = out.seconds - out.prefill_seconds
     return (
