@@ -175,7 +175,7 @@ def generate(
     return out
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """One token and the text that became certain with it, which may be empty, or of tokens before it.
 
     Attributes:
@@ -196,7 +196,7 @@ def stream(
     max_tokens: int = 128,
     stop: Sequence[str] = (),
     out: Generation | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[Segment]:
     """Continue a prompt token by token, with text; arguments and errors as of `drive`.
 
     The texts of all pieces are `tokenizer.decode` of the tokens, up to the first stop word.
@@ -221,7 +221,7 @@ def stream(
                         del each[n:]
                     out.accepted[-1] = min(out.accepted[-1], n - first)
                     run.close()
-                yield Piece(
+                yield Segment(
                     segment, token, n - first <= step.accepted, step.depth, out.stopped if ends else None
                 )
                 if found:
