@@ -33,20 +33,20 @@ _MODELS: dict = {}
 _RIGHT: dict = {}
 
 
-def streamed(family="olmoe", bits=0) -> StreamedModel:
-    if (family, bits) not in _MODELS:
-        _MODELS[family, bits] = StreamedModel(
-            tiny_experts.model(family, bits), tiny_experts.store(family, bits)
+def streamed(family="olmoe", bits=0, decode=False) -> StreamedModel:
+    if (family, bits, decode) not in _MODELS:
+        _MODELS[family, bits, decode] = StreamedModel(
+            tiny_experts.model(family, bits), tiny_experts.store(family, bits, decode)
         )
-    return _MODELS[family, bits]
+    return _MODELS[family, bits, decode]
 
 
-def right(family="olmoe", bits=0) -> list[list[int]]:
+def right(family="olmoe", bits=0, decode=False) -> list[list[int]]:
     """What the model in memory answers to the prompts."""
-    if (family, bits) not in _RIGHT:
-        view = tiny_experts.resident(family, bits)
-        _RIGHT[family, bits] = [generate(view, p, max_tokens=TOKENS).tokens for p in PROMPTS]
-    return _RIGHT[family, bits]
+    if (family, bits, decode) not in _RIGHT:
+        view = tiny_experts.resident(family, bits, decode)
+        _RIGHT[family, bits, decode] = [generate(view, p, max_tokens=TOKENS).tokens for p in PROMPTS]
+    return _RIGHT[family, bits, decode]
 
 
 def trace_of(model: StreamedModel) -> Trace:
@@ -78,13 +78,13 @@ def stream(
 # --- equality -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize(("bits", "decode"), [(0, False), (4, False), (4, True)])
 @pytest.mark.parametrize("family", tiny_experts.FAMILIES)
-def test_tokens_are_those_of_the_model_in_memory(family, bits):
-    model = streamed(family, bits)
+def test_tokens_are_those_of_the_model_in_memory(family, bits, decode):
+    model = streamed(family, bits, decode)
     for slots, shared in ((K, False), (E, False), (3 * K, True)):
         tokens, residency, _ = run(model, predictor=NextRouter(model.backbone, 2), slots=slots, shared=shared)
-        assert tokens == right(family, bits)
+        assert tokens == right(family, bits, decode)
     assert residency.counts.recall > 0
 
 

@@ -42,13 +42,14 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize(("bits", "decode"), [(0, False), (4, False), (4, True)])
 @pytest.mark.parametrize("family", tiny_experts.FAMILIES)
-def test_records_hold_what_the_model_computes_with(family, bits):
-    store, view = tiny_experts.store(family, bits), tiny_experts.resident(family, bits)
+def test_records_hold_what_the_model_computes_with(family, bits, decode):
+    store, view = tiny_experts.store(family, bits, decode), tiny_experts.resident(family, bits, decode)
     manifest = store.manifest
     assert manifest.record_bytes % PAGE == 0 and manifest.blocks == tuple(range(tiny.BLOCKS))
-    assert len(manifest.pieces[0]) == (9 if bits else 3)
+    assert manifest.quantized == (bits and not decode)
+    assert len(manifest.pieces[0]) == (9 if manifest.quantized else 3)
     for l in manifest.blocks:
         weights = dict(tree_flatten(view.blocks[l][view.parts.ffn].switch_mlp.parameters()))
         content = store.path(l).read_bytes()
@@ -72,6 +73,13 @@ def test_a_model_stored_in_half_precision_is_packed_as_it_is_run(tmp_path):
     record = store.path(1).read_bytes()[3 * store.manifest.record_bytes :]
     assert store.manifest.dtype == piece.dtype == str(weight.dtype).split(".")[-1]
     assert record[: piece.nbytes] == np.array(weight[3].reshape(-1).view(mx.uint8)).tobytes()
+
+
+def test_a_small_quantised_model_is_packed_as_it_is_run(tmp_path):
+    packing.pack(tiny_experts.model("olmoe", 4), tmp_path / "store")
+    view, store = Backbone.load(tiny_experts.model("olmoe", 4)), Store(tmp_path / "store")
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    assert store.manifest.quantized == (not on_cpu) == ("scales" in view.blocks[0].mlp.switch_mlp.gate_proj)
 
 
 def test_a_model_without_experts_is_refused(tmp_path):

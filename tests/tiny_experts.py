@@ -45,15 +45,15 @@ def model(family: str = "olmoe", bits: int = 0) -> Path:
 
 
 @cache
-def resident(family: str = "olmoe", bits: int = 0) -> Backbone:
-    """The same model with all its experts in memory."""
-    return Backbone.load(model(family, bits))
+def resident(family: str = "olmoe", bits: int = 0, decode: bool = False) -> Backbone:
+    """The same model with all its experts in memory; quantised weights stay so without `decode`."""
+    return Backbone.load(model(family, bits), decode=decode)
 
 
 @cache
-def store(family: str = "olmoe", bits: int = 0) -> Store:
-    """Its packed experts; not to be changed."""
-    folder = Path(_FOLDERS.name) / f"{family}-{bits}-store"
+def store(family: str = "olmoe", bits: int = 0, decode: bool = False) -> Store:
+    """Its packed experts, likewise; not to be changed."""
+    folder = Path(_FOLDERS.name) / f"{family}-{bits}-{decode}-store"
     if not folder.exists():
-        pack(model(family, bits), folder)
+        pack(model(family, bits), folder, decode=decode)
     return Store(folder)

@@ -50,7 +50,8 @@ class StreamedModel:
         self.store = store if isinstance(store, Store) else Store(store)
         manifest = self.store.manifest
         dtype, sha256 = getattr(mx, manifest.dtype), self.store.model_sha256
-        self.backbone, self.experts = load_without_experts(model, dtype, sha256)
+        decode = not manifest.quantized  # the model computes as it did when its experts were packed
+        self.backbone, self.experts = load_without_experts(model, dtype, sha256, decode)
         self.store.fits(facts_of(self.backbone, self.experts))
 
     def residency(self, slots: int, policy: Callable, shared: bool = False) -> Residency:

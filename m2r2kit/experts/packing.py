@@ -48,7 +48,10 @@ def take_experts(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def load_without_experts(
-    model: str | Path, dtype: mx.Dtype | None = None, sha256: Callable | None = None
+    model: str | Path,
+    dtype: mx.Dtype | None = None,
+    sha256: Callable | None = None,
+    decode: bool | None = None,
 ) -> tuple[Backbone, dict[int, nn.Module]]:
     """The view of a model without its experts, and the experts as `take_experts` gives them, unread.
 
@@ -56,7 +59,7 @@ def load_without_experts(
         UserError: the model cannot be loaded, or has no experts.
     """
     experts: dict[int, nn.Module] = {}
-    backbone = Backbone.load(model, dtype, lambda m: experts.update(take_experts(m)), sha256)
+    backbone = Backbone.load(model, dtype, lambda m: experts.update(take_experts(m)), sha256, decode)
     if not experts:
         raise UserError(f"{model} is no mixture of experts; there is nothing to pack or to stream.")
     return backbone, experts
@@ -112,7 +115,9 @@ def facts_of(backbone: Backbone, experts: dict[int, nn.Module]) -> dict:
     }
 
 
-def pack(model: str | Path, out: str | Path, report: Callable | None = None) -> Manifest:
+def pack(
+    model: str | Path, out: str | Path, report: Callable | None = None, decode: bool | None = None
+) -> Manifest:
     """Write the experts of a model into a new store.
 
     If another process is packing the same store, wait for it and use what it wrote.
@@ -120,6 +125,8 @@ def pack(model: str | Path, out: str | Path, report: Callable | None = None) -> 
     Args:
         report: called as (bytes of a finished block, bytes of all) after each block, also after those that
             an interrupted packing had finished.
+        decode: whether quantised experts are stored as ordinary ones; by default as the model is loaded
+            (`load.load`).
 
     Raises:
         UserError: no such model, no experts, `out` exists, or the disk is too small or fails.
@@ -128,7 +135,7 @@ def pack(model: str | Path, out: str | Path, report: Callable | None = None) -> 
     if os.path.lexists(out):
         raise UserError(f"{out} exists already; delete it, or give another folder.")
     seen = stamps(model_folder(model))  # before its hash is computed
-    backbone, experts = load_without_experts(model)
+    backbone, experts = load_without_experts(model, decode=decode)
     facts = facts_of(backbone, experts)
     del backbone
     try:

@@ -94,6 +94,11 @@ class Manifest:
         return padded(_end(self.pieces_of(block)))
 
     @property
+    def quantized(self) -> bool:
+        """Whether records hold quantised weights."""
+        return any(piece.name.endswith(".scales") for pieces in self.pieces for piece in pieces)
+
+    @property
     def one_size(self) -> bool:
         """Whether records of all blocks consist of the same pieces."""
         return len(set(self.pieces)) == 1

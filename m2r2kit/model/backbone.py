@@ -50,9 +50,10 @@ class Backbone:
         dtype: mx.Dtype | None = None,
         take_out: Callable | None = None,
         sha256: Callable | None = None,
+        decode: bool | None = None,
     ) -> "Backbone":
         """Load a Hugging Face folder or repository with mlx-lm; arguments and errors as of `load.load`."""
-        return cls(*load(path_or_repo, dtype, take_out, sha256))
+        return cls(*load(path_or_repo, dtype, take_out, sha256, decode))
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer) -> "Backbone":
