@@ -8,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_experts
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, quantize_model
 
 from m2r2kit.__main__ import main
 from m2r2kit.experts import train as learn
@@ -21,12 +23,12 @@ from m2r2kit.stream import checkpoints
 K = 4
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=[0, 4], ids=["float32", "4 bit"])
+def both(request, tmp_path_factory) -> tuple[Path, Path]:
     """A model with predictors, and the wide one that the command makes of it."""
     folder = tmp_path_factory.mktemp("wider")
     model, wide = folder / "model", folder / "wide"
-    shutil.copytree(tiny_experts.model(), model)
+    shutil.copytree(tiny_experts.model("olmoe", request.param), model)
     backbone = Backbone.load(model)
     stream = learn.new_stream(backbone, 2.0, ffn_width=8)
     for kind, made in (("m2r2", stream), ("direct", DirectMap.like(stream))):
@@ -58,11 +60,21 @@ def test_its_predictors_are_those_of_the_narrow_one_and_belong_to_it(both):
     assert not trained.folder_of(both[1], "m2r2-r1").exists()
 
 
-def test_what_cannot_be_widened_is_one_sentence_and_leaves_nothing(both, tmp_path, capsys):
+def microscaled(folder: Path) -> Path:
+    """A model whose scales are powers of two, stored as integers."""
+    net, config = load_model(tiny_experts.model())
+    net, config = quantize_model(net, config, 32, 4, "mxfp4")
+    shutil.copytree(tiny_experts.model(), folder)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(net.parameters())))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_cannot_be_widened_is_one_sentence_and_leaves_nothing(both, tmp_path_factory, tmp_path, capsys):
     out = tmp_path / "out"
     for more, sentence in (
         (["--model", str(tmp_path / "none")], "cannot be read as a model"),
-        (["--model", str(tiny_experts.model("olmoe", 4))], "cannot be widened"),
+        (["--model", str(microscaled(tmp_path_factory.mktemp("mx") / "model"))], "cannot be widened"),
         (["--model", str(tiny_experts.model("mixtral"))], "cannot be widened"),
         (["--model", str(both[0]), "--width", "64"], "leave out --size"),
     ):

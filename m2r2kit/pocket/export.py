@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ..common import UserError, whole
+from ..model.load import decoded
 from ..text.corpus import ASSISTANT, EOS, KINDS, USER, Document
 from .expert_tiles import TiledExperts
 from .pretrain import FAMILIES, Run
@@ -101,8 +102,7 @@ def evaluate(folder: Path, documents: list[Document], most: int = 60_000, window
     """
     folder = Path(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32)
+    model = decoded(load_model(folder)[0], mx.float32)
     mixtures = [block.mlp for block in model.layers if hasattr(block.mlp, "switch_mlp")]
     for mixture in mixtures:  # mlx-lm's own experts take ten times as long on a CPU
         mixture.switch_mlp = TiledExperts(mixture.switch_mlp)

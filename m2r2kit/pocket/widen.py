@@ -2,8 +2,8 @@
 
 Each neuron of an expert is copied k times, and each copy contributes a k-th (Net2WiderNet, arXiv 1511.05641):
 
-    gate, up (F, D) -> (k F, D)     each row k times
-    down     (D, F) -> (D, k F)     each column k times, divided by k
+    gate, up (F, D) -> (k F, D)     all rows k times
+    down     (D, F) -> (D, k F)     all columns k times, divided by k
 
 Routers and everything else stay as they are. So the same experts are chosen for the same text, and trained
 predictors are as good as before; but a record has k times the bytes. How much is read for a token decides
@@ -53,8 +53,8 @@ def read(model: Path) -> tuple[dict, dict[str, mx.array]]:
         weights = mx.load(str(model / WEIGHTS))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{model} cannot be read as a model ({error}); give the folder of one.") from error
-    plain = not any(name.endswith(".scales") for name in weights)
-    if config.get("model_type") != "olmoe" or not plain or not any(map(is_expert, weights)):
+    floats = all(w.dtype != mx.uint8 for w in weights.values())  # scales that are integers cannot be divided
+    if config.get("model_type") != "olmoe" or not floats or not any(map(is_expert, weights)):
         raise UserError(f"{model} cannot be widened; give an `olmoe` model of `m2r2kit train backbone`.")
     return config, weights
 
@@ -65,13 +65,15 @@ def is_expert(name: str) -> bool:
 
 
 def widened(weights: dict[str, mx.array], k: int) -> dict[str, mx.array]:
-    """The tensors with experts k times as wide."""
+    """The tensors with experts k times as wide. Quantised weights stay so: groups are repeated whole, and it
+    is scales and biases that are divided."""
 
     def wider(name: str, w: mx.array) -> mx.array:
         if not is_expert(name):
             return w
         if "down_proj" in name:
-            return mx.repeat(w.astype(mx.float32) / k, k, axis=-1).astype(w.dtype)
-        return mx.repeat(w, k, axis=-2)
+            share = w if w.dtype == mx.uint32 else (w.astype(mx.float32) / k).astype(w.dtype)
+            return mx.concatenate([share] * k, axis=-1)
+        return mx.concatenate([w] * k, axis=-2)
 
     return {name: wider(name, w) for name, w in weights.items()}
