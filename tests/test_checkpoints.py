@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from m2r2kit.common import UserError
 from m2r2kit.stream import checkpoints
-from m2r2kit.stream.stream import load_stream
+from m2r2kit.stream.stream import StreamConfig, load_stream
 
 FILES = ["stream.json", "stream.safetensors"]
 
@@ -43,6 +43,20 @@ def test_a_saved_stream_comes_back(tmp_path):
     text = json.loads((tmp_path / "new" / "folder" / "stream.json").read_text())
     assert text["steps"] == 7 and text["kind"] == "AcceleratedStream"
     assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == FILES
+
+
+def test_a_module_stored_in_few_bits_comes_back_rounded(tmp_path):
+    stream = save(tmp_path / "half")
+    save(tmp_path / "few", bits=8)
+    loaded = load_stream(tiny.backbone(), tmp_path / "few")
+    for name, w in tree_flatten(stream.trainable_parameters()):
+        rounded = dict(tree_flatten(loaded.trainable_parameters()))[name]
+        assert rounded.dtype == mx.float32 and mx.abs(rounded - w).max() <= mx.abs(w).max() / 100, name
+    assert not same(loaded, stream)
+    half, few = (checkpoints.trained(tmp_path / f, "stream", StreamConfig) for f in ("half", "few"))
+    assert half == few and half["parameters"] == sum(w.size for w in weights(stream).values())
+    sizes = [(tmp_path / f / "stream.safetensors").stat().st_size for f in ("half", "few")]
+    assert sizes[1] < 0.9 * sizes[0]  # headers, norms and narrow matrices stay
 
 
 def test_another_base_is_refused(tmp_path):

@@ -18,13 +18,18 @@ from mlx.utils import tree_flatten
 from ..common import UserError, whole, write_whole
 
 FORMAT = 1
+GROUP = 32  # numbers of a matrix that share a scale where a module is stored in few bits
 
 
-def save(module: nn.Module, config, base_sha256: str, folder: str | Path, name: str, **facts) -> None:
+def save(
+    module: nn.Module, config, base_sha256: str, folder: str | Path, name: str, bits: int = 16, **facts
+) -> None:
     """Write a module's trainable weights (float16) and its settings; both or neither appear.
 
     Args:
         config: a dataclass of plain values.
+        bits: below 16, matrices are stored as integers of so many bits (`mx.quantize`, affine); loading
+            decodes them.
         facts: what else should be kept beside it (steps, seconds, the command).
 
     Raises:
@@ -32,6 +37,7 @@ def save(module: nn.Module, config, base_sha256: str, folder: str | Path, name: 
     """
     folder = Path(folder)
     weights = {k: v.astype(mx.float16) for k, v in tree_flatten(module.trainable_parameters())}
+    weights = _quantized(weights, bits) if bits < 16 else weights
     text = {"format": FORMAT, "kind": type(module).__name__, "base_sha256": base_sha256}
     text |= {"config": asdict(config), **facts}
     with whole(folder / f"{name}.json") as new_settings, whole(folder / f"{name}.safetensors") as new_weights:
@@ -87,8 +93,8 @@ def trained(folder: str | Path, name: str, config_type: type) -> dict:
     text = read_settings(folder, name, config_type)[1]
     path = Path(folder) / f"{name}.safetensors"
     try:
-        parameters = sum(weight.size for weight in mx.load(str(path)).values())  # lazy: reads no weights
-    except (OSError, RuntimeError) as error:
+        parameters = sum(weight.size for weight in _weights(path).values())  # lazy: reads no weights
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{path} is missing or damaged; copy it again or train anew.") from error
     return {
         "parameters": parameters,
@@ -112,13 +118,31 @@ def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | 
     try:
         if _sha256(path) != text["weights_sha256"]:
             raise ValueError("not the file that the JSON was written for")
-        weights = {k: v.astype(mx.float32) for k, v in mx.load(str(path)).items()}
-        module.load_weights(list(weights.items()))
+        module.load_weights(list(_weights(path).items()))
         mx.eval(module.parameters())
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} is missing, damaged or not of one piece with its JSON; copy both again or train anew."
         ) from error
+
+
+def _quantized(weights: dict[str, mx.array], bits: int) -> dict[str, mx.array]:
+    """Matrices as packed integers beside their scales and biases; other tensors as they are."""
+    stored = dict(weights)
+    for name, w in weights.items():
+        if w.ndim == 2 and w.shape[-1] % GROUP == 0:
+            stored[name], stored[f"{name}.scales"], stored[f"{name}.biases"] = mx.quantize(w, GROUP, bits)
+    return stored
+
+
+def _weights(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file in float32, quantised ones decoded; lazy."""
+    stored = {k: v if v.dtype == mx.uint32 else v.astype(mx.float32) for k, v in mx.load(str(path)).items()}
+    for name in [name for name, w in stored.items() if w.dtype == mx.uint32]:
+        scales, biases = stored.pop(f"{name}.scales"), stored.pop(f"{name}.biases")
+        bits = stored[name].shape[-1] // scales.shape[-1]  # words of 32 bits for GROUP = 32 numbers
+        stored[name] = mx.dequantize(stored[name], scales, biases, GROUP, bits)
+    return stored
 
 
 def _sha256(path: Path) -> str:
