@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from ..common import UserError, whole, write_whole
 
 FORMAT = 1
-GROUP = 32  # numbers of a matrix that share a scale where a module is stored in few bits
+GROUP = 32  # neighbouring weights that share a scale where a module is stored in few bits
 
 
 def save(
@@ -94,7 +94,7 @@ def trained(folder: str | Path, name: str, config_type: type) -> dict:
     path = Path(folder) / f"{name}.safetensors"
     try:
         parameters = sum(weight.size for weight in _weights(path).values())  # lazy: reads no weights
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(f"{path} is missing or damaged; copy it again or train anew.") from error
     return {
         "parameters": parameters,
@@ -120,7 +120,7 @@ def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | 
             raise ValueError("not the file that the JSON was written for")
         module.load_weights(list(_weights(path).items()))
         mx.eval(module.parameters())
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
             f"{path} is missing, damaged or not of one piece with its JSON; copy both again or train anew."
         ) from error
@@ -140,7 +140,7 @@ def _weights(path: Path) -> dict[str, mx.array]:
     stored = {k: v if v.dtype == mx.uint32 else v.astype(mx.float32) for k, v in mx.load(str(path)).items()}
     for name in [name for name, w in stored.items() if w.dtype == mx.uint32]:
         scales, biases = stored.pop(f"{name}.scales"), stored.pop(f"{name}.biases")
-        bits = stored[name].shape[-1] // scales.shape[-1]  # words of 32 bits for GROUP = 32 numbers
+        bits = stored[name].shape[-1] // scales.shape[-1]  # words of 32 bits for GROUP = 32 weights
         stored[name] = mx.dequantize(stored[name], scales, biases, GROUP, bits)
     return stored
 
