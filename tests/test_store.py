@@ -389,11 +389,11 @@ def mixed(tmp_path_factory) -> Path:
 
 
 def test_blocks_of_different_bits_have_records_of_different_sizes(mixed, tmp_path):
-    manifest = packing.pack(mixed, tmp_path / "store")
+    manifest = packing.pack(mixed, tmp_path / "store", decode=False)
     sizes = [manifest.record_size(block) for block in manifest.blocks]
     assert sizes[0] == sizes[3] < sizes[1] < sizes[2] == manifest.record_bytes
     assert manifest.total_bytes == 8 * sum(sizes)
-    model, right = StreamedModel(mixed, tmp_path / "store"), Backbone.load(mixed)
+    model, right = StreamedModel(mixed, tmp_path / "store"), Backbone.load(mixed, decode=False)
     tokens, residency, _ = test_experts.run(model, predictor=NextRouter(model.backbone, 2))
     assert tokens == [generate(right, p, max_tokens=14).tokens for p in test_experts.PROMPTS]
     assert residency.counts.ahead and residency.counts.missed
