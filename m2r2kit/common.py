@@ -173,6 +173,55 @@ def _beside(target: Path) -> Iterator[Path]:
 # --- memory ---------------------------------------------------------------------------------
 
 
+def machine_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
+    """The memory that this process may use in all, and what of it is free now.
+
+    It is the machine's, or less where a container or a batch system limits it (cgroup v1 and v2).
+
+    Args:
+        root: the folder that holds `proc` and `sys`.
+    """
+    import psutil
+
+    total, free = machine_bytes(), psutil.virtual_memory().available
+    for limit, used in _limits(root):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of each group that this process is in. What the kernel caches of files that
+    nobody uses at the moment does not count: it goes when memory is wanted."""
+    names = {True: ("memory.max", "memory.current", "inactive_file"),
+             False: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}  # fmt: skip
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            second = not controllers  # version 2 has one line without controllers
+            if not second and "memory" not in controllers.split(","):
+                continue
+            mount = root / "sys/fs/cgroup" / ("" if second else "memory")
+            # inside a container the path may be the host's: then the mount itself is the group
+            folder = mount / path.strip("/")
+            for group in (folder, *folder.parents):
+                if not group.is_relative_to(mount):
+                    break
+                with suppress(OSError, ValueError):  # `max`; or no such file, as at the top
+                    limit, used = (int((group / name).read_text()) for name in names[second][:2])
+                    yield limit, used - _idle(group / "memory.stat", names[second][2])
+
+
+def _idle(file: Path, name: str) -> int:
+    with suppress(OSError, ValueError):
+        return int(dict(map(str.split, file.read_text().splitlines()))[name])
+    return 0
+
+
 def peak_bytes() -> int:
     """The largest memory of this process so far, as the system reports it (resident set, in bytes).
 

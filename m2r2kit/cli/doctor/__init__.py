@@ -5,41 +5,25 @@ most of them for the matrix products and the disk, which are measured and not lo
 """
 
 import json
-import mmap
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
-import psutil
 
-from .. import __version__
-from ..common import cache_dir
-from ..model.cpu import threads as runtime
+from ... import __version__
+from ...model.cpu import threads as runtime
+from .check import Check
+from .places import cache_folder, disk_reads, disk_space, home_folder, kit_folder, memory, open_files
+from .tools import c_compiler, fused_kernels, notebook_kernel
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 OLDEST_GLIBC, OLDEST_MACOS = (2, 35), (14, 0)
 LEAST_RATIO = 0.7  # MLX's products against NumPy's
-LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
-
-
-@dataclass
-class Check:
-    """One finding. `advice` says what to do, or for an OK one what could be gained."""
-
-    name: str
-    value: str
-    ok: bool
-    advice: str = ""
-    numbers: dict[str, float] = field(default_factory=dict)
 
 
 def checks() -> list[Check]:
@@ -47,7 +31,8 @@ def checks() -> list[Check]:
     found = []
     for check in (
         python, packages, system, device, blas, products,
-        memory, disk_space, disk_reads, c_compiler, fused_kernels, notebook_kernel,
+        memory, open_files, home_folder, cache_folder, kit_folder, disk_space, disk_reads,
+        c_compiler, fused_kernels, notebook_kernel,
     ):  # fmt: skip
         try:
             result = check()
@@ -175,113 +160,3 @@ def products() -> Check:
         "" if ratio >= LEAST_RATIO else "see the line BLAS; if that is OK, try again on a quiet machine",
         {"mlx_gflops": round(mlx, 2), "numpy_gflops": round(numpy, 2), "ratio": round(ratio, 3)},
     )
-
-
-# --- memory and disk ----------------------------------------------------------------------
-
-
-def memory() -> Check:
-    state = psutil.virtual_memory()
-    ok = state.available >= LEAST_MEMORY
-    advice = "" if ok else "close other programs: the notebooks want 2 GB of free memory"
-    return Check(
-        "memory", f"{state.total / 2**30:.1f} GB, {state.available / 2**30:.1f} GB available", ok, advice
-    )
-
-
-def disk_space() -> Check:
-    free = shutil.disk_usage(Path.cwd()).free
-    ok = free >= LEAST_DISK
-    advice = "" if ok else "make room: trained modules and expert stores want 1 GB"
-    return Check("disk space", f"{free / 2**30:.1f} GB free here", ok, advice)
-
-
-def disk_reads() -> Check:
-    """Read a fresh file past the page cache, as the expert loader does."""
-    try:
-        rate, way = _read_rate(64 << 20)
-    except OSError as error:
-        advice = "make room in the cache folder, or set M2R2KIT_CACHE to one that can be written"
-        return Check("disk reads", f"not measured ({error.strerror or error})", False, advice)
-    return Check("disk reads", f"{rate:.0f} MB/s ({way})", True, "", {"disk_read_mb_s": round(rate, 1)})
-
-
-def _read_rate(size: int, chunk: int = 4 << 20) -> tuple[float, str]:
-    folder = cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, path = tempfile.mkstemp(prefix="doctor-", dir=folder)
-    try:
-        block = os.urandom(chunk)  # a disk that compresses must not be flattered
-        for _ in range(size // chunk):
-            os.write(handle, block)
-        os.fsync(handle)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        source, way = _open_uncached(path)
-        buffer = mmap.mmap(-1, chunk)  # page-aligned, which direct reads ask for
-        try:
-            start = time.perf_counter()
-            for offset in range(0, size, chunk):
-                if os.preadv(source, [buffer], offset) != chunk:
-                    raise OSError("a read came back short")
-            seconds = time.perf_counter() - start
-        finally:
-            os.close(source)
-            buffer.close()
-    finally:
-        os.close(handle)
-        os.unlink(path)
-    return size / 1e6 / seconds, way
-
-
-def _open_uncached(path: str) -> tuple[int, str]:
-    if hasattr(os, "O_DIRECT"):
-        try:
-            return os.open(path, os.O_RDONLY | os.O_DIRECT), "direct"
-        except OSError:
-            return os.open(path, os.O_RDONLY), "page cache dropped first"  # such as tmpfs
-    source = os.open(path, os.O_RDONLY)
-    if sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(source, fcntl.F_NOCACHE, 1)
-        return source, "uncached"
-    return source, "perhaps from the page cache"
-
-
-# --- compilers and the kernel --------------------------------------------------------------
-
-
-def c_compiler() -> Check:
-    if sys.platform == "darwin":
-        return Check("C compiler", "not needed on macOS", True)
-    path = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    advice = "" if path else "not needed, but with one, products with a single row are 1.4-3 times faster"
-    return Check("C compiler", path or "none", True, advice)
-
-
-def fused_kernels() -> Check:
-    """On Linux `mx.compile` writes C++ and calls `g++`; without it the same code runs unfused."""
-    if sys.platform == "darwin":
-        return Check("fused kernels", "compiled by Metal", True)
-    advice = "not needed, but with a working g++ MLX fuses small operations: decoding is faster"
-    path = shutil.which("g++")
-    if path is None:
-        return Check("fused kernels", "no g++", True, advice)
-    program = b"#include <cmath>\n#include <complex>\nfloat f(float x) { return std::exp(x); }\n"
-    command = [path, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-    try:
-        works = subprocess.run(command, input=program, capture_output=True, timeout=20).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        works = False
-    return Check("fused kernels", path if works else f"{path} does not work", True, "" if works else advice)
-
-
-def notebook_kernel() -> Check:
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
-    try:
-        spec = KernelSpecManager().get_kernel_spec("python3")
-    except NoSuchKernel:
-        return Check("notebook kernel", "none", False, "run `python -m ipykernel install --sys-prefix`")
-    return Check("notebook kernel", spec.display_name, True)

@@ -1,0 +1,122 @@
+"""Compilers, the code they made for MLX, and the Python that notebooks start."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .check import Check
+
+C_PROGRAM = "#include <math.h>\nfloat f(float x) { return expf(x); }\n"
+PROGRAM = """\
+#include <cmath>
+#include <complex>
+extern "C" float f(float x) { return std::exp(x); }
+"""
+
+
+def c_compiler() -> Check:
+    if sys.platform == "darwin":
+        return Check("C compiler", "not needed on macOS", True)
+    path = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if path is None:
+        advice = "not needed, but with one, products with a single row are 1.4-3 times faster"
+        return Check("C compiler", "none", True, advice)
+    if reason := _cannot_compile([path, "-x", "c", "-"], C_PROGRAM):
+        return Check("C compiler", f"{path} does not compile: {reason}", False, _mend("gcc libc6-dev"))
+    return Check("C compiler", path, True)
+
+
+def fused_kernels() -> Check:
+    """On Linux `mx.compile` writes C++, calls `g++` and keeps the result; without `g++` it runs unfused."""
+    if sys.platform == "darwin":
+        return Check("fused kernels", "compiled by Metal", True)
+    folder = _kernels()
+    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        advice = "set TMPDIR to a folder of your own, so that MLX can keep the code that it compiles"
+        return Check("fused kernels", f"{folder} belongs to another user", False, advice)
+    if damaged := [file.name for file in sorted(folder.glob("*.so")) if not is_whole_library(file)]:
+        advice = f"delete {folder}, which MLX makes again"
+        return Check("fused kernels", f"{len(damaged)} damaged in {folder}", False, advice)
+    path = shutil.which("g++")
+    if path is None:
+        advice = "not needed, but with a working g++ MLX fuses small operations: decoding is faster"
+        return Check("fused kernels", "no g++", True, advice)
+    if reason := _cannot_compile([path, "-std=c++17", "-x", "c++", "-"], PROGRAM):
+        return Check("fused kernels", f"{path} does not compile: {reason}", False, _mend("g++"))
+    return Check("fused kernels", path, True)
+
+
+def _mend(packages: str) -> str:
+    again = f"`apt install --reinstall {packages}`"
+    return f"install it anew (Debian and Ubuntu: {again}), or take it out of PATH"
+
+
+def _cannot_compile(command: list[str], program: str) -> str:
+    """Why a compiler makes no shared library of a few lines; empty where it does."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="m2r2kit-") as folder:
+            command = [*command, "-shared", "-fPIC", "-o", os.path.join(folder, "library.so")]
+            done = subprocess.run(command, input=program.encode(), capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return "it does not end"
+    except OSError as error:
+        return error.strerror or str(error)
+    if done.returncode == 0:
+        return ""
+    lines = done.stderr.decode(errors="replace").splitlines()
+    lines = [line for line in lines if "error" in line.lower()] or lines
+    return lines[0].strip()[:120] if lines else f"exit code {done.returncode}"
+
+
+def _kernels() -> Path:
+    """Where MLX keeps the code that it compiled for the CPU."""
+    import mlx.core as mx
+
+    return Path(tempfile.gettempdir(), "mlx", mx.__version__, "cpu")
+
+
+def is_whole_library(file: Path) -> bool:
+    """Whether an ELF file of 64 bits is as long as its header says; others are taken as they are."""
+    try:
+        with file.open("rb") as stream:
+            header = stream.read(64)
+        if len(header) < 64 or header[:4] != b"\x7fELF":
+            return False
+        if header[4] != 2:
+            return True
+        sections = int.from_bytes(header[40:48], sys.byteorder)  # where their table begins (elf.h)
+        size, count = (int.from_bytes(header[i : i + 2], sys.byteorder) for i in (58, 60))
+        return file.stat().st_size >= sections + size * count
+    except OSError:
+        return False
+
+
+def notebook_kernel() -> Check:
+    """Notebooks must start the Python that has the kit, not one of the same name from elsewhere."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    try:
+        spec = KernelSpecManager().get_kernel_spec("python3")
+    except NoSuchKernel:
+        return Check("notebook kernel", "none", False, "run `python -m ipykernel install --sys-prefix`")
+    program = spec.argv[0] if spec.argv else ""
+    if starts_this_python(program):
+        return Check("notebook kernel", spec.display_name, True)
+    advice = (
+        f"set JUPYTER_PREFER_ENV_PATH=1 before JupyterLab starts (`python3 ci/kit.py lab` does), or delete "
+        f"{spec.resource_dir}"
+    )
+    return Check("notebook kernel", f"'{spec.display_name}' starts {program or 'nothing'}", False, advice)
+
+
+def starts_this_python(program: str) -> bool:
+    """Whether Jupyter starts this Python for the first word of a kernel's command."""
+    names = ("python", f"python{sys.version_info[0]}", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+    if program in names:
+        return True  # Jupyter puts its own Python in their place
+    # links are not followed: an environment's Python is a link to the one that it was made from
+    folder, name = os.path.split(os.path.abspath(program))
+    return name in names and os.path.realpath(folder) == os.path.realpath(os.path.dirname(sys.executable))
