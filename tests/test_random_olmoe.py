@@ -96,6 +96,23 @@ def test_a_disk_too_small_or_a_folder_in_use_are_one_sentence_and_leave_nothing(
         write(config, tmp_path, MODEL)
 
 
+def test_a_folder_of_the_users_own_stays_as_it_is(tmp_path, capsys):
+    mine = tmp_path / "m.partial"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    assert main(["make-moe", str(tmp_path / "m"), "--size", "900GB", "--width", "4096"]) == 2
+    assert main(["make-moe", str(tmp_path / "m"), "--size", "4MB", "--width", "32"]) == 0
+    assert [f.name for f in mine.iterdir()] == ["notes.txt"]
+    names = {"config.json", "model.safetensors", *new_model.TOKENIZER}
+    assert {f.name for f in (tmp_path / "m").iterdir()} == names
+
+
+def test_a_tokenizer_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="has no tokenizer.json to copy"):
+        write(LargeConfig(width=32, experts=4), tmp_path / "m", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # --- the measurement ------------------------------------------------------------------------
 
 

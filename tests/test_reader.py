@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -14,7 +17,7 @@ import tiny_experts
 from m2r2kit.common import UserError
 from m2r2kit.experts import reader as reading
 from m2r2kit.experts.reader import AHEAD, PARKED, Link, Reader, system_read_bytes
-from m2r2kit.experts.store import Store
+from m2r2kit.experts.store import Store, quick_sum
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +268,153 @@ def test_records_reach_the_slots_they_are_meant_for(mode):
     for name, array in bank.arrays.items():
         assert np.array_equal(np.array(array[2]), np.array(right[name][6]))
         assert not np.array(array[:2]).any()
+
+
+# --- nobody waits for ever ------------------------------------------------------------------
+
+
+def raising(error: BaseException):
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no more"), ValueError("odd")])
+def test_whatever_a_read_raises_is_one_sentence(monkeypatch, error):
+    with Reader(tiny_experts.store(), "buffered") as r:
+        monkeypatch.setattr(reading.os, "preadv", raising(error))
+        with pytest.raises(UserError, match=r"Expert 3 of block 1 cannot be read"):
+            r.wait([r.submit(1, 3, lambda record: None, True)])
+        monkeypatch.undo()
+        r.wait([r.submit(1, 3, lambda record: None, True)])  # the threads go on
+
+
+def test_no_memory_for_a_buffer_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(reading.mmap, "mmap", raising(OSError(errno.ENOMEM, "Cannot allocate memory")))
+    with pytest.raises(UserError, match=r"no memory or no thread .*give less --threads"):
+        Reader(tiny_experts.store(), "buffered")
+
+
+def test_no_thread_to_read_is_one_sentence_and_those_that_began_end(monkeypatch):
+    real, begun = threading.Thread.start, []
+
+    def start(thread):
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(UserError, match="can't start new thread"):
+        Reader(tiny_experts.store(), "buffered", threads=3)
+    begun[0].join(10)
+    assert not begun[0].is_alive()
+
+
+def test_whoever_waits_for_a_thread_that_ends_hears_of_it(monkeypatch):
+    gate = threading.Event()
+
+    def serve(self, request, buffer):
+        gate.wait(60)
+        raise SystemExit("gone")
+
+    monkeypatch.setattr(Reader, "_serve", serve)
+    with Reader(tiny_experts.store(), "buffered", threads=1) as r:
+        request = r.submit(0, 0, lambda record: None, True)
+        threading.Timer(0.2, gate.set).start()
+        with pytest.raises(UserError, match=r"thread that reads experts ended \(gone\)"):
+            r.wait([request])
+        with pytest.raises(UserError, match="ended"):
+            r.submit(0, 1, lambda record: None, True)
+
+
+def test_a_closed_reader_says_so():
+    r = Reader(tiny_experts.store(), "buffered")
+    r.close()
+    with pytest.raises(UserError, match="is closed"):
+        r.submit(0, 0, lambda record: None, True)
+
+
+def test_closing_does_not_wait_for_a_read_that_hangs(monkeypatch):
+    """As after Ctrl-C while a disk does not answer: what it brings later lands nowhere."""
+    gate, begun, landed, real = threading.Event(), threading.Event(), Landed(), os.preadv
+
+    def hang(*args):
+        begun.set()
+        gate.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(reading, "PATIENCE", 0.1)
+    monkeypatch.setattr(reading.os, "preadv", hang)
+    r = Reader(tiny_experts.store(), "buffered", threads=1)
+    try:
+        r.submit(0, 0, landed.at(0, 0), True)
+        assert begun.wait(10)
+        r.close()
+        assert not gate.is_set() and r._threads[0].is_alive()
+    finally:
+        gate.set()
+    r._threads[0].join(10)
+    assert not r._threads[0].is_alive() and not landed
+    r.close()  # now its files close too
+    assert not r._files
+
+
+def test_ctrl_c_ends_a_wait_for_a_read_that_hangs(tmp_path):
+    """In a process of its own, with a signal from outside."""
+    code = (
+        "import os, sys, threading, time\nfrom m2r2kit.experts import reader\n"
+        "from m2r2kit.experts.store import Store\n"
+        "os.preadv = lambda *_: (print('hangs', flush=True), time.sleep(600))\n"
+        "with reader.Reader(Store(sys.argv[1]), 'buffered') as r:\n"
+        "    r.wait([r.submit(0, 0, lambda record: None, True)])\n"
+    )
+    words = [sys.executable, "-c", code, str(tiny_experts.store().folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout.readline() == "hangs\n"
+            child.send_signal(signal.SIGINT)
+            _, said = child.communicate(timeout=60)
+            assert child.returncode != 0 and "KeyboardInterrupt" in said
+        finally:
+            child.kill()
+
+
+# --- every read is checked ------------------------------------------------------------------
+
+
+def test_a_record_that_rots_while_the_store_is_in_use_does_not_land(tmp_path, mode):
+    """It was right when it was first read."""
+    store, landed = copied(tmp_path), Landed()
+    size = store.manifest.record_bytes
+    for at in (0, 4096 + 5, size - 1):  # padding too
+        with Reader(store, mode) as r:
+            r.wait([r.submit(2, 4, landed.at(2, 4), True)])
+            right = landed.pop((2, 4))
+            content = bytearray(store.path(2).read_bytes())
+            content[4 * size + at] ^= 128
+            store.path(2).write_bytes(content)
+            with pytest.raises(UserError, match=r"Expert 4 of block 2 .*checksum is wrong"):
+                r.wait([r.submit(2, 4, landed.at(2, 4), True)])
+            r.wait([r.submit(2, 3, landed.at(2, 3), True)])
+            assert set(landed) == {(2, 3)}
+            content[4 * size + at] ^= 128
+            store.path(2).write_bytes(content)
+            r.wait([r.submit(2, 4, landed.at(2, 4), True)])
+            assert landed[2, 4] == right
+
+
+def test_a_quick_sum_sees_flipped_bits_and_pages_that_are_lost_or_exchanged():
+    rng = np.random.default_rng(0)
+    record = rng.integers(0, 256, 5 * 4096, dtype=np.uint8)
+    right, sums = quick_sum(record), set()
+    for at in rng.integers(0, record.size, 50):
+        for bit in range(8):
+            record[at] ^= 1 << bit
+            sums.add(quick_sum(record))
+            record[at] ^= 1 << bit
+    pages = record.reshape(5, 4096)
+    for other in (pages[[1, 0, 2, 3, 4]], pages[[0, 1, 2, 3, 3]], np.vstack([pages[:4], 0 * pages[:1]])):
+        sums.add(quick_sum(np.ascontiguousarray(other).reshape(-1)))
+    assert right not in sums and quick_sum(record) == right

@@ -271,6 +271,23 @@ def test_a_damaged_trace_is_one_sentence(tmp_path):
             Trace.load(tmp_path / "t.npz")
 
 
+def test_the_trace_of_another_model_is_one_sentence(tmp_path):
+    TRACE.save(tmp_path / "t.npz")
+    assert Trace.load(tmp_path / "t.npz", TRACE) == TRACE
+    for other in (Trace((0, 1), 12, 3), Trace(TRACE.blocks, 16, 3), Trace(TRACE.blocks, 12, 2)):
+        with pytest.raises(UserError, match="trace of another model"):
+            Trace.load(tmp_path / "t.npz", other)
+
+
+def test_a_trace_that_cannot_be_written_leaves_what_was_there(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        TRACE.save(tmp_path / "folder")
+    TRACE.save(tmp_path / "without-a-suffix")
+    assert Trace.load(tmp_path / "without-a-suffix") == TRACE
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["folder", "without-a-suffix"]
+
+
 def test_sticky_traces_stay_as_long_as_they_are_told():
     for stay, least, most in ((0.0, 0.0, 0.35), (0.9, 0.7, 0.95)):
         trace = sticky(blocks=1, experts=32, top_k=4, passes=500, stay=stay, skew=0.5, seed=3)
