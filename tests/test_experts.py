@@ -360,12 +360,8 @@ def test_an_oracle_with_the_trace_of_another_text_is_one_sentence():
     known = trace_of(model)
     run(model, trace=known)
     with Reader(model.store, "buffered") as r:
-        decoder = ExpertDecoder(
-            model,
-            model.residency(4, methods.policy("lru")),
-            r,
-            methods.predictor("oracle", model, 1, trace=known),
-        )
+        oracle = methods.predictor("oracle", model, 1, trace=known)
+        decoder = ExpertDecoder(model, model.residency(4, methods.policy("lru")), r, oracle)
         with pytest.raises(UserError, match="trace is of another text"):
             decoder.generate(PROMPTS[2], TOKENS)
         short = Trace(known.blocks, known.experts, known.top_k, known.passes[:2])

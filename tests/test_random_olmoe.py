@@ -108,7 +108,7 @@ def test_a_folder_of_the_users_own_stays_as_it_is(tmp_path, capsys):
 
 
 def test_a_tokenizer_that_is_not_there_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="has no tokenizer.json to copy"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json to copy"):
         write(LargeConfig(width=32, experts=4), tmp_path / "m", tmp_path)
     assert not list(tmp_path.iterdir())
 

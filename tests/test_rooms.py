@@ -26,16 +26,8 @@ MAY = {  # a room, and the rooms that it may import
 OUTSIDE = ("__init__", "__main__", "api", "cli")  # the doors: they may import every room
 TWICE = {  # names that two rooms use for their own kind of the same thing, told apart by the module
     *("load", "save", "read", "write", "new", "train", "measure", "compare", "newest", "table", "run"),
-    *(
-        "loss",
-        "mean_loss",
-        "hf_config",
-        "new_parameters",
-        "hidden_states",
-        "attend",
-        "teacher_batch",
-        "predictor_of",
-    ),
+    *("loss", "mean_loss", "hf_config", "new_parameters", "hidden_states", "attend", "predictor_of"),
+    *("teacher_batch",),
     *("check", "find", "parts", "questions", "stream", "drafter", "predictor", "tau", "default_exits"),
     *("Static", "Oracle", "Check", "swiglu", "draft_and_verify", "draw_sizes", "draw_speeds", "whole"),
     *("generate", "prepare"),
