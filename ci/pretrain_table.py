@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from m2r2kit.bench import records  # noqa: E402
+from m2r2kit.bench.tables import Table  # noqa: E402
 from m2r2kit.text.corpus import KINDS  # noqa: E402
 
 README = ROOT / "data" / "README.md"
@@ -22,16 +23,15 @@ def table(record: dict | None) -> str:
     """What stands between the marks for a record; None where nothing was measured."""
     if record is None:
         return "Not measured yet.\n"
-    lines = [
-        "| kind | cross-entropy (nats/token) | bits/byte | next token right | tokens |",
-        "|---|---|---|---|---|",
-    ]
     figures, s, cores = record["figures"], record["settings"], record["machine"]["cores"]
-    for kind in (kind for kind in KINDS if kind in figures):
-        f = figures[kind]
-        cells = f"{f['loss']:.3f} | {f['bits_per_byte']:.3f} | {f['accuracy']:.1%} | {f['tokens']:,}"
-        lines.append(f"| {kind} | {cells} |")
-    lines += [
+    rows = [
+        (kind, f"{f['loss']:.3f}", f"{f['bits_per_byte']:.3f}", f"{f['accuracy']:.1%}", f"{f['tokens']:,}")
+        for kind in KINDS
+        if (f := figures.get(kind))
+    ]
+    heads = ("kind", "cross-entropy (nats/token)", "bits/byte", "next token right", "tokens")
+    lines = [
+        Table(heads, rows).as_markdown(),
         "",
         f"{s['blocks_now']} blocks of width {s['width']}, {s['parameters'] / 1e6:.1f} M parameters, "
         f"{s['tokens_seen'] / 1e6:.1f} M tokens in {s['training_seconds'] / 3600:.1f} hours on "

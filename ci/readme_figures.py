@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from m2r2kit.bench import records  # noqa: E402
+from m2r2kit.bench import claims, records  # noqa: E402
+from m2r2kit.bench.tables import Table  # noqa: E402
 from m2r2kit.cli.commands import bench_exits, bench_experts  # noqa: E402
 from m2r2kit.cli.commands.bench import table  # noqa: E402
 from m2r2kit.figures import exits as figures_exits  # noqa: E402
@@ -33,7 +34,7 @@ def made(record: dict) -> str:
 def figures() -> str:
     """What stands between the marks."""
     lines = []
-    runs = records.read("speculation")
+    runs = claims.accepted("speculation")
     # the run with most prompts, and that with most arms; of several the newest
     sizes = [lambda r: r["settings"].get("prompts", 0), lambda r: len(r["figures"]["arms"])]
     shown = [max(enumerate(runs), key=lambda pair: (size(pair[1]), pair[0]))[1] for size in sizes if runs]
@@ -53,18 +54,20 @@ def figures() -> str:
             "draft and `v` of a verification, in plain steps.",
             "",
         ]
-    if record := records.latest("alignment"):
+    if found := claims.accepted("alignment"):
+        record = found[-1]
         rows = record["figures"]["rows"]
         lines += [
             f"How often the exit (block {rows[0]['exit']}) already names the model's next token, on held-out "
-            f"rows; all trained alike, with as many numbers (`{record['command']}`):",
+            f"rows; all trained alike, with as many parameters (`{record['command']}`):",
             "",
-            "| read at the exit | trained numbers | agreement |",
-            "|---|---|---|",
-            *(f"| {r['form']} | {r['parameters']:,} | {r['agreement']:.1%} |" for r in rows),
+            Table(
+                ("read at the exit", "parameters", "agreement"),
+                [(r["form"], f"{r['parameters']:,}", f"{r['agreement']:.1%}") for r in rows],
+            ).as_markdown(),
             "",
         ]
-    if records.read("exits"):
+    if claims.accepted("exits"):
         record = figures_exits.newest()
         shown = bench_exits.table(record["figures"]["methods"], record["settings"]["depth"])
         lines += [
@@ -73,7 +76,7 @@ def figures() -> str:
             *(f"    {line}".rstrip() for line in shown.splitlines()),
             "",
         ]
-    for number, record in enumerate(figures_experts.sizes() or records.read("experts")[-1:]):
+    for number, record in enumerate(figures_experts.sizes() or claims.accepted("experts")[-1:]):
         s, kind = record["settings"], "simulated" if record["figures"]["simulated"] else "real"
         lines += [
             f"Experts of {s['record_bytes'] / 1024:.0f} KiB read from a {kind} disk ({s['model']}, "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2r2kit.bench import records
+from m2r2kit.bench import claims
 from m2r2kit.bench.arms import HEADS, ArmsTable, newest, parts
 from m2r2kit.bench.costs import speedup
 from m2r2kit.common import UserError
@@ -31,10 +31,10 @@ PLAIN = arm(1.0, 0, 0.0, 1.0, 1.0)
 
 def test_the_fastest_comes_first_and_a_changed_text_last():
     table = ArmsTable(record(eagle=arm(None), plain=PLAIN, m2r2=arm(1.8), new_way=arm(0.7)))
-    assert [row[0] for row in table.rows()] == ["m2r2", "plain", "new-way", "eagle"]
-    assert table.rows()[0][1:7] == ("1.80x", "1.70..1.90", "1.56x", "2.50", "0.10", "1.20")
-    assert ArmsTable(record(plain=PLAIN, lookahead=arm(1.1, c=-0.001))).rows()[0][5] == "0.00"
-    assert table.rows()[3][1:3] == ("other text", "-")
+    assert [row[0] for row in table.rows] == ["m2r2", "plain", "new-way", "eagle"]
+    assert table.rows[0][1:7] == ("1.80x", "1.70..1.90", "1.56x", "2.50", "0.10", "1.20")
+    assert ArmsTable(record(plain=PLAIN, lookahead=arm(1.1, c=-0.001))).rows[0][5] == "0.00"
+    assert table.rows[3][1:3] == ("other text", "-")
 
 
 def test_parameters_and_training_may_be_missing_or_none():
@@ -44,7 +44,7 @@ def test_parameters_and_training_may_be_missing_or_none():
         "m2r2": arm(1.8, parameters=451040, train_steps=1500, train_seconds=600),
         "medusa": arm(1.2, parameters=0, train_steps=1500),
     }
-    cells = {row[0]: row[-2:] for row in ArmsTable(record(**arms)).rows()}
+    cells = {row[0]: row[-2:] for row in ArmsTable(record(**arms)).rows}
     assert cells["deed"] == cells["eagle"] == ("-", "-")
     assert cells["m2r2"] == ("451 k", "10 min (1,500 steps)") and cells["medusa"] == ("0", "1,500 steps")
 
@@ -52,17 +52,17 @@ def test_parameters_and_training_may_be_missing_or_none():
 def test_the_three_forms_hold_the_same_cells_and_escape_what_they_quote():
     table = ArmsTable(record(plain=PLAIN, m2r2=arm(1.8)))
     markup, markdown, text = table._repr_html_(), table.as_markdown(), repr(table)
-    for cell in [*HEADS, *table.rows()[0]]:
+    for cell in [*HEADS, *table.rows[0]]:
         assert cell in markup and cell in markdown and cell in text
     assert "Chip &lt;1&gt;" in markup and "Chip <1>" in text
-    assert "(ours)" in markup and str(METHODS["m2r2"]) in text
+    assert "<b>m2r2</b>" in markup and str(METHODS["m2r2"]) in text
 
 
 def test_newest_takes_the_most_arms_then_the_last(monkeypatch, tmp_path):
     found = [record(plain=PLAIN, m2r2=arm(s)) for s in (1.1, 1.2)] + [record(plain=PLAIN)]
-    monkeypatch.setattr(records, "read", lambda subject: found)
+    monkeypatch.setattr(claims, "accepted", lambda subject: found)
     assert newest() is found[1]
-    monkeypatch.setattr(records, "read", lambda subject: [])
+    monkeypatch.setattr(claims, "accepted", lambda subject: [])
     with pytest.raises(UserError, match="no record yet"):
         newest()
 
@@ -95,4 +95,4 @@ def test_an_arm_that_was_not_measured_is_named_in_a_sentence():
 
 def test_the_committed_records_can_be_shown():
     table = ArmsTable(newest())
-    assert len(table.rows()) == len(newest()["figures"]["arms"]) and "m2r2" in repr(table)
+    assert len(table.rows) == len(newest()["figures"]["arms"]) and "m2r2" in repr(table)

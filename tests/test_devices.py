@@ -55,7 +55,7 @@ def test_the_table_puts_the_measured_through_the_computed():
     table = DevicesTable({"tau": 3.0, "g": 4.0}, SHAPE, 2, [BY_HAND])
     assert table.speedup(BY_HAND) == pytest.approx(3 / (4 * 0.4 + 1))
     assert table.speedup(BY_HAND, 0.5) == pytest.approx(3 / (4 * 0.4 + 2.5))
-    assert table.rows() == [
+    assert table.rows == [
         ("by hand", "16 bit", "8", "0.0 ms", "0.40", "1.00", "1.15x", "0.83x"),
         ("by hand", "4 bit", "2", "0.0 ms", "0.40", "2.50", "0.73x", "0.73x"),
     ]

@@ -12,8 +12,8 @@ from test_train_stream import arguments as stream_arguments
 from test_train_stream import written  # noqa: F401  (a fixture: little text and few prompts)
 
 from m2r2kit.__main__ import main
+from m2r2kit.bench import claims, records
 from m2r2kit.bench import exits as bench_exits
-from m2r2kit.bench import records
 from m2r2kit.bench.merit import Curve, crossing, merits
 from m2r2kit.cli.commands import bench_exits as bench_command
 from m2r2kit.cli.commands import calibrate, train_exits, train_stream
@@ -158,7 +158,7 @@ def test_bench_measures_times_and_records(everything, capsys, monkeypatch):
         ax = new_figure()[1]
         assert "calm" in figures_exits.draw_curves(ax, record, over)
     assert "m2r2" in figures_exits.draw_merits(new_figure()[1], record)
-    monkeypatch.setattr(records, "read", lambda subject: [record])
+    monkeypatch.setattr(claims, "accepted", lambda subject: [record])
     assert figures_exits.newest() is record
 
 

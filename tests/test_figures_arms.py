@@ -3,7 +3,7 @@
 import pytest
 from test_arms import PLAIN, arm, record
 
-from m2r2kit.bench import records
+from m2r2kit.bench import claims
 from m2r2kit.bench.arms import newest
 from m2r2kit.common import UserError
 from m2r2kit.figures.arms import draw_acceptance, draw_map, draw_predicted, draw_speeds
@@ -98,6 +98,6 @@ def test_a_map_says_each_number_and_frames_the_best(ax):
 
 
 def test_without_a_map_the_command_is_named(ax, monkeypatch):
-    monkeypatch.setattr(records, "latest", lambda subject: None)
+    monkeypatch.setattr(claims, "accepted", lambda subject: [])
     with pytest.raises(UserError, match="`m2r2kit bench map --record`"):
         draw_map(ax)

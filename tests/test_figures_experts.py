@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny_experts
 
+from m2r2kit.bench import claims
 from m2r2kit.bench import plan as planner
-from m2r2kit.bench import records
 from m2r2kit.bench.disk import Speed
 from m2r2kit.experts.generation import Event
 from m2r2kit.figures import disk as disk
@@ -140,14 +140,14 @@ def test_a_record_is_drawn_without_what_changed_the_text():
 def test_the_record_of_a_real_disk_with_most_arms_is_taken(monkeypatch):
     few, many, link = record(arms=("lru",)), record(), record(True, ("a", "b", "c"))
     for found, best in (([], None), ([link], link), ([many, few, link], many), ([many, record()], 1)):
-        monkeypatch.setattr(records, "read", lambda _, found=found: found)
+        monkeypatch.setattr(claims, "accepted", lambda _, found=found: found)
         assert experts.newest() is (found[1] if best == 1 else best)
 
 
 def test_sizes_of_experts_are_drawn_from_the_newest_record_of_each(monkeypatch, ax):
     small, large = record(), record(nbytes=4096)
     found = [large, record(), record(True, nbytes=9), small, record(arms=("lru",))]
-    monkeypatch.setattr(records, "read", lambda _: found)
+    monkeypatch.setattr(claims, "accepted", lambda _: found)
     assert [id(r) for r in experts.sizes()] == [id(small), id(large)]
     assert experts.newest(4096) is large and experts.newest(7) is None
     said = experts.draw_sizes(ax, experts.sizes(), 0.25)

@@ -8,8 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from m2r2kit.bench import records, report
+from m2r2kit.bench import claims, records, report
 from m2r2kit.common import UserError
+from m2r2kit.model.load import weights_sha256
+from m2r2kit.text import prompts
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +20,22 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
-def add(subject="speculation", figures=None, **settings):
-    return records.append(subject, command="m2r2kit report", settings=settings, figures=figures or {"x": 1})
+def add(subject="speculation", figures=None, prompts_sha256=None, **settings):
+    return records.append(
+        subject,
+        command="m2r2kit report",
+        settings=settings,
+        figures=figures or {"x": 1},
+        prompts_sha256=prompts_sha256,
+    )
+
+
+def ours(subject="speculation", figures=None, **changes):
+    """A record as the rows of the table ask for."""
+    file = claims.load("claims.toml")
+    asked = file["accepts"][subject]
+    settings = {"model_sha256": file["models"][asked["models"][0]][0], **asked["least"]}
+    return add(subject, figures, prompts.sha256(prompts.read(prompts.ALL)), **(settings | changes))
 
 
 # --- records ------------------------------------------------------------------------------
@@ -131,14 +147,74 @@ def test_without_records_nothing_is_tested():
     ("speed", "verdict"), [(2.8, "reproduced"), (1.7, "direction only"), (1.01, "differs"), (0.9, "differs")]
 )
 def test_a_speed_up_gets_its_verdict(speed, verdict):
-    add(figures=speculation(speed))
+    ours(figures=speculation(speed))
     found = row("speculation-speedup")
     assert found["verdict"] == verdict and found["n"] == 5
     assert found["ratio"] == pytest.approx(speed / 2.8, abs=1e-3)
 
 
+def test_a_record_of_something_else_fills_no_row():
+    ours(figures=speculation(1.7))
+    for changes in (
+        {"model_sha256": "0" * 64, "model": "pocket-dense"},
+        {"model_sha256": None},
+        {"prompts": 1},
+        {"max_tokens": 2},
+        {"repeats": "many"},
+    ):
+        ours(figures=speculation(2.8), **changes)
+    file = claims.load("claims.toml")["models"]["pocket-dense"]
+    add(
+        "speculation", speculation(2.8), "0" * 64, model_sha256=file[0], prompts=96, max_tokens=128, repeats=5
+    )
+    assert row("speculation-speedup")["ours"] == 1.7
+
+
+def test_the_newest_record_is_that_of_the_latest_date(folder):
+    for speed in (1.5, 1.6):
+        ours(figures=speculation(speed))
+    file = folder / "speculation.jsonl"
+    first, second = map(json.loads, file.read_text().splitlines())
+    first["date"] = "2027-03-01T00:30:00+02:00"
+    second["date"] = "2027-02-28T23:00:00+00:00"  # half an hour later
+    file.write_text("".join(json.dumps(r) + "\n" for r in (second, first)))
+    assert row("speculation-speedup")["ours"] == 1.6
+    assert records.latest("speculation")["date"] == second["date"]
+
+
+@pytest.mark.parametrize("change", ["machine", "date", "NaN", "Infinity"])
+def test_an_edited_record_is_named(change, folder):
+    written = ours(figures=speculation())
+    if change in written:
+        del written[change]
+    else:
+        written["figures"]["arms"]["m2r2"]["tau"] = float(change)
+    (folder / "speculation.jsonl").write_text(json.dumps(written) + "\n")
+    with pytest.raises(UserError, match=r"speculation\.jsonl, line 1"):
+        report.table()
+
+
+@pytest.mark.parametrize("wrong", ["false", 1, None])
+def test_a_word_is_no_answer_to_a_question_of_yes_or_no(wrong):
+    ours(figures=speculation(equal=wrong))
+    assert row("speculation-lossless")["verdict"] == row("speculation-speedup")["verdict"] == "not tested"
+
+
+def test_the_models_in_data_are_those_that_rows_accept():
+    models = claims.load("claims.toml")["models"]
+    for name in ("pocket-dense", "pocket-moe"):
+        assert weights_sha256(records.ROOT / "data" / name) in models[name]
+
+
+def test_every_subject_of_a_row_says_what_it_accepts():
+    file = claims.load("claims.toml")
+    assert {c["subject"] for c in file["claim"] if "subject" in c} <= file["accepts"].keys()
+    for asked in file["accepts"].values():
+        assert set(asked["models"]) <= file["models"].keys() and asked["least"]
+
+
 def test_unequal_output_has_no_speed():
-    add(figures=speculation(3.0, equal=False))
+    ours(figures=speculation(3.0, equal=False))
     assert row("speculation-lossless")["verdict"] == "differs"
     found = row("speculation-speedup")
     assert (found["verdict"], found["ours"]) == ("not tested", None)
@@ -146,16 +222,16 @@ def test_unequal_output_has_no_speed():
 
 
 def test_a_later_record_of_other_arms_hides_nothing():
-    add(figures=speculation(1.7))
-    add(figures={"arms": {"plain": {"equal": True}}})
+    ours(figures=speculation(1.7))
+    ours(figures={"arms": {"plain": {"equal": True}}})
     assert row("speculation-speedup")["ours"] == 1.7
 
 
 def test_a_peer_is_held_against_us_in_one_run():
     both = speculation(1.7)
     both["arms"]["eagle"] = {"equal": True, "speedup_vs_plain": {"median": 1.9}}
-    add(figures=both)
-    add(figures=speculation(2.1))  # later, and without that peer
+    ours(figures=both)
+    ours(figures=speculation(2.1))  # later, and without that peer
     found = row("speculation-over-eagle")
     assert (found["ours"], found["baseline"], found["verdict"]) == (1.7, 1.9, "differs")
     assert row("speculation-speedup")["ours"] == 2.1
@@ -168,7 +244,7 @@ def test_alignment_is_judged_against_its_controls():
         {"form": "extra block", "exit": 3, "agreement": 0.53},
         {"form": "R=1 block", "exit": 3, "agreement": 0.505},
     ]
-    add("alignment", {"rows": rows})
+    ours("alignment", {"rows": rows})
     assert row("early-alignment")["verdict"] == "direction only"
     assert row("alignment-equal-size")["verdict"] == "differs"
     assert row("velocity")["verdict"] == "differs"  # better by less than the margin
@@ -187,7 +263,7 @@ def experts(m2r2=2.5, direct=1.4, equal=True):
 def add_experts(*figures, link=None, sizes=(307200, 1228800)):
     """Records of the pocket mixture, and of the one with wider experts."""
     for nbytes in sizes:
-        add("experts", experts(*figures), link=link, record_bytes=nbytes)
+        ours("experts", experts(*figures), link=link, record_bytes=nbytes)
 
 
 def test_experts_from_a_simulated_link_are_no_disk():
@@ -210,12 +286,12 @@ def test_the_baseline_is_fair_if_mlx_lm_is_not_faster():
             "speedup_vs_plain": {"median": speed, "min": speed, "max": speed},
             "seconds": [1],
         }
-        add(figures={"arms": {"mlx_lm": arm}})
+        ours(figures={"arms": {"mlx_lm": arm}})
         assert row("speculation-over-mlx-lm")["verdict"] == verdict
 
 
 def test_every_form_of_the_table_holds_every_row():
-    add(figures=speculation())
+    ours(figures=speculation())
     rows = report.table()
     text = report.as_text(80)
     assert max(map(len, text.splitlines())) <= 90

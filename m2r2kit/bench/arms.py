@@ -4,13 +4,12 @@ ArmsTable(newest())            # at the end of a cell: a table
 print(ArmsTable(newest()))     # the same in a terminal
 """
 
-import html
-
 from ..common import UserError
 from ..speculation.registry import METHODS
-from . import costs, records
+from . import claims, costs
+from .tables import Table
 
-HEADS = ("method", "speed-up", "from..to", "predicted", "tau", "c", "v", "trained numbers", "training")
+HEADS = ("method", "speed-up", "from..to", "predicted", "tau", "c", "v", "parameters", "training")
 
 
 def newest(subject: str = "speculation") -> dict:
@@ -19,7 +18,7 @@ def newest(subject: str = "speculation") -> dict:
     Raises:
         UserError: nothing has been measured yet.
     """
-    found = records.read(subject)
+    found = claims.accepted(subject)
     if not found:
         raise UserError("There is no record yet; `m2r2kit bench speculation --record` makes one.")
     return max(enumerate(found), key=lambda pair: (len(pair[1]["figures"]["arms"]), pair[0]))[1]
@@ -58,74 +57,41 @@ def parts(record: dict, name: str) -> dict:
             "measured": arm["speedup_vs_plain"]["median"], "predicted": predicted}  # fmt: skip
 
 
-class ArmsTable:
+class ArmsTable(Table):
     """The arms of a record, the fastest first; an arm that changed the text comes last, without a speed.
 
     Args:
-        record: as `records.read("speculation")` has them.
+        record: as `records.read("speculation")` has it.
     """
 
     def __init__(self, record: dict):
-        self.record = record
-        arms = record["figures"]["arms"]
+        arms, settings = record["figures"]["arms"], record["settings"]
         self.names = sorted(arms, key=lambda name: -((arms[name]["speedup_vs_plain"] or {}).get("median", 0)))
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """The cells under `HEADS`, as texts."""
-        return [self._row(name, self.record["figures"]["arms"][name]) for name in self.names]
-
-    @staticmethod
-    def _row(name: str, arm: dict) -> tuple[str, ...]:
-        speed, predicted = arm["speedup_vs_plain"], arm.get("predicted_speedup")
-        drafts = bool(arm["drafts"])
-        return (
-            name,
-            f"{speed['median']:.2f}x" if speed else "other text",
-            f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
-            f"{predicted:.2f}x" if predicted and drafts else "-",
-            f"{arm['tau']:.2f}",
-            f"{round(arm['draft_cost'], 2) + 0.0:.2f}" if drafts else "-",  # noise of the clock is no -0.00
-            f"{arm['verify_cost']:.2f}" if drafts else "-",
-            _count(arm.get("parameters")),
-            _training(arm.get("train_seconds"), arm.get("train_steps")),
-        )
-
-    @property
-    def caption(self) -> str:
-        """What was measured, where, and the command that does it again."""
-        r, settings = self.record, self.record["settings"]
-        return (
+        super().__init__(
+            HEADS,
+            [_row(name, arms[name]) for name in self.names],
             f"{settings.get('prompts', '?')} prompts, up to {settings.get('max_tokens', '?')} tokens each, "
-            f"{settings.get('repeats', '?')} rounds; {r['machine']['chip']}, {r['date'][:10]}: {r['command']}"
+            f"{settings.get('repeats', '?')} rounds; {record['machine']['chip']}, {record['date'][:10]}: "
+            f"{record['command']}",
+            [[str(METHODS[name])] if name in METHODS else [] for name in self.names],
+            bold=[name for name in self.names if name.startswith("m2r2")],
         )
 
-    def __repr__(self):
-        table = [HEADS, *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
-        known = [f"{name:{widths[0]}}  {METHODS[name]}" for name in self.names if name in METHODS]
-        return "\n".join([self.caption, "", *(line.rstrip() for line in lines), "", *known])
 
-    def _repr_html_(self):
-        left, right = (f'style="text-align: {side}"' for side in ("left", "right"))
-        out = [f"<p>{html.escape(self.caption)}</p><table><thead><tr>"]
-        out += [f"<th {left}>{HEADS[0]}</th>", *(f"<th {right}>{head}</th>" for head in HEADS[1:])]
-        out.append("</tr></thead><tbody>")
-        for name, *cells in self.rows():
-            who = f"<br><small>{html.escape(str(METHODS[name]))}</small>" if name in METHODS else ""
-            ours = " <b>(ours)</b>" if name.startswith("m2r2") else ""
-            out.append(f"<tr><td {left}>{html.escape(name)}{ours}{who}</td>")
-            out += [f"<td {right}>{html.escape(cell)}</td>" for cell in cells] + ["</tr>"]
-        return "".join([*out, "</tbody></table>"])
-
-    def as_markdown(self) -> str:
-        """For a README."""
-        lines = ["| " + " | ".join(HEADS) + " |", "|---" + "|---:" * (len(HEADS) - 1) + "|"]
-        for name, *cells in self.rows():
-            lines.append(
-                "| " + " | ".join([f"{name}: {METHODS[name]}" if name in METHODS else name, *cells]) + " |"
-            )
-        return "\n".join(lines)
+def _row(name: str, arm: dict) -> tuple[str, ...]:
+    speed, predicted = arm["speedup_vs_plain"], arm.get("predicted_speedup")
+    drafts = bool(arm["drafts"])
+    return (
+        name,
+        f"{speed['median']:.2f}x" if speed else "other text",
+        f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
+        f"{predicted:.2f}x" if predicted and drafts else "-",
+        f"{arm['tau']:.2f}",
+        f"{round(arm['draft_cost'], 2) + 0.0:.2f}" if drafts else "-",  # noise of the clock is no -0.00
+        f"{arm['verify_cost']:.2f}" if drafts else "-",
+        _count(arm.get("parameters")),
+        _training(arm.get("train_seconds"), arm.get("train_steps")),
+    )
 
 
 def _count(parameters: int | None) -> str:

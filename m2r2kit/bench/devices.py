@@ -16,6 +16,7 @@ import tomllib
 from dataclasses import dataclass
 
 from ..common import ROOT
+from .tables import Table
 
 FILE = ROOT / "data" / "paper" / "devices.toml"  # the figures, with their sources
 FORMATS = {"16 bit": 2.0, "4 bit": 0.5}  # bytes a weight
@@ -90,7 +91,7 @@ def draft_and_verify(
     return draft / plain, device.seconds(shape.weights, rows, bytes_per_weight) / plain
 
 
-class DevicesTable:
+class DevicesTable(Table):
     """Computed speed-ups of one way of drafting, a machine and a format a row.
 
     Args:
@@ -101,7 +102,13 @@ class DevicesTable:
 
     def __init__(self, parts: dict, shape: Shape, draft_blocks: float, devices: list[Device] | None = None):
         self.parts, self.shape, self.draft_blocks = parts, shape, draft_blocks
-        self.devices = read() if devices is None else devices
+        devices = read() if devices is None else devices
+        super().__init__(
+            HEADS,
+            [self._row(device, name, size) for device in devices for name, size in FORMATS.items()],
+            f"Computed, not measured: {shape.weights / 1e9:.1f} billion weights; "
+            f"tau {parts['tau']:.2f} with {parts['g']:.1f} drafts a step, as measured here.",
+        )
 
     def speedup(self, device: Device, bytes_per_weight: float = 2.0, v: float | None = None) -> float:
         """S = tau / (g c + v), with the measured tau and g, and c and v as computed or as given."""
@@ -111,27 +118,9 @@ class DevicesTable:
         v = free if v is None else v
         return self.parts["tau"] / (self.parts["g"] * c + v)
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The cells under `HEADS`, as texts."""
-        return [self._row(d, name, size) for d in self.devices for name, size in FORMATS.items()]
-
     def _row(self, device: Device, name: str, size: float) -> tuple[str, ...]:
         c, v = draft_and_verify(device, self.shape, self.draft_blocks, self.parts["g"] + 1, size)
         milliseconds = 1000 * device.seconds(self.shape.weights, 1, size)
         numbers = (f"{device.ridge(size):.0f}", f"{milliseconds:.1f} ms", f"{c:.2f}", f"{v:.2f}")
         speeds = (f"{self.speedup(device, size, v):.2f}x" for v in (None, max(v, DEAR)))
         return device.name, name, *numbers, *speeds
-
-    def __repr__(self):
-        table = [HEADS, *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
-        return "\n".join([self.caption, "", *lines])
-
-    @property
-    def caption(self) -> str:
-        """What is computed, and what of it was measured."""
-        return (
-            f"Computed, not measured: {self.shape.weights / 1e9:.1f} billion weights; "
-            f"tau {self.parts['tau']:.2f} with {self.parts['g']:.1f} drafts a step, as measured here."
-        )

@@ -61,9 +61,10 @@ def append(
 
 
 def read(subject: str) -> list[dict]:
-    """All records of a subject, oldest first; none if nothing was measured yet."""
+    """All records of a subject, oldest first by their dates; none if nothing was measured yet."""
     file = path(subject)
-    return _parse(file, file.read_bytes()) if file.exists() else []
+    found = _parse(file, file.read_bytes()) if file.exists() else []
+    return sorted(found, key=lambda record: datetime.fromisoformat(record["date"]))
 
 
 def latest(subject: str, **settings) -> dict | None:
@@ -78,8 +79,11 @@ def _parse(file: Path, content: bytes) -> list[dict]:
     found = []
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
-            record = json.loads(line)
-            record["settings"], record["figures"]  # what every reader relies on
+            record = json.loads(line, parse_constant=_refuse)
+            # what every reader relies on
+            record["settings"], record["figures"], record["machine"]["chip"], record["machine"]["cores"]
+            if datetime.fromisoformat(record["date"]).tzinfo is None:
+                raise ValueError("a date without its time zone")
         except (ValueError, KeyError, TypeError):
             whole = False
         else:
@@ -88,6 +92,11 @@ def _parse(file: Path, content: bytes) -> list[dict]:
             raise UserError(f"{portable(str(file))}, line {number}: not a whole record; repair or delete it")
         found.append(record)
     return found
+
+
+def _refuse(constant: str):
+    """`NaN` and `Infinity` are no JSON."""
+    raise ValueError(f"{constant} is no number")
 
 
 def _write_line(file: Path, line: str) -> None:

@@ -13,7 +13,7 @@ from itertools import cycle
 
 from matplotlib.patches import Rectangle
 
-from ..bench import records
+from ..bench import claims
 from ..bench.arms import ArmsTable
 from ..common import UserError
 from .steps import EDGE
@@ -125,7 +125,7 @@ def draw_map(ax, record: dict | None = None) -> str:
     Raises:
         UserError: nothing has been measured yet.
     """
-    record = record or records.latest("speculation-map")
+    record = record or next(reversed(claims.accepted("speculation-map")), None)
     if record is None:
         raise UserError("There is no map yet; `m2r2kit bench map --record` makes one.")
     ax.clear()

@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 
-from ..bench import records
+from ..bench import claims
 from ..common import UserError
 from .style import COLORS, MARKERS, PALE
 
@@ -42,7 +42,7 @@ def newest() -> dict:
     Raises:
         UserError: nothing has been measured yet.
     """
-    found = records.read("exits")
+    found = claims.accepted("exits")
     if not found:
         raise UserError("There is no record yet; `m2r2kit bench exits --methods all --record` makes one.")
     whole = [r for r in found if r["figures"]["methods"].keys() >= set(MAIN)]

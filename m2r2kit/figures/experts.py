@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..bench import records
+from ..bench import claims
 from ..experts.generation import Event
 from .style import COLORS, HATCHES, ORDER, PALE
 
@@ -243,13 +243,13 @@ def newest(record_bytes: int | None = None) -> dict | None:
         number, figures = pair[0], pair[1]["figures"]
         return not figures["simulated"], max(len(b["arms"]) for b in figures["budgets"]), number
 
-    found = [r for r in records.read("experts") if record_bytes in (None, r["settings"]["record_bytes"])]
+    found = [r for r in claims.accepted("experts") if record_bytes in (None, r["settings"]["record_bytes"])]
     return max(enumerate(found), key=rank, default=(0, None))[1]
 
 
 def sizes() -> list[dict]:
     """The newest record on a real disk of each size of expert, from the smallest on."""
-    real = [r for r in records.read("experts") if not r["figures"]["simulated"]]
+    real = [r for r in claims.accepted("experts") if not r["figures"]["simulated"]]
     return [newest(nbytes) for nbytes in sorted({r["settings"]["record_bytes"] for r in real})]
 
 

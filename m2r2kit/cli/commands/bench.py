@@ -7,6 +7,7 @@ from tqdm import tqdm
 from ...bench import records
 from ...bench.questions import questions
 from ...bench.speculation import Arm, compare
+from ...bench.tables import Table
 from ...common import UserError
 from ...model.backbone import Backbone
 from ...speculation.decode import MOST_DRAFTS
@@ -85,30 +86,41 @@ def drafts_at(arm: Arm) -> int:
 
 def table(figures: dict) -> str:
     """The arms in aligned columns; an arm whose text differs has no speed."""
-    head = ("speed-up", "from..to", "x mlx_lm", "predicted", "tau", "c", "v")
-    widths = (8, 12, 8, 9, 5, 5, 5)
-    lines = [_columns("method", head, widths) + "  equal  acceptance"]
+    heads = (
+        "method",
+        "speed-up",
+        "from..to",
+        "x mlx_lm",
+        "predicted",
+        "tau",
+        "c",
+        "v",
+        "equal",
+        "acceptance",
+    )
+    rows = []
     for name, arm in figures["arms"].items():
         speed, over, predicted = (
             arm.get(key) for key in ("speedup_vs_plain", "speedup_vs_mlx_lm", "predicted_speedup")
         )
-        cells = (
+        equal = "yes" if arm["mismatches"] == 0 else f"yes ({arm['ties']} ties)" if arm["equal"] else "NO"
+        rows.append((
+            name,
             f"{speed['median']:.2f}x" if speed else "-",
             f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
             f"{over['median']:.2f}x" if over else "-",
             f"{predicted:.2f}x" if predicted else "-",
             *(f"{arm[key]:.2f}" for key in ("tau", "draft_cost", "verify_cost")),
-        )
-        equal = "yes" if arm["mismatches"] == 0 else f"yes ({arm['ties']} ties)" if arm["equal"] else "NO"
-        shares = " ".join(f"{a:.2f}" for a in arm["acceptance"])
-        lines.append(f"{_columns(name, cells, widths)}  {equal:5}  {shares}")
-    for kind, arms in figures["per_kind"].items():
-        if kind:
-            lines.append(
-                f"{kind:12} " + "  ".join(f"{n} {r['median']:.2f}x" for n, r in arms.items() if n != "plain")
-            )
+            equal,
+            " ".join(f"{a:.2f}" for a in arm["acceptance"]),
+        ))  # fmt: skip
+    lines = [str(Table(heads, rows, left=heads[-2:]))]
+    kinds = {kind: arms for kind, arms in figures["per_kind"].items() if kind}
+    if kinds:
+        names = [name for name in figures["arms"] if name != "plain"]
+        rows = [
+            (kind, *(f"{arms[n]['median']:.2f}x" if n in arms else "-" for n in names))
+            for kind, arms in kinds.items()
+        ]
+        lines += ["", str(Table(("speed-up", *names), rows))]
     return "\n".join(lines)
-
-
-def _columns(name: str, cells, widths) -> str:
-    return f"{name:12} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))

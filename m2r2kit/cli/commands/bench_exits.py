@@ -8,6 +8,7 @@ from ...bench import exits as bench
 from ...bench import records
 from ...bench.merit import LOSSES
 from ...bench.questions import questions
+from ...bench.tables import Table
 from ...common import UserError
 from ...exits import trained
 from ...exits.methods import Method, method
@@ -119,19 +120,16 @@ def keep_answers(backbone: Backbone, methods: dict, pairs, figures: dict, max_to
 def table(figures: dict, depth: int) -> str:
     """The methods, those that save most at 5 % loss first."""
     heads = ("method", "saved at 1 %", "saved at 5 %", "less than m2r2", "speed-up", "answers")
-    lines = [row(*heads)]
-    order = sorted(figures, key=lambda name: -figures[name]["merit"][str(LOSSES[-1])]["saved"])
-    for name in order:
+    rows = []
+    for name in sorted(figures, key=lambda name: -figures[name]["merit"][str(LOSSES[-1])]["saved"]):
         one, five = (figures[name]["merit"][str(loss)] for loss in LOSSES)
         timed, kept = figures[name].get("timed"), figures[name].get("answers")
-        saved = [f"{m['saved']:.1%} ({m['from']:.1%}..{m['to']:.1%})" for m in (one, five)]
-        less = f"{100 * five['lead']:.1f} ({100 * five['lead_from']:.1f}..{100 * five['lead_to']:.1f})"
-        speed = f"{bench.speedup_at(timed, LOSSES[-1]):.2f}x" if timed else "-"
-        lines.append(row(name, *saved, less, speed, f"{kept['same']} of {kept['asked']}" if kept else "-"))
-    return "\n".join(
-        [*lines, f"Share of the {depth} blocks saved, at 1 % and 5 % loss of agreement; speed-up at 5 %."]
-    )
-
-
-def row(name, one, five, less, speed, kept) -> str:
-    return f"{name:21} {one:>21} {five:>21} {less:>18} {speed:>9}  {kept}"
+        rows.append((
+            name,
+            *(f"{m['saved']:.1%} ({m['from']:.1%}..{m['to']:.1%})" for m in (one, five)),
+            f"{100 * five['lead']:.1f} ({100 * five['lead_from']:.1f}..{100 * five['lead_to']:.1f})",
+            f"{bench.speedup_at(timed, LOSSES[-1]):.2f}x" if timed else "-",
+            f"{kept['same']} of {kept['asked']}" if kept else "-",
+        ))  # fmt: skip
+    what = f"Share of the {depth} blocks saved, at 1 % and 5 % loss of agreement; speed-up at 5 %."
+    return f"{Table(heads, rows)}\n{what}"

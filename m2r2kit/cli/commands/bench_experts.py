@@ -7,6 +7,7 @@ from tqdm import tqdm
 from ...bench import records
 from ...bench.experts import ARMS, Disk, compare
 from ...bench.questions import questions
+from ...bench.tables import Table
 from ...common import UserError
 from ...experts.decode import StreamedModel
 from ...model.backbone import Backbone
@@ -78,18 +79,8 @@ def run(args) -> int:
     return 0 if figures["resident_equal"] is not False and all(arm["equal"] for arm in arms) else 1
 
 
-HEADS = (
-    "tok/s",
-    "x demand",
-    "x lru",
-    "resident",
-    "in time",
-    "late",
-    "missed",
-    "recall",
-    "MB/token",
-    "predicted",
-)
+HEADS = ("arm", "tok/s", "x demand", "x lru", "resident", "in time", "late", "missed", "recall", "MB/token",
+         "predicted")  # fmt: skip
 
 
 def table(figures: dict) -> str:
@@ -112,10 +103,8 @@ def table(figures: dict) -> str:
             "",
             f"budget {budget['share']:.1%} ({budget['slots']} slots a block), "
             f"I/C {budget['io_over_compute']:.2f}, bound over LRU {budget['bound']:.2f}x",
-            f"{'':12} " + " ".join(f"{head:>9}" for head in HEADS),
+            str(Table(HEADS, [(name, *_cells(arm)) for name, arm in budget["arms"].items()])),
         ]
-        for name, arm in budget["arms"].items():
-            lines.append(f"{name:12} " + " ".join(f"{cell:>9}" for cell in _cells(arm)))
     return "\n".join(lines)
 
 

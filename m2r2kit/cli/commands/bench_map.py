@@ -7,6 +7,7 @@ from tqdm import tqdm
 from ...bench import records
 from ...bench.exit_map import exit_map
 from ...bench.questions import questions
+from ...bench.tables import Table
 from ...model.backbone import Backbone
 from ...speculation.registry import drafter, stream_folder
 from ...stream import checkpoints
@@ -55,11 +56,11 @@ def default_exits(backbone: Backbone, method: str, stream) -> list[int]:
     return sorted({max(1, backbone.depth * part // 24) for part in (1, 2, 3, 4, 6, 8, 12, 16)})
 
 
-def table(figures: dict) -> str:
+def table(figures: dict) -> Table:
     """One line an exit: its speed-up with 1, 2, .. drafts."""
-    lines = ["exit      c  " + " ".join(f"{f'{k}':>5}" for k in figures["drafts"]) + "   drafts"]
+    rows = []
     for row in figures["rows"]:
         speeds = row["predicted_speedup"]
-        cells = " ".join(f"{s:5.2f}" for s in speeds) if speeds else "the text differs"
-        lines.append(f"{row['exit']:4}  {row['draft_cost']:5.2f}  {cells}")
-    return "\n".join(lines)
+        cells = [f"{s:.2f}" for s in speeds] if speeds else ["differs"] * len(figures["drafts"])
+        rows.append((str(row["exit"]), f"{row['draft_cost']:.2f}", *cells))
+    return Table(("exit", "c", *(f"k = {k}" for k in figures["drafts"])), rows)

@@ -1,9 +1,10 @@
 """`m2r2kit bench experts --plan`: what streaming would give known models on known machines."""
 
-from ...bench.plan import CARDS, MACHINES, check, plan
+from ...bench.plan import CARDS, MACHINES, Card, Machine, check, plan
+from ...bench.tables import Table
 from ...common import UserError
 
-HEADS = ("MB/token", "budget", "hit", "C ms", "I ms", "I/C", "bound", "on demand", "ahead")
+HEADS = ("machine", "MB/token", "budget", "hit", "C ms", "I ms", "I/C", "bound", "on demand", "ahead", "why")
 
 
 def run(args) -> int:
@@ -14,23 +15,24 @@ def run(args) -> int:
         raise UserError(f"There is no card '{args.plan}' to plan with; choose {known}.")
     print("Computed, not measured: tokens/s at most, 4 bit, as if routers had no preference.\n")
     for card in cards:
-        B = card.token_bytes(4)
         print(f"{card.name}: {card.all_bytes(4) / 1e9:.1f} GB of experts ({card.source})")
-        print(f"  {'':22} " + " ".join(f"{head:>9}" for head in HEADS))
-        for machine in MACHINES:
-            found = plan(card, machine)
-            cells = ["does not fit"]
-            if found:
-                cells = [
-                    f"{B / 1e6:.0f}", f"{found.budget / 1e9:.1f} GB", f"{found.hit:.0%}",
-                    f"{1e3 * found.compute:.1f}", f"{1e3 * found.read:.1f}", f"{found.ratio:.2f}",
-                    f"{found.bound:.2f}x", f"{found.on_demand:.1f}", f"{found.ahead:.1f}", f" {found.why}",
-                ]  # fmt: skip
-            print(f"  {machine.name:22} " + " ".join(f"{cell:>9}" for cell in cells))
-        print()
+        print(f"{Table(HEADS, [cells(card, machine) for machine in MACHINES], left=HEADS[-1:])}\n")
     for machine in MACHINES:
         print(f"{machine.name}: {machine.source}")
     print("\nFlash-MoE (their claims) beside the same arithmetic:")
-    for row in check():
-        print(f"  {row.what:66} {row.published:>14,.2f} {row.computed:>14,.2f} {row.unit:5} {row.note}")
+    heads = ("", "published", "computed", "", "")
+    rows = [(r.what, f"{r.published:,.2f}", f"{r.computed:,.2f}", r.unit, r.note) for r in check()]
+    print(Table(heads, rows, left=("",)))
     return 0
+
+
+def cells(card: Card, machine: Machine) -> tuple[str, ...]:
+    """What `HEADS` asks of a card on a machine."""
+    found = plan(card, machine)
+    if not found:
+        return machine.name, "-", "-", "-", "-", "-", "-", "-", "-", "-", "does not fit"
+    return (
+        machine.name, f"{card.token_bytes(4) / 1e6:.0f}", f"{found.budget / 1e9:.1f} GB", f"{found.hit:.0%}",
+        f"{1e3 * found.compute:.1f}", f"{1e3 * found.read:.1f}", f"{found.ratio:.2f}", f"{found.bound:.2f}x",
+        f"{found.on_demand:.1f}", f"{found.ahead:.1f}", found.why,
+    )  # fmt: skip

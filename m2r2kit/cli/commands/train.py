@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ...bench import records
+from ...bench.tables import Table
 from ...common import UserError
 from ...model.cpu import parallel
 from ...pocket import export as pocket
@@ -59,10 +60,12 @@ def backbone(args) -> int:
     target = pocket.export(run, tokenizer, Path(args.to) if args.to else folder / "model")
     print(f"{target}: {run.blocks} blocks, {run.seen:,} tokens seen. Held-out documents:")
     figures = pocket.evaluate(target, documents(_corpus(args.corpus)), window=run.config.window)
-    print(f"{'':10} {'nats':>6} {'bits/byte':>9} {'next token right':>16}")
-    for kind in (kind for kind in KINDS if kind in figures):
-        f = figures[kind]
-        print(f"{kind:10} {f['loss']:6.3f} {f['bits_per_byte']:9.3f} {f['accuracy']:16.1%}")
+    rows = [
+        (kind, f"{f['loss']:.3f}", f"{f['bits_per_byte']:.3f}", f"{f['accuracy']:.1%}")
+        for kind in KINDS
+        if (f := figures.get(kind))
+    ]
+    print(Table(("", "nats", "bits/byte", "next token right"), rows))
     if "experts" in figures:
         share = figures["experts"]["share"]
         least, most = (run.config.experts * f(map(f, share)) for f in (min, max))
