@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from m2r2kit.common import UserError
 from m2r2kit.speculation import M2R2, EarlyExit, Sampler, generate
@@ -25,27 +26,25 @@ SETTINGS = [
     {"temperature": 1.0, "top_k": 3},
     {"temperature": 1.3, "top_p": 0.8},
     {"temperature": 0.9, "top_k": 4, "top_p": 0.9},
+    {"temperature": 0.5, "top_p": 0.85, "min_p": 0.1},
 ]
 
 
 # --- exact distributions ------------------------------------------------------------------
 
 
-def chances(logits, temperature, top_k=0, top_p=1.0) -> list[float]:
-    """Temperature, top-k, top-p of one row, written as one would say it."""
-    weights = [float(np.exp(x / temperature)) for x in logits]
-    p = [w / sum(weights) for w in weights]
-    order = sorted(range(len(p)), key=lambda i: -p[i])
-    if top_k:
-        p = [p[i] if i in order[:top_k] else 0.0 for i in range(len(p))]
-        p = [x / sum(p) for x in p]
-    kept, mass = [], 0.0
+def chances(logits, temperature, top_k=0, top_p=1.0, min_p=0.0) -> list[float]:
+    """Top-p, min-p, top-k and temperature of one row, written as one would say it."""
+    p = [float(np.exp(x)) for x in logits]
+    p = [x / sum(p) for x in p]
+    order, kept, mass = sorted(range(len(p)), key=lambda i: -p[i]), [], 0.0
     for i in order:
         if mass < top_p:
             kept.append(i)
             mass += p[i]
-    p = [p[i] if i in kept else 0.0 for i in range(len(p))]
-    return [x / sum(p) for x in p]
+    kept = [i for i in kept if p[i] >= min_p * p[order[0]]][: top_k or None]
+    weights = [float(np.exp(x / temperature)) if i in kept else 0.0 for i, x in enumerate(logits)]
+    return [w / sum(weights) for w in weights]
 
 
 def joint(rows, vocabulary: int, **settings) -> np.ndarray:
@@ -73,6 +72,74 @@ def check_counts(counts: np.ndarray, exact: np.ndarray):
     limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
     chi_square = ((seen - expected) ** 2 / expected).sum()
     assert chi_square < limit, f"chi-square {chi_square:.0f} with {freedom} degrees of freedom"
+
+
+# --- what may be drawn ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.85, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 10])
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 1.0])
+def test_the_distribution_is_mlx_lms(temperature, top_p, top_k, min_p):
+    random = np.random.default_rng(3)
+    logits = mx.array(2 * random.standard_normal((8, 32)).astype(np.float32))
+    ours = Sampler(temperature, top_k, top_p, min_p=min_p).probabilities(logits)
+    theirs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for asked, rule in ((top_p < 1, lambda x: apply_top_p(x, top_p)),
+                        (min_p > 0, lambda x: apply_min_p(x, min_p)),
+                        (top_k > 0, lambda x: apply_top_k(x, top_k))):  # fmt: skip
+        theirs = rule(theirs) if asked else theirs
+    theirs = np.array(mx.softmax(theirs / temperature, axis=-1))
+    assert np.array_equal(ours > 0, theirs > 0) and np.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_mlx_lm_arm_draws_from_the_same_distribution():
+    sampler = Sampler(0.5, top_p=0.75, min_p=0.02, top_k=4)
+    logits = mx.array([[2.0, 1.5, 1.4, 0.3, -0.5, -2.0]])
+    p, draw = sampler.probabilities(logits)[0], sampler.of_mlx_lm(6)
+    rows = mx.broadcast_to(logits - mx.logsumexp(logits), (20_000, 6))
+    counts = np.bincount(np.array(draw(rows)), minlength=6)
+    check_counts(counts, p)
+    with pytest.raises(AssertionError):  # the temperature first is another distribution
+        before = Sampler(1.0, top_p=0.75, min_p=0.02, top_k=4).probabilities(logits / 0.5)[0]
+        check_counts(counts, before)
+    assert Sampler().of_mlx_lm(6) is None
+
+
+def test_more_than_all_tokens_are_all_tokens():
+    logits = mx.array([[1.0, 0.0, 2.0]])
+    assert np.allclose(Sampler(1.0, 100_000).probabilities(logits), mx.softmax(logits))
+    assert Sampler(1.0, 100_000).of_mlx_lm(3)(logits).item() in range(3)
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-20])
+def test_a_tiny_temperature_draws_the_likeliest(temperature):
+    logits, sampler = mx.array([[1.0, 3.0, 2.9, -mx.inf]]), Sampler(temperature)
+    assert sampler.probabilities(logits).tolist() == [[0, 1, 0, 0]]
+    assert sampler.choose(logits[0]) == 1 and sampler.of_mlx_lm(4)(logits).item() == 1
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_no_token():
+    for wrong in (mx.nan, mx.inf):
+        with pytest.raises(UserError, match="not finite"):
+            Sampler(1.0).choose(mx.array([0.0, wrong, 1.0]))
+    with pytest.raises(UserError, match="not finite"):
+        Sampler(1.0).choose(mx.array([-mx.inf, -mx.inf]))
+
+
+def test_no_draw_falls_behind_the_last_token():
+    sampler = Sampler(1.0)
+
+    class Highest:
+        def random(self):
+            return 1 - 2**-53
+
+    sampler.random = Highest()
+    for seed in range(200):
+        p = np.random.default_rng(seed).random(50)
+        p[-3:] = 0
+        assert sampler.draw(p / p.sum()) == 46
 
 
 # --- the rule, on tables ------------------------------------------------------------------

@@ -32,9 +32,9 @@ def test_a_peer_is_trained_saved_recorded_and_found(kind, tmp_path, written, mon
     ((subject, record),) = written
     assert subject == "drafters" and record["settings"]["kind"] == kind
     assert record["figures"]["steps"] == 2 and record["figures"]["parameters"] > 0
-    assert methods.tuned_drafts(kind, tmp_path, tmp_path) == 3
     view = tiny.backbone("llama", **MODEL)
-    drafter = methods.drafter(kind, view, tmp_path / "stream", drafters=tmp_path)
+    drafter, drafts = methods.ready(kind, view, drafters=tmp_path)
+    assert drafts == 3
     plain = generate(view, tiny.prompt(6), max_tokens=8)
     assert generate(view, tiny.prompt(6), drafter, 3, 8).tokens == plain.tokens
 

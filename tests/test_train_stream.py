@@ -142,13 +142,26 @@ def test_tuning_changes_how_long_drafts_are_and_nothing_else(tmp_path, written, 
     said = capsys.readouterr().out
     assert same(weights(tmp_path), trained) and "5 drafts" in said and "6 drafts and 4 leaves" in said
     view = tiny.backbone("llama", max_position_embeddings=512)
-    assert methods.drafter("m2r2", view, tmp_path).threshold == 0.4
-    found = methods.drafter("m2r2-tree", view, tmp_path)
-    assert (found.threshold, found.leaves) == (0.4, 4)
-    assert methods.tuned_drafts("m2r2-tree", tmp_path, tmp_path) == 6
+    found, drafts = methods.ready("m2r2", view, tmp_path)
+    assert (found.threshold, drafts) == (0.4, 5)
+    found, drafts = methods.ready("m2r2-tree", view, tmp_path)
+    assert (found.threshold, found.leaves, drafts) == (0.4, 4, 6)
+    assert methods.ready("prompt-lookup", view, tmp_path)[1] == 5
     checkpoints.note(tmp_path, "stream", tree={"drafts": 2, "threshold": 0.0, "leaves": 0})
-    assert methods.drafter("m2r2-tree", view, tmp_path).leaves == 0
-    assert methods.drafter("m2r2", view, tmp_path, stops=False).threshold == 0.0
+    assert methods.ready("m2r2-tree", view, tmp_path)[0].leaves == 0
+    found, drafts = methods.ready("m2r2", view, tmp_path, drafts=7)  # as many as asked for
+    assert (found.threshold, drafts) == (0.0, 7)
+
+
+def test_the_settings_of_a_stream_are_read_once(tmp_path, written, untuned, monkeypatch):
+    train_stream.run(arguments(tmp_path))
+    real, asked = checkpoints.read_settings, []
+    monkeypatch.setattr(checkpoints, "read_settings", lambda *args: asked.append(args) or real(*args))
+    view = tiny.backbone("llama", max_position_embeddings=512)
+    for method in ("m2r2", "m2r2-tree", "early-exit", "prompt-lookup"):
+        asked.clear()
+        assert methods.ready(method, view, tmp_path)[1] == 3
+        assert len(asked) == 1
 
 
 def test_rows_are_token_ids_even_beside_an_empty_text():

@@ -6,6 +6,7 @@ limit at temperature 0: a draft is accepted if it is the model's own first choic
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -16,23 +17,30 @@ from ..common import UserError
 
 @dataclass
 class Sampler:
-    """Temperature, top-k and top-p, in this order, and the random numbers.
+    """Which tokens may be drawn, how likely each is, and the random numbers; as mlx-lm has them.
+
+    Top-p, min-p and top-k choose in this order, by the model's own probabilities; the temperature then
+    says how those that are left are drawn.
 
     Attributes:
         temperature: 0 is greedy.
         top_k: keep this many tokens; 0 keeps all.
         top_p: keep the fewest tokens that reach this probability; 1 keeps all.
+        min_p: keep tokens with at least this share of the likeliest token's probability; 0 keeps all.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
     random: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError("Temperature and top-k must be at least 0 and finite, and top-p in (0, 1].")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"Min-p must lie between 0 and 1; got {self.min_p}.")
         if self.seed < 0:
             raise UserError(f"The seed must be at least 0; got {self.seed}.")
         self.random = np.random.default_rng(self.seed)
@@ -42,28 +50,62 @@ class Sampler:
         return self.temperature == 0
 
     def probabilities(self, logits: mx.array) -> np.ndarray:
-        """What a token is drawn from: logits (rows, V) -> float64 (rows, V), each row sums to 1."""
-        x = np.asarray(logits.astype(mx.float32), dtype=np.float64) / self.temperature
-        p = np.exp(x - x.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        if self.top_k and self.top_k < p.shape[-1]:
-            least = np.partition(p, -self.top_k, axis=-1)[:, [-self.top_k]]
-            equal = p == least  # of equals the first stay, as argmax takes the first
-            room = self.top_k - (p > least).sum(-1, keepdims=True)
-            p = np.where((p > least) | (equal & (np.cumsum(equal, -1) <= room)), p, 0.0)
-            p /= p.sum(-1, keepdims=True)
+        """What a token is drawn from: logits (positions, V) -> float64 (positions, V), each row sums to 1.
+
+        Raises:
+            UserError: the logits are not numbers.
+        """
+        x = np.asarray(logits.astype(mx.float32), dtype=np.float64)
+        top = x.max(-1, keepdims=True)
+        if not np.isfinite(top).all():  # minus infinity forbids a token; anything else is an error
+            raise UserError("The model's logits are not finite, so no token can be drawn; check its weights.")
+        x = x - top
+        kept = self._kept(x)
+        with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest only
+            p = np.where(kept, np.exp(x / self.temperature), 0.0)
+        return p / p.sum(-1, keepdims=True)
+
+    def _kept(self, x: np.ndarray) -> np.ndarray:
+        """Which tokens may be drawn, from logits (positions, V) less their maximum."""
+        kept = np.ones(x.shape, bool)
         if self.top_p < 1:
-            order = np.argsort(-p, axis=-1, kind="stable")
-            ordered = np.take_along_axis(p, order, -1)
-            before = np.cumsum(ordered, -1) - ordered  # mass of the tokens ahead of each
-            np.put_along_axis(p, order, np.where(before < self.top_p, ordered, 0.0), -1)
+            p = np.exp(x)
             p /= p.sum(-1, keepdims=True)
-        return p
+            ordered = -np.sort(-p, axis=-1)
+            before = np.cumsum(ordered, -1) - ordered  # mass of the tokens ahead of each
+            last = (before < self.top_p).sum(-1, keepdims=True) - 1
+            kept &= p >= np.take_along_axis(ordered, last, -1)  # of equals all stay
+        if self.min_p:
+            kept &= x >= math.log(self.min_p)
+        if 0 < self.top_k < x.shape[-1]:
+            left = np.where(kept, x, -np.inf)
+            least = np.partition(left, -self.top_k, axis=-1)[:, [-self.top_k]]
+            equal = left == least  # of equals the first stay, as argmax takes the first
+            free = self.top_k - (left > least).sum(-1, keepdims=True)
+            kept &= (left > least) | (equal & (np.cumsum(equal, -1) <= free))
+        return kept
 
     def draw(self, p: np.ndarray) -> int:
         """One token from probabilities (V,)."""
         edges = p.cumsum()
-        return int(edges.searchsorted(self.random.random() * edges[-1], side="right"))
+        at = min(self.random.random() * edges[-1], np.nextafter(edges[-1], 0))
+        return int(edges.searchsorted(at, side="right"))
+
+    def choose(self, logits: mx.array) -> int:
+        """One token from logits (V,)."""
+        return self.draw(self.probabilities(logits[None])[0])
+
+    def of_mlx_lm(self, vocabulary: int) -> Callable | None:
+        """mlx-lm's own sampler of the same distribution, with its seed; None if greedy."""
+        if self.greedy:
+            return None
+        from mlx_lm.sample_utils import make_sampler
+
+        mx.random.seed(self.seed)
+        coldest = max(self.temperature, 1e-30)  # its inverse must be a float32
+        top_k = self.top_k if self.top_k < vocabulary else 0
+        top_p = self.top_p if self.top_p < 1 else 0.0  # 0 keeps all there
+        return make_sampler(coldest, top_p=top_p, min_p=self.min_p, top_k=top_k)
 
 
 def accept_greedy(drafts: list[int], choices: list[int]) -> list[int]:
@@ -85,7 +127,7 @@ def accept_sampled(drafts: list[int], q: list[np.ndarray], p: np.ndarray, sample
     Args:
         drafts: K drafted tokens, drawn from q.
         q: K rows (V,), the draft's probabilities.
-        p: (K + 1, V), the model's probabilities; both after temperature, top-k and top-p.
+        p: (K + 1, V), the model's probabilities; both from a sampler like this one.
     """
     for i, (token, qi) in enumerate(zip(drafts, q, strict=True)):
         if sampler.random.random() * qi[token] < p[i][token]:

@@ -13,6 +13,7 @@ from ..common import Entry, UserError, registry
 
 if TYPE_CHECKING:
     from ..model.backbone import Backbone
+    from ..stream.trained import TrainedStream
     from .drafters.base import Drafter
 
 METHODS = registry(
@@ -60,77 +61,81 @@ def drafters_folder(model: str | Path, drafters: str | Path | None) -> Path:
     return Path(drafters) if drafters else Path(model) / "drafters"
 
 
-def tuned_drafts(method: str, stream: Path, drafters: Path) -> int:
-    """How many drafts a method was tuned to (on tuning prompts), from its JSON; the folders are as for
-    `drafter`."""
-    from ..stream import checkpoints
-    from ..stream.stream import StreamConfig
-    from . import trained as baselines
-
-    try:
-        if method in TRAINED:
-            settings = baselines.KINDS[method].settings
-            facts = checkpoints.read_settings(drafters / method, "drafter", settings)[1]
-        else:
-            facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
-            if method == "m2r2-tree":
-                facts = facts.get("tree", facts)  # before it was tuned, as long as the chain
-        return int(facts.get("drafts", DRAFTS))
-    except UserError:
-        return DRAFTS
-
-
-def drafter(
+def ready(
     method: str,
     backbone: Backbone,
-    stream: Path,
-    exit: int | None = None,
+    stream: Path | TrainedStream | None = None,
     drafters: Path | None = None,
-    stops: bool = True,
-) -> Drafter:
-    """The drafter of a method.
+    exit: int | None = None,
+    drafts: int | None = None,
+) -> tuple[Drafter, int]:
+    """The drafter of a method, and how many tokens it drafts in a step.
 
     Args:
-        stream: folder of the trained stream, for `m2r2`, `m2r2-tree` and the default exit of `early-exit`.
-        exit: the depth at which these draft; by default the stream's first exit.
-        drafters: folder of the trained baselines; by default beside the stream.
-        stops: whether `m2r2` and `m2r2-tree` may end a draft where they were tuned to, or draft as many as
-            they are asked for.
+        stream: the trained stream or its folder, for `m2r2` and `m2r2-tree`; for others that are not
+            trained, how long its drafts are and where its first exit is.
+        drafters: folder of the trained baselines, a folder each.
+        exit: the depth at which `m2r2`, `m2r2-tree` and `early-exit` draft; by default the stream's first.
+        drafts: as many, without stopping earlier; by default as tuned, the threshold included.
 
     Raises:
         UserError: nothing trained, or for another model, or an exit that it does not have.
     """
-    from ..stream import checkpoints
-    from ..stream.stream import StreamConfig, load_stream
+    from ..stream.trained import TrainedStream
     from . import trained as baselines
     from .drafters import base
     from .drafters.lookahead import Lookahead
     from .drafters.m2r2_tree import LEAVES, M2R2Tree
     from .drafters.prompt_lookup import PromptLookup
 
+    if method not in METHODS or method == "mlx_lm":
+        raise UserError(f"There is no method {method} that drafts; choose {', '.join(METHODS)}.")
     if method == "plain":
-        return base.Plain()
-    if method == "early-exit":
-        if exit is None:
-            exit = checkpoints.read_settings(stream, "stream", StreamConfig)[0].exits[0]
-        return base.EarlyExit(backbone, exit)
-    if method == "m2r2":
-        facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
-        threshold = float(facts.get("threshold", 0.0)) if stops and exit is None else 0.0  # of its own exit
-        return base.M2R2(backbone, load_stream(backbone, stream), exit, threshold)
-    if method == "m2r2-tree":
-        facts = checkpoints.read_settings(stream, "stream", StreamConfig)[1]
-        facts = {"leaves": LEAVES} | facts.get("tree", {"threshold": facts.get("threshold", 0.0)})
-        threshold = float(facts["threshold"]) if stops and exit is None else 0.0
-        return M2R2Tree(backbone, load_stream(backbone, stream), exit, threshold, int(facts["leaves"]))
-    if method == "prompt-lookup":
-        return PromptLookup(backbone)
-    if method == "lookahead":
-        return Lookahead(backbone)
+        return base.Plain(), 0
     if method in TRAINED:
-        folder = (Path(stream).parent / "drafters" if drafters is None else drafters) / method
-        return baselines.drafter(backbone, method, baselines.load(backbone, method, folder)[0])
-    raise UserError(f"There is no method {method}; choose {', '.join(METHODS)}.")
+        if drafters is None:
+            raise UserError(f"The method {method} needs the folder of the trained drafters.")
+        module, facts = baselines.load(backbone, method, drafters / method)
+        found = baselines.drafter(backbone, method, module)
+    elif METHODS[method].needs:
+        if stream is None:
+            raise UserError(f"The method {method} needs a trained stream; give its folder.")
+        given = isinstance(stream, TrainedStream)
+        trained = stream if given else TrainedStream.load(backbone, stream)
+        trained.belongs_to(backbone)
+        facts, tuned = trained.facts, drafts is None and exit is None  # a threshold is of its own exit
+        if method == "m2r2-tree":  # before it was tuned, as the chain
+            facts = {"leaves": LEAVES, "drafts": DRAFTS} | facts.get("tree", facts)
+        threshold = float(facts.get("threshold", 0.0)) if tuned else 0.0
+        if method == "m2r2":
+            found = base.M2R2(backbone, trained.module, exit, threshold)
+        else:
+            found = M2R2Tree(backbone, trained.module, exit, threshold, int(facts["leaves"]))
+    else:
+        first, facts = _settings(stream, needed=method == "early-exit" and exit is None)
+        found = {
+            "early-exit": lambda: base.EarlyExit(backbone, first if exit is None else exit),
+            "prompt-lookup": lambda: PromptLookup(backbone),
+            "lookahead": lambda: Lookahead(backbone),
+        }[method]()
+    return found, int(facts.get("drafts", DRAFTS)) if drafts is None else drafts
+
+
+def _settings(stream: Path | TrainedStream | None, needed: bool) -> tuple[int | None, dict]:
+    """(First exit, facts) of a stream that is not run; where it is not `needed`, there may be none."""
+    from ..stream import checkpoints
+    from ..stream.stream import StreamConfig
+
+    if isinstance(stream, str | Path):
+        if not needed and not (Path(stream) / "stream.json").exists():
+            return None, {}
+        config, facts = checkpoints.read_settings(stream, "stream", StreamConfig)
+        return config.exits[0], facts
+    if stream is None:
+        if needed:
+            raise UserError("Early exit needs the block after which it drafts; give an exit.")
+        return None, {}
+    return stream.module.config.exits[0], stream.facts
 
 
 def training(method: str, stream: Path, drafters: Path) -> dict:

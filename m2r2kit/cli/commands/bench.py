@@ -11,7 +11,7 @@ from ...bench.tables import Table
 from ...common import UserError
 from ...model.backbone import Backbone
 from ...speculation.decode import MOST_DRAFTS
-from ...speculation.registry import drafter, drafters_folder, stream_folder, training, tuned_drafts
+from ...speculation.registry import DRAFTS, drafters_folder, ready, stream_folder, training
 from ...text import prompts as prompt_files
 from .result import command, model_name, write_json
 
@@ -23,22 +23,18 @@ def run(args) -> int:
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)
     backbone = Backbone.load(args.model)
     folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
-    drafts = tuned_drafts("m2r2", *folders) if args.draft is None else args.draft
-    if not 1 <= drafts <= MOST_DRAFTS:
-        raise UserError(f"The number of drafts must lie between 1 and {MOST_DRAFTS}; got {drafts}.")
+    if args.draft is not None and not 1 <= args.draft <= MOST_DRAFTS:
+        raise UserError(f"The number of drafts must lie between 1 and {MOST_DRAFTS}; got {args.draft}.")
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"There is no folder {args.json.parent} to write {args.json.name} in.")
     names = args.methods if "plain" in args.methods else ["plain", *args.methods]
     arms = []
     for name in names:
-        who = (
-            None
-            if name == "mlx_lm"
-            else drafter(name, backbone, folders[0], args.exit, folders[1], stops=args.draft is None)
-        )
-        own = tuned_drafts(name, *folders) if args.draft is None else drafts
-        own = 0 if name in ("plain", "mlx_lm") else own
-        arms.append(Arm(name, who, own, training(name, *folders)))
+        who, drafts = None, 0
+        if name != "mlx_lm":
+            who, drafts = ready(name, backbone, *folders, args.exit, args.draft)
+        arms.append(Arm(name, who, drafts, training(name, *folders)))
+    drafts = args.draft or next((arm.drafts for arm in arms if arm.name == "m2r2"), DRAFTS)
     asked = questions(backbone, tqdm(prompts, unit="prompt", leave=False, disable=quiet), args.max_tokens)
     if asked.left_out:
         print(asked.left_out)

@@ -9,7 +9,7 @@ from ...bench.exit_map import exit_map
 from ...bench.questions import questions
 from ...bench.tables import Table
 from ...model.backbone import Backbone
-from ...speculation.registry import drafter, stream_folder
+from ...speculation.registry import DRAFTS, ready, stream_folder
 from ...stream import checkpoints
 from ...stream.stream import StreamConfig
 from ...text import prompts as prompt_files
@@ -22,7 +22,7 @@ def run(args) -> int:
     backbone = Backbone.load(args.model)
     folder = stream_folder(args.model, args.stream)
     exits = args.exits or default_exits(backbone, args.method, folder)
-    drafters = {exit: drafter(args.method, backbone, folder, exit, stops=False) for exit in exits}
+    drafters = {exit: ready(args.method, backbone, folder, None, exit, DRAFTS)[0] for exit in exits}
     quiet = not sys.stderr.isatty()
     asked = questions(backbone, tqdm(prompts, unit="prompt", leave=False, disable=quiet), args.max_tokens)
     if asked.left_out:

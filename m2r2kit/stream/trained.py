@@ -1,0 +1,62 @@
+"""A trained stream with what was chosen for it, so that whoever decodes reads its JSON once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..common import UserError
+from ..model.backbone import Backbone
+from . import checkpoints
+from .stream import AcceleratedStream, StreamConfig
+
+OF_THE_FILE = ("format", "kind", "base_sha256", "weights_sha256", "config")  # keys that are not facts
+
+
+@dataclass
+class TrainedStream:
+    """An accelerated stream (M2R2, arXiv 2502.02040, section 3) and its settings.
+
+    Attributes:
+        module: the stream, bound to the view of its model.
+        facts: what was tuned (`drafts`, `threshold`, `tree`) and what training took (`steps`,
+            `train_seconds`).
+        base_sha256: hash of the model that it was trained for, as saved; None if it was trained here.
+    """
+
+    module: AcceleratedStream
+    facts: dict = field(default_factory=dict)
+    base_sha256: str | None = None
+
+    @classmethod
+    def load(cls, backbone: Backbone, folder: str | Path, check: bool = True) -> "TrainedStream":
+        """Read a folder that `save` or `m2r2kit train stream` wrote.
+
+        Args:
+            check: whether the model must be the one that it was trained for; else `belongs_to` says so later.
+
+        Raises:
+            UserError: there is none, it is damaged, or it belongs to another model.
+        """
+        config, text = checkpoints.read_settings(folder, "stream", StreamConfig)
+        module, base = AcceleratedStream(backbone, config), text["base_sha256"]
+        checkpoints.load_weights(module, text, backbone.sha256 if check else base, folder, "stream")
+        return cls(module, {k: v for k, v in text.items() if k not in OF_THE_FILE}, base)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The view of the model that it is bound to."""
+        return self.module._backbone
+
+    def belongs_to(self, backbone: Backbone) -> None:
+        """Refuse, in one sentence, a model that it was not trained for."""
+        base = self.base_sha256
+        if self.backbone is not backbone or (base is not None and base != backbone.sha256):
+            raise UserError("The stream was trained for another model; load or train one for this model.")
+
+    def save(self, folder: str | Path) -> None:
+        """Write `stream.safetensors` and `stream.json`; both or neither appear.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        base = self.base_sha256 or self.backbone.sha256
+        checkpoints.save(self.module, self.module.config, base, folder, "stream", **self.facts)
