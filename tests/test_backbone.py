@@ -1,17 +1,15 @@
-"""The view of a model: the model's own numbers, to the bit; and one sentence for what it cannot load."""
+"""The view of a model: the model's own numbers, to the bit."""
 
-import json
 from itertools import pairwise
 
 import mlx.core as mx
 import pytest
 import tiny
 
-from m2r2kit import __main__ as cli
 from m2r2kit.common import UserError
-from m2r2kit.model.backbone import Backbone, crop
+from m2r2kit.model.backbone import crop
 from m2r2kit.model.families import DENSE, MOE
-from m2r2kit.model.load import weights_sha256
+from m2r2kit.model.hashes import weights_sha256
 from m2r2kit.speculation import M2R2, EarlyExit, generate
 from m2r2kit.stream.stream import FORMS
 
@@ -109,103 +107,3 @@ def test_drafting_gives_the_tokens_of_plain_decoding(family):
             found = generate(view, prompt, drafter, drafts, max_tokens=9)
             assert found.tokens == plain.tokens, (drafter, drafts)
             assert found.drafted[0] == drafts
-
-
-# --- what cannot be loaded ----------------------------------------------------------------
-
-
-def sentence(folder) -> str:
-    """The one sentence with which a folder is refused, as the command line would print it."""
-    with pytest.raises(UserError) as refusal:
-        Backbone.load(folder)
-    text = str(refusal.value)
-    assert "\n" not in text and "Traceback" not in text and text.endswith(".")
-    return text
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tiny.make_folder("llama", tmp_path / "model")
-
-
-def change_config(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def test_a_missing_folder(tmp_path):
-    assert f"There is no model folder {tmp_path / 'none'}" in sentence(tmp_path / "none")
-
-
-def test_a_missing_config(folder):
-    (folder / "config.json").unlink()
-    assert "has no config.json" in sentence(folder)
-
-
-@pytest.mark.parametrize("bytes_", [b"{", b"", b"[1]", b"\xff\xfe"])
-def test_a_broken_config(folder, bytes_):
-    (folder / "config.json").write_bytes(bytes_)
-    assert "config.json is not valid JSON" in sentence(folder)
-
-
-def test_a_config_without_a_size(folder):
-    file = folder / "config.json"
-    file.write_text(json.dumps({"model_type": "llama"}))
-    assert "cannot be loaded" in sentence(folder)
-
-
-def test_a_family_that_is_not_served_is_named_before_its_weights_are_read(folder):
-    (folder / "model.safetensors").write_bytes(b"not weights")
-    for family in ("mamba", "from_next_year"):
-        change_config(folder, model_type=family)
-        assert f"Models of type '{family}' are not served; use one of llama," in sentence(folder)
-
-
-def test_a_sliding_window(folder):
-    change_config(folder, layer_types=["full_attention", "sliding_attention"] * 2, sliding_window=8)
-    assert "slides its attention window" in sentence(folder)
-
-
-def test_missing_weights(folder):
-    (folder / "model.safetensors").unlink()
-    assert "has no model*.safetensors" in sentence(folder)
-
-
-@pytest.mark.parametrize("kept", [0, 5, 0.3, 0.99])
-def test_truncated_weights(folder, kept):
-    file = folder / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(kept if kept >= 1 else kept * len(whole))])
-    assert "cannot be loaded" in sentence(folder)
-
-
-def test_weights_that_lack_a_matrix(folder):
-    file = str(folder / "model.safetensors")
-    weights = dict(mx.load(file))
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    mx.save_safetensors(file, weights)
-    assert "cannot be loaded" in sentence(folder)
-
-
-def test_a_missing_shard(folder):
-    names = {"model.embed_tokens.weight": "model.safetensors", "lm_head.weight": "model-00002.safetensors"}
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": names}))
-    assert "lacks model-00002.safetensors" in sentence(folder)
-    index.write_text('{"weight_map": ')
-    assert "index.json is not valid JSON" in sentence(folder)
-
-
-def test_a_missing_or_broken_tokenizer(folder):
-    (folder / "tokenizer.json").write_text("{")
-    assert "cannot be loaded" in sentence(folder)
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    assert "cannot be loaded" in sentence(folder)
-
-
-def test_the_command_line_ends_with_2_and_no_traceback(folder, capsys):
-    (folder / "model.safetensors").write_bytes(b"not weights")
-    assert cli.main(["generate", "--model", str(folder), "--method", "plain", "--prompt", "x"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("m2r2kit: ") and err.count("\n") == 1 and "cannot be loaded" in err

@@ -1,6 +1,7 @@
 """From a name to a loaded model, and from a model object to the same view."""
 
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -10,12 +11,14 @@ import tiny
 import tiny_experts
 from mlx.utils import tree_flatten
 
+from m2r2kit import __main__ as cli
 from m2r2kit.common import UserError
 from m2r2kit.experts import packing
 from m2r2kit.model import load
 from m2r2kit.model.backbone import Backbone
 from m2r2kit.model.families import DENSE, MOE
-from m2r2kit.model.load import parameters_sha256, weights_sha256
+from m2r2kit.model.folder import trained_folder
+from m2r2kit.model.hashes import parameters_sha256, weights_sha256
 
 FAMILIES = DENSE + MOE
 TOKENS = mx.array([tiny.prompt(7)])
@@ -123,3 +126,240 @@ def test_a_changed_model_has_another_hash_and_a_model_without_a_folder_has_one()
 def test_what_is_no_language_model_is_refused():
     with pytest.raises(UserError, match="is not a language model"):
         Backbone.of(object(), object())
+
+
+# --- what cannot be loaded ----------------------------------------------------------------
+
+
+def sentence(folder) -> str:
+    """The one sentence with which a folder is refused, as the command line would print it."""
+    with pytest.raises(UserError) as refusal:
+        Backbone.load(folder)
+    text = str(refusal.value)
+    assert "\n" not in text and "Traceback" not in text and text.endswith(".")
+    return text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.make_folder("llama", tmp_path / "model")
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_missing_folder(tmp_path):
+    assert f"There is no model folder {tmp_path / 'none'}" in sentence(tmp_path / "none")
+
+
+def test_a_missing_config(folder):
+    (folder / "config.json").unlink()
+    assert "has no config.json" in sentence(folder)
+
+
+@pytest.mark.parametrize("bytes_", [b"{", b"", b"[1]", b"\xff\xfe"])
+def test_a_broken_config(folder, bytes_):
+    (folder / "config.json").write_bytes(bytes_)
+    assert "config.json is not valid JSON" in sentence(folder)
+
+
+def test_a_config_without_a_size(folder):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for name in ("hidden_size", "num_attention_heads", "vocab_size"):
+        file.write_text(json.dumps({key: value for key, value in config.items() if key != name}))
+        assert f"has no usable {name}" in sentence(folder)
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "rms_norm_eps"}))
+    assert "config.json does not describe a model (" in sentence(folder)
+    assert "rms_norm_eps" in sentence(folder)
+
+
+def test_a_family_that_is_not_served_is_named_before_its_weights_are_read(folder):
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    for family in ("mamba", "from_next_year"):
+        change_config(folder, model_type=family)
+        assert f"Models of type '{family}' are not served; use one of llama," in sentence(folder)
+
+
+def test_missing_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "has no model*.safetensors" in sentence(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 0.3, 0.99])
+def test_truncated_weights(folder, kept):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(kept if kept >= 1 else kept * len(whole))])
+    assert "damaged or cut short" in sentence(folder)
+
+
+def test_weights_that_lack_a_matrix(folder):
+    file = str(folder / "model.safetensors")
+    weights = dict(mx.load(file))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    mx.save_safetensors(file, weights)
+    assert "do not fit its config.json (" in sentence(folder) and "up_proj" in sentence(folder)
+
+
+def test_a_missing_shard(folder):
+    names = {"model.embed_tokens.weight": "model.safetensors", "lm_head.weight": "model-00002.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert "lacks model-00002.safetensors" in sentence(folder)
+    index.write_text('{"weight_map": ')
+    assert "index.json is not valid JSON" in sentence(folder)
+
+
+def test_a_missing_or_broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+    assert f"The tokenizer of {folder} cannot be read" in sentence(folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert f"The tokenizer of {folder}" in sentence(folder)
+
+
+def test_the_command_line_ends_with_2_and_no_traceback(folder, capsys):
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    assert cli.main(["generate", "--model", str(folder), "--method", "plain", "--prompt", "x"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("m2r2kit: ") and err.count("\n") == 1 and "damaged or cut" in err
+
+
+def test_a_file_in_the_place_of_a_folder(folder):
+    assert "is a file; give the folder of a model" in sentence(folder / "model.safetensors")
+
+
+def test_weights_that_do_not_fit_the_config(folder):
+    change_config(folder, intermediate_size=40)
+    assert "do not fit its config.json (" in sentence(folder)
+
+
+def test_a_tokenizer_whose_package_is_missing(folder):
+    (folder / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "tool_parser_type": "none_of_that_name"}
+    tiny.write_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "needs a package that is not installed (" in sentence(folder)
+
+
+# --- which weights are the model's ----------------------------------------------------------
+
+
+def split(folder):
+    """The weights in two shards with an index; returns the index."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    where = {}
+    for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        mx.save_safetensors(str(folder / name), {n: weights[n] for n in names}, metadata={"format": "mlx"})
+        where |= dict.fromkeys(names, name)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return where
+
+
+@pytest.mark.parametrize("stray", ["model.safetensors", "model-00000.safetensors", "model-z.safetensors"])
+def test_weights_beside_those_of_the_index_are_neither_read_nor_hashed(folder, stray):
+    split(folder)
+    right = weights_sha256(folder)
+    other = tiny.make_folder("llama", folder.parent / "other", seed=1) / "model.safetensors"
+    (folder / stray).write_bytes(other.read_bytes())
+    view = Backbone.load(folder)
+    assert mx.array_equal(view.logits(TOKENS), tiny.backbone("llama").logits(TOKENS))
+    assert view.sha256 == weights_sha256(folder) == right
+    assert Backbone.of(view.model, view.tokenizer).sha256 == right
+
+
+def test_shards_of_other_names_are_read_as_the_index_says(folder):
+    where = split(folder)
+    for name in set(where.values()):
+        (folder / name).rename(folder / name.replace("model-", "part-"))
+    where = {name: file.replace("model-", "part-") for name, file in where.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert mx.array_equal(Backbone.load(folder).logits(TOKENS), tiny.backbone("llama").logits(TOKENS))
+
+
+def test_two_sets_of_weights_without_an_index(folder):
+    split(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert mx.array_equal(Backbone.load(folder).logits(TOKENS), tiny.backbone("llama").logits(TOKENS))
+    (folder / "model.safetensors").write_bytes((tiny.folder("llama") / "model.safetensors").read_bytes())
+    assert "no index that says which are the model's" in sentence(folder)
+
+
+def test_a_tensor_in_two_shards(folder):
+    split(folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))
+    both = mx.load(str(first)) | mx.load(str(second))
+    mx.save_safetensors(str(second), both)
+    assert f"lies in {first.name} and in {second.name}" in sentence(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": {"a": "../model.safetensors"}}])
+def test_an_index_that_names_nothing_of_the_folder(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names no weights" in sentence(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_config_that_does_not_say_whether_the_head_is_tied(tmp_path, tied):
+    folder = tiny.make_folder("llama", tmp_path / "model", tie_word_embeddings=tied)
+    right = Backbone.load(folder).logits(TOKENS)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    del config["tie_word_embeddings"]  # mlx-lm takes True, transformers False
+    file.write_text(json.dumps(config))
+    assert mx.array_equal(Backbone.load(folder).logits(TOKENS), right)
+
+
+# --- code of a model's own ------------------------------------------------------------------
+
+
+@pytest.fixture
+def evil(folder, monkeypatch):
+    """A folder with code that leaves a trace if it is run, and a `y` for whoever asks."""
+    trace = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Evil: pass\n")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    yield folder
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["evil.Evil", None]}, ["evil.Evil", None]])
+def test_a_tokenizer_with_code_of_its_own(evil, auto_map):
+    file = evil / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"auto_map": auto_map, "tokenizer_class": "Evil"}
+    file.write_text(json.dumps(settings))
+    assert "needs code of its own (evil.Evil), which is not run here" in sentence(evil)
+
+
+def test_a_model_with_code_of_its_own(evil):
+    change_config(evil, model_file="evil.py")
+    assert "needs code of its own (evil.py)" in sentence(evil)
+    change_config(evil, model_file=None, auto_map={"AutoModelForCausalLM": "evil.Evil"})
+    assert "needs code of its own (evil.Evil)" in sentence(evil)
+
+
+def test_code_of_a_class_that_mlx_lm_has_is_not_needed_and_not_run(evil):
+    auto_map = {"AutoConfig": "evil.LlamaConfig", "AutoModelForCausalLM": "evil.LlamaForCausalLM"}
+    change_config(evil, auto_map=auto_map)
+    assert mx.array_equal(Backbone.load(evil).logits(TOKENS), tiny.backbone("llama").logits(TOKENS))
+
+
+# --- where trained parts lie ----------------------------------------------------------------
+
+
+def test_parts_of_a_folder_lie_in_it_and_those_of_a_repository_in_the_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert trained_folder(folder, "stream") == folder / "stream"
+    wanted = tmp_path / "cache" / "trained" / "some-org--tiny" / "stream"
+    assert trained_folder("some-org/tiny", "stream") == wanted
+    os.makedirs("some-org/tiny/stream")  # a folder that is no model
+    assert trained_folder("some-org/tiny", "stream") == wanted
+    os.rename(folder, "some-org/tiny/model")
+    assert str(trained_folder("some-org/tiny/model", "exits")) == "some-org/tiny/model/exits"

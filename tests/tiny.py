@@ -30,14 +30,18 @@ SIZES = {
     "eos_token_id": EOS, "pad_token_id": EOS,
 }  # fmt: skip
 EXPERTS = {
-    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
-    "moe_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "moe_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 
 def config_of(family: str, **changes) -> dict:
     """The config.json of a tiny model."""
-    return {"model_type": family, **SIZES, **(EXPERTS if family in MOE else {}), **changes}
+    return {"model_type": family, **SIZES, **EXPERTS.get(family, {}), **changes}
 
 
 def make_folder(family: str, folder: Path, seed: int = 0, **changes) -> Path:
@@ -49,7 +53,7 @@ def make_folder(family: str, folder: Path, seed: int = 0, **changes) -> Path:
     shapes = {k: v.shape for k, v in tree_flatten(model_class(arguments.from_dict(config)).parameters())}
     weights = _random_weights(shapes, np.random.default_rng(seed), tied="lm_head.weight" not in shapes)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 
@@ -71,7 +75,7 @@ def _random_weights(shapes: dict, random: np.random.Generator, tied: bool) -> di
     return weights
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """One token a byte of printable ASCII; the last id is the end of text."""
     letters = {chr(33 + i) if i else "Ġ": i for i in range(EOS)}
     tokenizer = Tokenizer(models.BPE(vocab=letters | {"<eos>": EOS}, merges=[], unk_token="?"))

@@ -25,8 +25,9 @@ from mlx.utils import tree_flatten
 
 from ..common import UserError, cache_dir, unwritable, write_whole
 from ..model.backbone import Backbone
-from ..model.families import PARTS, Parts
-from ..model.load import model_folder, weights_sha256
+from ..model.families import FAMILIES
+from ..model.folder import model_folder
+from ..model.hashes import weights_sha256
 from .store import FORMAT, MANIFEST, STAMPS, Manifest, Piece, Store, file_name, padded, stamped, stamps
 
 SPARE = 16 << 20  # bytes that packing leaves free on the disk
@@ -40,7 +41,7 @@ def take_experts(model: nn.Module) -> dict[int, nn.Module]:
 
     As `Backbone.load(.., take_out=..)` calls it, their weights are never read.
     """
-    parts, taken = PARTS.get(model.model_type, Parts()), {}
+    parts, taken = FAMILIES[model.model_type].parts, {}
     for l, block in enumerate(model.layers):
         if "switch_mlp" in block[parts.ffn]:
             taken[l] = block[parts.ffn].pop("switch_mlp")

@@ -29,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..common import UserError, write_whole
-from ..model.load import weights_sha256
+from ..model.hashes import weights_sha256
 
 FORMAT = 2
 PAGE = 4096  # bytes

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..common import UserError
 from ..model.backbone import Backbone
-from ..model.load import weights_sha256
+from ..model.hashes import weights_sha256
 from ..stream import checkpoints
 from ..stream.stream import AcceleratedStream, load_stream
 from .state_predictors import DirectConfig, DirectMap, StreamPredictor

@@ -13,12 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache
 
 from ..common import UserError
 from .cache import FEW, FixedKV, Traced, is_fixed, round_up
-from .families import MOE, PARTS, Parts, check_served
-from .load import load, object_config, object_sha256
+from .config import window
+from .families import FAMILIES, check_served
+from .load import load
+from .objects import object_config, object_sha256
 from .view import follow, private
 
 
@@ -37,7 +39,7 @@ class Backbone:
         check_served(config)
         self.family = config["model_type"]
         self.model, self.tokenizer, self.config, self._sha256 = model, tokenizer, config, sha256
-        self.parts = PARTS.get(self.family, Parts())
+        self.parts = FAMILIES[self.family].parts
         self._view = private(model)
         self.blocks: list[nn.Module] = list(self._view.layers)
         self._traced: dict[tuple, Traced] = {}  # compiled passes, by what they do
@@ -51,15 +53,16 @@ class Backbone:
         take_out: Callable | None = None,
         sha256: Callable | None = None,
         decode: bool | None = None,
+        adapter: str | Path | None = None,
     ) -> "Backbone":
         """Load a Hugging Face folder or repository with mlx-lm; arguments and errors as of `load.load`."""
-        return cls(*load(path_or_repo, dtype, take_out, sha256, decode))
+        return cls(*load(path_or_repo, dtype, take_out, sha256, decode, adapter))
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer) -> "Backbone":
         """The view of a model and its tokenizer as `mlx_lm.load` returns them; neither is changed.
 
-        The hash is taken when it is first asked for (`load.object_sha256`): of an unchanged model it is the
+        The hash is taken on first use (`objects.object_sha256`): of an unchanged model it is the
         hash of the folder that the tokenizer came from.
 
         Raises:
@@ -92,12 +95,14 @@ class Backbone:
 
     @property
     def context(self) -> int:
-        """The most tokens (prompt and answer) that the model was made for."""
-        return self.config.get("max_position_embeddings", 1 << 30)
+        """The most tokens (prompt and answer) that the model is served with: those it was made for, and not
+        more than its attention window if it has one."""
+        longest = self.config.get("max_position_embeddings") or 1 << 30
+        return min(longest, window(self.config) or longest)
 
     @property
     def is_moe(self) -> bool:
-        return self.family in MOE
+        return FAMILIES[self.family].moe
 
     @cached_property
     def matrix_bytes(self) -> int:
@@ -206,9 +211,7 @@ class Backbone:
                 mlx-lm's own cache, which grows with each token.
         """
         self.refresh()
-        cache = make_prompt_cache(self.model)
-        if not all(type(c) is KVCache for c in cache):
-            raise UserError("This model's cache cannot be cut back after a rejected draft; it is not served.")
+        cache: list = [KVCache() for _ in self.blocks]  # also for a window, whose end `context` is
         ropes = {type(getattr(block[self.parts.attention], "rope", None)).__name__ for block in self.blocks}
         if room is None or "DynamicNTKScalingRoPE" in ropes:  # its angles depend on the text's length
             return cache

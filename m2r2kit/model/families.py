@@ -1,11 +1,9 @@
 """The model families that the kit serves, and where each keeps the parts of a block."""
 
+import importlib
 from dataclasses import dataclass
 
 from ..common import UserError
-
-DENSE = ("llama", "qwen3", "phi3", "gemma", "olmo2")
-MOE = ("olmoe", "qwen3_moe", "mixtral")
 
 
 @dataclass(frozen=True)
@@ -22,18 +20,59 @@ class Parts:
     norm_after: bool = False
 
 
-PARTS = {
-    "olmo2": Parts(
-        attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm", norm_after=True
-    ),
-    "mixtral": Parts(ffn="block_sparse_moe"),
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        name: `model_type` in config.json.
+        classes: how transformers' classes of the family begin.
+        module: mlx-lm's module, if it has another name.
+    """
+
+    name: str
+    classes: str
+    module: str = ""
+    moe: bool = False
+    parts: Parts = Parts()
+
+    def arguments(self) -> type:
+        """mlx-lm's dataclass of what it reads from config.json."""
+        return importlib.import_module(f"mlx_lm.models.{self.module or self.name}").ModelArgs
+
+
+OLMO2 = Parts(
+    attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm", norm_after=True
+)
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llama", "Llama"),
+        Family("mistral", "Mistral", module="llama"),
+        Family("qwen2", "Qwen2"),
+        Family("qwen3", "Qwen3"),
+        Family("phi3", "Phi3"),
+        Family("gemma", "Gemma"),
+        Family("olmo2", "Olmo2", parts=OLMO2),
+        Family("olmoe", "Olmoe", moe=True),
+        Family("qwen3_moe", "Qwen3Moe", moe=True),
+        Family("mixtral", "Mixtral", moe=True, parts=Parts(ffn="block_sparse_moe")),
+    )
+}
+DENSE = tuple(name for name, family in FAMILIES.items() if not family.moe)
+MOE = tuple(name for name, family in FAMILIES.items() if family.moe)
+
+# Families that are asked for often, and why they are not here.
+UNSERVED = {
+    "gemma2": "it caps its attention scores and logits",
+    "gemma3": "its attention window slides after 512 or 1,024 tokens",
+    "gemma3_text": "its attention window slides after 512 or 1,024 tokens",
 }
 
 
 def check_served(config: dict) -> None:
-    """Refuse, in one sentence, a model that this view cannot show (config: its config.json)."""
-    family = config.get("model_type", "")
-    if family not in DENSE + MOE:
-        raise UserError(f"Models of type '{family}' are not served; use one of {', '.join(DENSE + MOE)}.")
-    if any(kind == "sliding_attention" for kind in config.get("layer_types") or ()):
-        raise UserError("This model slides its attention window, and a rolled cache cannot be cut back.")
+    """Refuse, in one sentence, a model that the kit's view cannot show (config: its config.json)."""
+    name = config.get("model_type", "")
+    if name not in FAMILIES:
+        why = f" ({UNSERVED[name]})" if name in UNSERVED else ""
+        raise UserError(f"Models of type '{name}' are not served{why}; use one of {', '.join(DENSE + MOE)}.")

@@ -1,18 +1,20 @@
-"""From a name to a loaded model: its folder or repository, its weights, and their hash."""
+"""From a name to a loaded model: its folder (`folder.py`), its config (`config.py`), its weights and its
+tokenizer, and its hash (`hashes.py`)."""
 
-import hashlib
-import json
+import os
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
 from ..common import UserError
-from .families import check_served
+from .config import WINDOW, translate
+from .folder import ADAPTER, model_folder, read_json, tensor_names, weight_files
+from .hashes import parameters_sha256, weights_sha256
 
 DECODED = 2 << 30  # bytes of the largest model in float32 whose quantised weights a CPU decodes
 
@@ -23,6 +25,7 @@ def load(
     take_out: Callable | None = None,
     sha256: Callable | None = None,
     decode: bool | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[nn.Module, object, dict, str]:
     """Load a Hugging Face folder or repository with mlx-lm: (model, tokenizer, config, sha256).
 
@@ -32,22 +35,30 @@ def load(
             model is never read.
         sha256: folder -> the hash of its weights; by default `weights_sha256`, which reads them all.
         decode: whether quantised weights become ordinary ones (`decoded`); by default on a CPU, where
-            quantised products are no faster, if the model takes at most `DECODED` bytes in float32.
+            quantised products are no faster, if the model takes at most `DECODED` bytes in float32 and
+            has no adapter.
+        adapter: folder of a LoRA adapter as `mlx_lm.lora` writes it; the hash is then that of the
+            parameters with the adapter (`parameters_sha256`).
 
     Raises:
-        UserError: the folder is missing, incomplete, or of a family that is not served.
+        UserError: the folder is missing, incomplete or damaged, needs code of its own, or is of a family or
+            a variant that is not served.
     """
     folder = model_folder(path_or_repo)
+    if adapter:
+        check_adapter(adapter)
     from mlx_lm import utils  # imports transformers: seconds that `--help` should not cost
 
-    try:
-        model, config = utils.load_model(folder, lazy=True)
-        tokenizer = utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-        on_cpu = mx.default_device() == mx.Device(mx.cpu)
-        if decode is None:  # of the whole model: with and without its experts it computes the same
-            decode = on_cpu and 4 * utils.get_total_parameters(model) <= DECODED
-        if dtype is None and on_cpu:
-            dtype = mx.float32
+    model, config = read_model(folder)
+    tokenizer = read_tokenizer(folder, config)
+    if adapter:
+        put_adapter(model, adapter)
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    if decode is None:  # of the whole model: with and without its experts it computes the same
+        decode = on_cpu and not adapter and 4 * utils.get_total_parameters(model) <= DECODED
+    if dtype is None and on_cpu:
+        dtype = mx.float32
+    with _reading(folder):
         if decode:
             decoded(model, dtype)
         elif dtype is not None:
@@ -55,12 +66,106 @@ def load(
         if take_out:
             take_out(model)  # nothing is read or converted before the next line
         mx.eval(model.parameters())
-    except Exception as error:  # mlx-lm raises whatever its parts raise; the user needs one sentence
-        reason = str(error).splitlines()[0].rstrip(":. ") if str(error) else type(error).__name__
-        raise UserError(
-            f"{path_or_repo} cannot be loaded ({reason}); copy the folder again, whole."
-        ) from error
+    if adapter:
+        return model, tokenizer, config, parameters_sha256(model)
     return model, tokenizer, config, (sha256 or weights_sha256)(folder)
+
+
+# --- models ---------------------------------------------------------------------------------
+
+
+def read_model(folder: Path) -> tuple[nn.Module, dict]:
+    """A folder's model, its weights not read yet, and its config as `translate` makes it.
+
+    Raises:
+        UserError: the config describes no model that is served, or the weights do not fit it.
+    """
+    from mlx_lm import utils  # imports transformers: seconds that `--help` should not cost
+
+    config = read_json(folder / "config.json")
+    names = tensor_names(folder)
+    config.setdefault("tie_word_embeddings", not any(name.startswith("lm_head.") for name in names))
+    translated = translate(config)
+    changes = {name: value for name, value in translated.items() if config.get(name) != value}
+    changes["tie_word_embeddings"] = config["tie_word_embeddings"]
+
+    def classes(config: dict):
+        model, arguments = utils._get_classes(config)
+        return _building(folder, model), SimpleNamespace(from_dict=_building(folder, arguments.from_dict))
+
+    with _exactly(folder) as source, _reading(folder):
+        model, made = utils.load_model(source, lazy=True, model_config=changes, get_model_classes=classes)
+    rest = {name: value for name, value in made.items() if name not in WINDOW}
+    return model, rest | {name: config[name] for name in WINDOW if name in config}
+
+
+def read_tokenizer(folder: Path, config: dict):
+    """A folder's tokenizer, as mlx-lm wraps it.
+
+    Raises:
+        UserError: it is missing, damaged, or needs a package that is not there.
+    """
+    from mlx_lm import utils
+
+    try:
+        return utils.load_tokenizer(
+            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+        )
+    except ImportError as error:
+        raise UserError(
+            f"The tokenizer of {folder} needs a package that is not installed ({_short(error)}); "
+            "install it, or use a model with a tokenizer.json."
+        ) from error
+    except Exception as error:  # tokenizers and transformers raise whatever they meet, also plain Exception
+        raise UserError(
+            f"The tokenizer of {folder} cannot be read ({_short(error)}); copy tokenizer.json and "
+            "tokenizer_config.json again."
+        ) from error
+
+
+def _building(folder: Path, make: Callable) -> Callable:
+    """`make`, whose errors are the config's fault."""
+
+    def made(argument):
+        try:
+            return make(argument)
+        except Exception as error:  # a missing or impossible value shows in whatever is computed from it
+            raise UserError(
+                f"{folder / 'config.json'} does not describe a model ({_short(error)}); get it again."
+            ) from error
+
+    return made
+
+
+@contextmanager
+def _reading(folder: Path):
+    """Errors of what is read inside, by their cause."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}.") from error
+    except (MemoryError, RuntimeError) as error:
+        reason = _short(error)
+        if isinstance(error, MemoryError) or "alloc" in reason:
+            raise UserError(f"{folder} does not fit into memory ({reason}); use a smaller model.") from error
+        raise UserError(
+            f"The weights of {folder} are damaged or cut short ({reason}); copy them again."
+        ) from error
+    except Exception as error:  # what a family's `sanitize`, the quantisation or `load_weights` misses
+        raise UserError(
+            f"The weights of {folder} do not fit its config.json ({_short(error)}); get both from the "
+            "same place."
+        ) from error
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip()
+    if isinstance(error, KeyError | ImportError) or not text:
+        text = f"{type(error).__name__} {text}".strip()
+    text = " ".join(text.split())
+    return (text if len(text) < 160 else text[:157] + "..").rstrip(":. ")
 
 
 def decoded(model: nn.Module, dtype: mx.Dtype | None = None) -> nn.Module:
@@ -80,122 +185,42 @@ def decoded(model: nn.Module, dtype: mx.Dtype | None = None) -> nn.Module:
     return model
 
 
-# --- hashes -------------------------------------------------------------------------------
+@contextmanager
+def _exactly(folder: Path):
+    """A folder in which mlx-lm, which reads all `model*.safetensors`, finds only `weight_files`."""
+    wanted = weight_files(folder)
+    if wanted == sorted(folder.glob("model*.safetensors")):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="m2r2kit-") as made:  # MLX keeps the files open that it opened
+        for file in folder.glob("*.json"):
+            os.symlink(file.resolve(), Path(made, file.name))
+        for number, file in enumerate(wanted):
+            os.symlink(file.resolve(), Path(made, f"model-{number:05d}.safetensors"))
+        yield Path(made)
 
 
-def weights_sha256(folder: Path) -> str:
-    """One hash of a model's weight files: what a trained stream is bound to."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+# --- adapters -------------------------------------------------------------------------------
 
 
-def parameters_sha256(model: nn.Module) -> str:
-    """One hash of a model's parameters: names, shapes and values, whatever the files they came from.
-
-    Floats are widened to float32 first, which changes no value: a model in bfloat16 and the same model
-    in float32 have one hash.
-    """
-    digest = hashlib.sha256()
-    for name, w in sorted(tree_flatten(model.parameters())):
-        w = w.astype(mx.float32) if mx.issubdtype(w.dtype, mx.floating) else w
-        digest.update(f"{name} {w.dtype} {w.shape}\n".encode())
-        digest.update(memoryview(np.ascontiguousarray(w)).cast("B") if w.size else b"")
-    return digest.hexdigest()
+def check_adapter(adapter: str | Path) -> None:
+    """Refuse a folder that holds no adapter of mlx-lm."""
+    for name in ADAPTER:
+        if not (Path(adapter) / name).exists():
+            raise UserError(f"{adapter} has no {name}; give a folder that `mlx_lm.lora` wrote.")
+    read_json(Path(adapter) / ADAPTER[0])
 
 
-# --- model objects --------------------------------------------------------------------------
-
-
-def object_sha256(model: nn.Module, tokenizer) -> str:
-    """The hash of a model that `mlx_lm.load` returned.
-
-    If the folder that the tokenizer came from holds exactly these weights (in any float type that they were
-    converted to), it is `weights_sha256` of that folder, so what was trained for the folder fits the object.
-    Otherwise (a changed or fused model, an adapter) it is `parameters_sha256`. Both read all weights.
-    """
-    folder = _source(tokenizer)
-    if folder and _holds(folder, model):
-        return weights_sha256(folder)
-    return parameters_sha256(model)
-
-
-def object_config(model: nn.Module, tokenizer) -> dict:
-    """The config of a model object: its `args`, and from its folder's config.json what they leave out."""
-    args = getattr(model, "args", None)
-    if args is None:
-        raise UserError("This is not a language model of mlx-lm; give what `mlx_lm.load` returns.")
-    folder, config = _source(tokenizer), {}
-    if folder and (folder / "config.json").exists():
-        config = _json(folder / "config.json")
-        if config.get("model_type") != args.model_type:
-            config = {}  # the tokenizer of another model
-    return config | {k: v for k, v in asdict(args).items() if v is not None}
-
-
-def _source(tokenizer) -> Path | None:
-    """The folder that a tokenizer was read from."""
-    name = getattr(tokenizer, "name_or_path", None)
-    return Path(name) if name and Path(name).is_dir() else None
-
-
-def _holds(folder: Path, model: nn.Module) -> bool:
-    """Whether a folder's weights are exactly those of a model object."""
+def put_adapter(model: nn.Module, adapter: str | Path) -> None:
+    """Put an adapter's layers into a model, as `mlx_lm.load(.., adapter_path=)` does."""
     from mlx_lm import utils
 
     try:
-        stored, _ = utils.load_model(folder, lazy=True)
-    except Exception:
-        return False  # no model there, or another one
-    wanted, found = dict(tree_flatten(model.parameters())), dict(tree_flatten(stored.parameters()))
-    if wanted.keys() != found.keys():  # `load` may have decoded the model
-        found = dict(tree_flatten(decoded(stored, mx.float32).parameters()))
-    del stored
-    if {k: w.shape for k, w in wanted.items()} != {k: w.shape for k, w in found.items()}:
-        return False
-    # one tensor after the other, so that two whole models are never in memory
-    return all(
-        mx.array_equal(w, found.pop(name).astype(w.dtype), equal_nan=True) for name, w in wanted.items()
-    )
-
-
-# --- folders --------------------------------------------------------------------------------
-
-
-def model_folder(path_or_repo: str | Path) -> Path:
-    """The folder of a model, complete as far as can be seen without loading it."""
-    folder = Path(path_or_repo)
-    if not folder.exists():
-        name = str(path_or_repo)
-        if name.count("/") != 1 or name.startswith((".", "/", "~", "data/")):
-            raise UserError(f"There is no model folder {name}; give a folder or a Hugging Face repository.")
-        from mlx_lm.utils import _download
-
-        try:
-            folder = Path(_download(name))
-        except Exception as error:
-            raise UserError(f"There is no folder {name}, and fetching it as a repository failed.") from error
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json; copy the model's folder again, whole.")
-    check_served(_json(folder / "config.json"))  # before gigabytes are read
-    if not list(folder.glob("model*.safetensors")):
-        raise UserError(f"{folder} has no model*.safetensors; copy the model's folder again, whole.")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        named = set(_json(index).get("weight_map", {}).values())
-        if missing := sorted(n for n in named if not (folder / n).exists()):
-            raise UserError(f"{folder} lacks {missing[0]}; copy the model's folder again, whole.")
-    return folder
-
-
-def _json(path: Path) -> dict:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):  # no JSON, or not even text
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not valid JSON; copy the model's folder again, whole.")
-    return value
+        utils.load_adapters(model, str(adapter))
+        model.eval()
+        mx.eval(model.trainable_parameters())
+    except Exception as error:  # of another model, or not whole: each shows in its own way
+        raise UserError(
+            f"The adapter in {adapter} does not fit this model ({_short(error)}); use the model that it "
+            "was trained for."
+        ) from error

@@ -3,7 +3,7 @@
 from ...bench import records
 from ...bench.memory import measure
 from ...experts.store import Store
-from ...model.load import model_folder
+from ...model.folder import model_folder
 from .result import command, model_name
 
 

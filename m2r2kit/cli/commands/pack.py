@@ -6,7 +6,8 @@ from tqdm import tqdm
 
 from ...experts.packing import pack
 from ...experts.store import Store
-from ...model.load import model_folder, weights_sha256
+from ...model.folder import model_folder
+from ...model.hashes import weights_sha256
 
 
 def run(args) -> int:

@@ -1,0 +1,66 @@
+"""A model and a tokenizer as `mlx_lm.load` returns them: their config, and the hash that they share with
+their folder."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..common import UserError
+from .families import check_served
+from .folder import read_json
+from .hashes import parameters_sha256, weights_sha256
+from .load import decoded, read_model
+
+
+def object_sha256(model: nn.Module, tokenizer) -> str:
+    """The hash of a model that `mlx_lm.load` returned.
+
+    If the folder that the tokenizer came from holds exactly these weights (in any float type that they were
+    converted to), it is `weights_sha256` of that folder, so what was trained for the folder fits the object.
+    Otherwise (a changed or fused model, an adapter) it is `parameters_sha256`. Both read all weights.
+    """
+    folder = _source(tokenizer)
+    if folder and _holds(folder, model):
+        return weights_sha256(folder)
+    return parameters_sha256(model)
+
+
+def object_config(model: nn.Module, tokenizer) -> dict:
+    """The config of a model object: its `args`, and from its folder's config.json what they leave out."""
+    args = getattr(model, "args", None)
+    if args is None:
+        raise UserError("This is not a language model of mlx-lm; give what `mlx_lm.load` returns.")
+    folder, config, own = _source(tokenizer), {}, asdict(args)
+    if folder and (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+        if config.get("model_type") != args.model_type:
+            config = {}  # the tokenizer of another model
+    return own | config | {k: v for k, v in own.items() if v is not None}
+
+
+def _source(tokenizer) -> Path | None:
+    """The folder that a tokenizer was read from."""
+    name = getattr(tokenizer, "name_or_path", None)
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def _holds(folder: Path, model: nn.Module) -> bool:
+    """Whether a folder's weights are exactly those of a model object."""
+    try:
+        check_served(read_json(folder / "config.json"))
+        stored, _ = read_model(folder)
+    except UserError:
+        return False  # no model there, or another one
+    wanted, found = dict(tree_flatten(model.parameters())), dict(tree_flatten(stored.parameters()))
+    if wanted.keys() != found.keys():  # `load` may have decoded the model
+        found = dict(tree_flatten(decoded(stored, mx.float32).parameters()))
+    del stored
+    if {k: w.shape for k, w in wanted.items()} != {k: w.shape for k, w in found.items()}:
+        return False
+    # one tensor after the other, so that two whole models are never in memory
+    return all(
+        mx.array_equal(w, found.pop(name).astype(w.dtype), equal_nan=True) for name, w in wanted.items()
+    )
