@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 from m2r2kit.bench import claims, records  # noqa: E402
 from m2r2kit.bench.tables import Table  # noqa: E402
-from m2r2kit.cli.commands import bench_exits, bench_experts  # noqa: E402
-from m2r2kit.cli.commands.bench import table  # noqa: E402
+from m2r2kit.cli import bench_exits, bench_experts  # noqa: E402
+from m2r2kit.cli.bench_speculation import table  # noqa: E402
 from m2r2kit.figures import exits as figures_exits  # noqa: E402
 from m2r2kit.figures import experts as figures_experts  # noqa: E402
 

@@ -9,7 +9,7 @@ import tiny
 from m2r2kit.bench import speculation as bench
 from m2r2kit.bench.rounds import rounds
 from m2r2kit.bench.speculation import Arm, compare
-from m2r2kit.cli.commands.bench import drafts_at
+from m2r2kit.cli.bench_speculation import drafts_at
 from m2r2kit.common import UserError
 from m2r2kit.speculation import M2R2, EarlyExit, Plain, generate
 from m2r2kit.speculation import decode as loop

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -53,7 +54,7 @@ def test_products_are_measured(found):
 
 def test_json(found, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "checks", lambda: found)
-    code = doctor.run(as_json=True)
+    code = doctor.run(SimpleNamespace(json=True))
     printed = json.loads(capsys.readouterr().out)
     assert printed["ok"] == all(check.ok for check in found) == (code == 0)
     assert {"mlx_gflops", "numpy_gflops", "ratio", "disk_read_mb_s"} <= printed.keys()
@@ -65,7 +66,7 @@ def test_json(found, monkeypatch, capsys):
 def test_table(ok, code, word, monkeypatch, capsys):
     check = doctor.Check("thing", "broken", ok, "mend it")
     monkeypatch.setattr(doctor, "checks", lambda: [check])
-    assert doctor.run(as_json=False) == code
+    assert doctor.run(SimpleNamespace(json=False)) == code
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == f"{word}  thing  broken" and second.strip() == "-> mend it"
 

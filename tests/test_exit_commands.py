@@ -15,8 +15,8 @@ from m2r2kit.__main__ import main
 from m2r2kit.bench import claims, records
 from m2r2kit.bench import exits as bench_exits
 from m2r2kit.bench.merit import Curve, crossing, merits
-from m2r2kit.cli.commands import bench_exits as bench_command
-from m2r2kit.cli.commands import calibrate, train_exits, train_stream
+from m2r2kit.cli import bench_exits as bench_command
+from m2r2kit.cli import calibrate, train_exits, train_stream
 from m2r2kit.common import UserError
 from m2r2kit.exits import methods, trained
 from m2r2kit.exits.registry import METHODS

@@ -10,7 +10,7 @@ import tiny
 import tiny_experts
 
 from m2r2kit.__main__ import main
-from m2r2kit.cli import arguments
+from m2r2kit.cli import values as arguments
 
 K = tiny_experts.K
 

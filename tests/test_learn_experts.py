@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 from m2r2kit.__main__ import main
 from m2r2kit.bench import records
 from m2r2kit.bench.experts import ARMS, Disk, compare
-from m2r2kit.cli.commands import train_predictor
+from m2r2kit.cli import train_predictor
 from m2r2kit.common import UserError
 from m2r2kit.experts import registry as methods
 from m2r2kit.experts import train as learn

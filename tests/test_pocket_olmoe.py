@@ -14,7 +14,7 @@ from mlx_lm.models import olmoe
 from test_pretrain import TINY, batches, noisy, stop_after, weights
 from tokenizers import Tokenizer
 
-from m2r2kit.cli.commands import train
+from m2r2kit.cli import train_backbone as train
 from m2r2kit.common import UserError
 from m2r2kit.model.cpu.fast_math import soft_cross_entropy
 from m2r2kit.model.small_llama import causal_bias
@@ -254,7 +254,7 @@ def test_a_mixture_is_trained_exported_and_its_experts_counted(start, tmp_path, 
         out=tmp_path / "run", corpus=tmp_path, type="olmoe", start=dense, tokens=None, minutes=None,
         to=tmp_path / "moe", config=tmp_path / "tiny.json", processes=1,
     )  # fmt: skip
-    assert train.backbone(args) == 0
+    assert train.run(args) == 0
     assert "times an even share of the tokens" in capsys.readouterr().out
     model, wrapped = load(str(tmp_path / "moe"))
     assert model.model_type == "olmoe" and {w.dtype for _, w in tree_flatten(model.parameters())} == {
@@ -268,7 +268,7 @@ def test_a_mixture_is_trained_exported_and_its_experts_counted(start, tmp_path, 
     assert len(use["entropy"]) == 2 and max(use["entropy"]) < np.log2(6) + 1e-3
     args.type, args.config = None, None
     with pytest.raises(UserError, match="--start is for a mixture of experts; add --type olmoe"):
-        train.backbone(args)
+        train.run(args)
 
 
 def test_expert_use_counts_what_mlx_lm_chooses(tmp_path):

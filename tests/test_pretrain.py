@@ -317,7 +317,7 @@ def test_held_out_figures_are_those_of_the_float16_weights(exported):
 
 
 def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch, capsys):
-    from m2r2kit.cli.commands import train
+    from m2r2kit.cli import train_backbone as train
 
     documents = [
         Document(kind, f"{kind} {i}", f"<|user|>What is {i}?<|assistant|>It is {i}.")
@@ -340,7 +340,7 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
         config=tmp_path / "tiny.json",
         processes=1,
     )
-    assert train.backbone(args) == 0
+    assert train.run(args) == 0
     assert (
         "Saved after 64 of 64,000 tokens; go on with: m2r2kit train backbone --out" in capsys.readouterr().out
     )
@@ -355,7 +355,7 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
         config=None,
         processes=1,
     )
-    assert train.backbone(args) == 0
+    assert train.run(args) == 0
     ((subject, record),) = written
     assert subject == "pretrain" and record["settings"]["tokens_seen"] == 64 * 3
     assert record["figures"].keys() == {"code", "arithmetic", "shell"}

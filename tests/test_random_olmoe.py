@@ -13,7 +13,7 @@ import tiny_experts
 from m2r2kit.__main__ import main
 from m2r2kit.bench import memory as bench_memory
 from m2r2kit.bench import records
-from m2r2kit.cli.arguments import MODEL
+from m2r2kit.cli.shared import MODEL
 from m2r2kit.common import UserError
 from m2r2kit.experts.packing import pack
 from m2r2kit.model.backbone import Backbone

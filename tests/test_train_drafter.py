@@ -8,7 +8,7 @@ from test_train_stream import written  # noqa: F401  (a fixture: little text and
 
 from m2r2kit.bench import tune as tuning
 from m2r2kit.bench.tune import Tuned
-from m2r2kit.cli.commands import train_drafter, tune
+from m2r2kit.cli import train_drafter, tune
 from m2r2kit.common import UserError
 from m2r2kit.speculation import generate
 from m2r2kit.speculation import registry as methods

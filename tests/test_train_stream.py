@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from m2r2kit.bench import tune as tuning
 from m2r2kit.bench.tune import Tuned
-from m2r2kit.cli.commands import train_stream, tune
+from m2r2kit.cli import train_stream, tune
 from m2r2kit.common import UserError
 from m2r2kit.model.backbone import Backbone
 from m2r2kit.speculation import registry as methods

@@ -1,8 +1,6 @@
 """The paper-and-ours table (`claims.py`) for the terminal, a notebook and Markdown."""
 
 import html
-import json
-import shutil
 
 from .claims import GROUPS, VERDICTS, choices, table
 from .tables import Table
@@ -100,17 +98,3 @@ def choices_as_markdown() -> str:
     names = ("what", "open", "ours", "alternative", "switch", "why")
     rows = [[choice[name] or "-" for name in names] for choice in choices()]
     return Table(heads, rows, left=heads).as_markdown()
-
-
-def run(as_json: bool = False, markdown: bool = False) -> int:
-    """`m2r2kit report`: print the table."""
-    rows = table()
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    elif markdown:
-        print(as_markdown(rows))
-    else:
-        print(as_text(min(140, shutil.get_terminal_size((100, 24)).columns), rows))
-        counts = [f"{sum(row['verdict'] == v for row in rows)} {v}" for v in VERDICTS]
-        print(f"\nreport: {', '.join(counts)}")
-    return 0

@@ -46,11 +46,15 @@ def checks() -> list[Check]:
     return found
 
 
-def run(as_json: bool) -> int:
+def arguments(parser):
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args) -> int:
     """Print the findings; returns 0, or 1 if one is not OK."""
     found = checks()
     ok = all(check.ok for check in found)
-    if as_json:
+    if args.json:
         numbers = {key: value for check in found for key, value in check.numbers.items()}
         print(json.dumps({"ok": ok, **numbers, "checks": [asdict(check) for check in found]}, indent=2))
         return 0 if ok else 1

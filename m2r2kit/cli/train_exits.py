@@ -1,23 +1,67 @@
 """`m2r2kit train exits`: what lets tokens leave early, M2R2's and its peers', on the same rows."""
 
+import argparse
 import math
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ...bench import records
-from ...common import UserError
-from ...exits import trained
-from ...model.backbone import Backbone
-from ...stream import checkpoints
-from ...stream.distil import DistilConfig
-from ...stream.stream import load_stream
-from ...text.rows import for_training, text
-from . import calibrate
+from ..bench import records
+from ..common import UserError
+from ..exits import trained
+from ..exits.registry import KINDS as EXIT_KINDS
+from ..model.backbone import Backbone
+from ..stream import checkpoints
+from ..stream.distil import DistilConfig
+from ..stream.stream import load_stream
+from ..text.rows import for_training, text
+from . import calibrate, shared
 from .result import command, model_name
+from .values import counts, some_of
 
 ROUTED = ("m2r2", "lens")  # kinds that have a router
+
+
+def arguments(parser):
+    shared.model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(EXIT_KINDS),
+        default=["m2r2"],
+        metavar="A,B,..",
+        help=f"what to train, of {', '.join(EXIT_KINDS)}, or all, from the same rows (default: m2r2)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to save it (default: 'exits/KIND' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--exits",
+        type=counts,
+        metavar="E,F,..",
+        help="after so many blocks a token may leave; for shallow, the number of its blocks",
+    )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="for m2r2: begin the first exit with this trained stream (`m2r2kit train stream`)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="then choose exits and measure risks; --no-calibrate leaves it to `m2r2kit calibrate`",
+    )
+    parser.add_argument(
+        "--router-only",
+        action="store_true",
+        help="train a new router for exits that are saved already; the rest of them stays",
+    )
+    shared.training_rows(parser)
 
 
 def run(args) -> int:

@@ -6,17 +6,17 @@ from dataclasses import asdict
 
 import numpy as np
 
-from ...common import UserError, peak_bytes
-from ...driver import Generation
-from ...experts import registry as methods
-from ...experts import trained
-from ...experts.decode import ExpertDecoder, StreamedModel
-from ...experts.predictors import Predictor
-from ...experts.reader import Reader
-from ...experts.registry import TRAINED
-from ...experts.slots import budget_of_share, slots_of_budget
-from ...experts.trace import Trace
-from ...speculation import Sampler
+from ..common import UserError, peak_bytes
+from ..driver import Generation
+from ..experts import registry as methods
+from ..experts import trained
+from ..experts.decode import ExpertDecoder, StreamedModel
+from ..experts.predictors import Predictor
+from ..experts.reader import Reader
+from ..experts.registry import TRAINED
+from ..experts.slots import budget_of_share, slots_of_budget
+from ..experts.trace import Trace
+from ..speculation import Sampler
 from .generate import Stream
 
 

@@ -1,5 +1,6 @@
 """`m2r2kit train stream`: the accelerated stream of a model, which itself stays as it is."""
 
+import argparse
 import math
 import signal
 from dataclasses import asdict, replace
@@ -8,19 +9,83 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from ...bench import records
-from ...bench.tune import tune_stream
-from ...common import UserError
-from ...model.backbone import Backbone
-from ...model.cpu import parallel
-from ...stream import checkpoints
-from ...stream import train as distillation
-from ...stream.distil import DistilConfig, TeacherBatch, needs
-from ...stream.stream import AcceleratedStream, StreamConfig, check, tau
-from ...text.rows import for_training, text
+from ..bench import records
+from ..bench.tune import tune_stream
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..model.cpu import parallel
+from ..stream import checkpoints
+from ..stream import train as distillation
+from ..stream.distil import DistilConfig, TeacherBatch, needs
+from ..stream.registry import FORMS
+from ..stream.stream import AcceleratedStream, StreamConfig, check, tau
+from ..text.rows import for_training, text
+from . import shared
 from .result import command, model_name
+from .values import count, natural, number
 
 UNTUNED = 4  # drafts in a step where --no-tune leaves it to `m2r2kit tune`
+
+
+def arguments(parser):
+    shared.model(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to save it (default: 'stream' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--form", choices=FORMS, default="block", help="what an accelerated block computes (default: block)"
+    )
+    parser.add_argument("--exit", type=count, metavar="E", help="block after which the stream is read")
+    parser.add_argument(
+        "--rate",
+        type=number(float, 0, above=True),
+        metavar="R",
+        help="how fast the stream runs ahead (default: to reach the final state at its exit)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=natural,
+        metavar="R",
+        help="rank of its changes of the base matrices; 0 for none (default: full)",
+    )
+    parser.add_argument(
+        "--deep",
+        type=number(float, 0),
+        metavar="SHARE",
+        help="read the slow keys of the block at this share of the depth; 0 for none (default: 0.25)",
+    )
+    parser.add_argument(
+        "--near",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also read those of its own blocks, which drafts then have to compute (default: no)",
+    )
+    parser.add_argument(
+        "--carry",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also begin with the last state of the token before, as in EAGLE (default: yes)",
+    )
+    parser.add_argument(
+        "--ffn-width", type=natural, metavar="W", help="width of an FFN of its own; 0 for none"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train other readouts of the same size for as long, and record them all; saves none",
+    )
+    shared.training_rows(parser)
+    shared.tuning(parser)
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="begin with this trained stream, of this model or of one much like it, instead of anew",
+    )
+    shared.processes(parser)
 
 
 def run(args) -> int:

@@ -2,12 +2,19 @@
 
 from dataclasses import asdict
 
-from ...bench.tune import tune_peer, tune_stream
-from ...model.backbone import Backbone
-from ...speculation import trained as peers
-from ...speculation.registry import drafters_folder, stream_folder
-from ...stream import checkpoints
-from ...stream.stream import load_stream
+from ..bench.tune import tune_peer, tune_stream
+from ..model.backbone import Backbone
+from ..speculation import trained as peers
+from ..speculation.registry import drafters_folder, stream_folder
+from ..stream import checkpoints
+from ..stream.stream import load_stream
+from . import shared
+
+
+def arguments(parser):
+    shared.model(parser)
+    shared.stream(parser)
+    shared.drafters(parser)
 
 
 def run(args) -> int:

@@ -1,19 +1,47 @@
 """`m2r2kit bench speculation`: the arms side by side, equality first, then time."""
 
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-from ...bench import records
-from ...bench.questions import questions
-from ...bench.speculation import Arm, compare
-from ...bench.tables import Table
-from ...common import UserError
-from ...model.backbone import Backbone
-from ...speculation.decode import MOST_DRAFTS
-from ...speculation.registry import DRAFTS, drafters_folder, ready, stream_folder, training
-from ...text import prompts as prompt_files
+from ..bench import records
+from ..bench.questions import questions
+from ..bench.speculation import Arm, compare
+from ..bench.tables import Table
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..speculation.decode import MOST_DRAFTS
+from ..speculation.registry import DRAFTS, METHODS, drafters_folder, ready, stream_folder, training
+from ..text import prompts as prompt_files
+from . import shared
 from .result import command, model_name, write_json
+from .values import count, some_of
+
+
+def arguments(parser):
+    shared.model(parser)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one JSON object a line with 'id' and 'prompt', or MT-Bench, Koala or Self-Instruct as "
+        "published (default: all of data/prompts)",
+    )
+    parser.add_argument(
+        "--methods",
+        type=some_of(METHODS),
+        default=list(METHODS)[:4],
+        metavar="A,B,..",
+        help=f"what to compare, of {', '.join(METHODS)}, or all (default: the first four)",
+    )
+    shared.drafting(parser)
+    parser.add_argument(
+        "--repeats", type=count, default=5, metavar="N", help="timed rounds of all methods (default: 5)"
+    )
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
 
 
 def run(args) -> int:

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ...common import ROOT
-from ...experts.registry import POLICIES, PREDICTORS
+from ..common import ROOT
+from ..experts.registry import POLICIES, PREDICTORS
 from .values import budget, count, natural, number, size
 
 MODEL = ROOT / "data" / "pocket-dense"

@@ -1,18 +1,60 @@
 """`m2r2kit bench experts`: ways of streaming experts side by side; or, with `--plan`, on paper."""
 
+import argparse
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-from ...bench import records
-from ...bench.experts import ARMS, Disk, compare
-from ...bench.questions import questions
-from ...bench.tables import Table
-from ...common import UserError
-from ...experts.decode import StreamedModel
-from ...model.backbone import Backbone
-from ...text import prompts as prompt_files
+from ..bench import records
+from ..bench.experts import ARMS, Disk, compare
+from ..bench.questions import questions
+from ..bench.tables import Table
+from ..common import UserError
+from ..experts.decode import StreamedModel
+from ..model.backbone import Backbone
+from ..text import prompts as prompt_files
+from . import shared
 from .result import command, model_name, write_json
+from .values import count, shares
+
+
+def arguments(parser):
+    shared.model(parser)
+    parser.add_argument("--experts", type=Path, metavar="STORE", help="the packed experts of the model")
+    parser.add_argument(
+        "--budgets",
+        type=shares,
+        default=[0.125, 0.25, 0.5],
+        metavar="A,B,..",
+        help="shares of all experts that fit the memory (default: 12.5%%,25%%,50%%)",
+    )
+    shared.streaming(parser)
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+    )
+    parser.add_argument(
+        "--limit", type=count, default=2, metavar="N", help="only the first N of each kind (default: 2)"
+    )
+    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    parser.add_argument(
+        "--repeats", type=count, default=5, metavar="N", help="timed rounds of all arms (default: 5)"
+    )
+    parser.add_argument(
+        "--resident",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with the model wholly in memory; --no-resident where it does not fit",
+    )
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="all",
+        metavar="MODEL",
+        help="compute what streaming would give a known model (default: all of them), without running it",
+    )
 
 
 def run(args) -> int:

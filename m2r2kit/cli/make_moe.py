@@ -2,16 +2,40 @@
 one with wider experts."""
 
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-from ...common import UserError
-from ...experts import trained
-from ...pocket import widen as wider_moe
-from ...pocket.random_olmoe import LargeConfig, sized, write
-from ..arguments import MODEL, MOE
+from ..common import UserError
+from ..experts import trained
+from ..pocket import widen as wider_moe
+from ..pocket.random_olmoe import LargeConfig, sized, write
+from . import shared
+from .shared import MODEL, MOE
+from .values import number, size
 
 SIZE, WIDTH = 4_500_000_000, 512  # bytes, and width of an expert, if nothing else is asked for
+
+
+def arguments(parser):
+    parser.add_argument("out", type=Path, metavar="DIR", help="folder of the model")
+    parser.add_argument("--size", type=size, metavar="SIZE", help="at least so large (default: 4.5GB)")
+    parser.add_argument(
+        "--widen",
+        type=number(int, 2),
+        metavar="K",
+        help="instead of random weights: a trained model with experts K times as wide, which says the same",
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="with --widen: which one (default: data/pocket-moe)"
+    )
+    parser.add_argument(
+        "--width",
+        type=number(int, 8),
+        metavar="D",
+        help="of the stream and of an expert, a multiple of 8; an expert has 12 D^2 bytes (default: 512)",
+    )
+    shared.seed(parser)
 
 
 def run(args) -> int:

@@ -1,23 +1,55 @@
 """`m2r2kit bench exits`: curves of quality against depth for every method, then the time of some points."""
 
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-from ...bench import exits as bench
-from ...bench import records
-from ...bench.merit import LOSSES
-from ...bench.questions import questions
-from ...bench.tables import Table
-from ...common import UserError
-from ...exits import trained
-from ...exits.methods import Method, method
-from ...exits.registry import METHODS
-from ...exits.teacher_forced import texts_of
-from ...model.backbone import Backbone
-from ...speculation import generate
-from ...text import prompts as prompt_files
+from ..bench import exits as bench
+from ..bench import records
+from ..bench.merit import LOSSES
+from ..bench.questions import questions
+from ..bench.tables import Table
+from ..common import UserError
+from ..exits import trained
+from ..exits.methods import Method, method
+from ..exits.registry import METHODS
+from ..exits.registry import METHODS as EXIT_METHODS
+from ..exits.teacher_forced import texts_of
+from ..model.backbone import Backbone
+from ..speculation import generate
+from ..text import prompts as prompt_files
+from . import shared
 from .result import command, model_name
+from .values import count, natural, some_of
+
+
+def arguments(parser):
+    shared.model(parser)
+    shared.exits(parser)
+    parser.add_argument(
+        "--methods",
+        type=some_of(EXIT_METHODS),
+        default=["m2r2", "m2r2-oracle", "calm"],
+        metavar="A,B,..",
+        help=f"what to compare, of {', '.join(EXIT_METHODS)}, or all",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+    )
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
+    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    parser.add_argument(
+        "--timed",
+        type=natural,
+        default=8,
+        metavar="N",
+        help="prompts of each kind that are decoded by the clock; 0 for none (default: 8)",
+    )
+    parser.add_argument(
+        "--repeats", type=count, default=3, metavar="N", help="timed rounds of all methods (default: 3)"
+    )
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
 
 
 def run(args) -> int:

@@ -1,13 +1,22 @@
 """`m2r2kit pack`: the experts of a model as a store that can be read one expert at a time."""
 
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-from ...experts.packing import pack
-from ...experts.store import Store
-from ...model.folder import model_folder
-from ...model.hashes import weights_sha256
+from ..experts.packing import pack
+from ..experts.store import Store
+from ..model.folder import model_folder
+from ..model.hashes import weights_sha256
+
+
+def arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="a mixture of experts that mlx_lm loads")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the store")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all of a store that is there, and compare checksums"
+    )
 
 
 def run(args) -> int:

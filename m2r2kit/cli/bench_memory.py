@@ -1,10 +1,50 @@
 """`m2r2kit bench memory`: a model under a budget, in a process whose peak the system says."""
 
-from ...bench import records
-from ...bench.memory import measure
-from ...experts.store import Store
-from ...model.folder import model_folder
+from pathlib import Path
+
+from ..bench import records
+from ..bench.memory import measure
+from ..experts.store import Store
+from ..model.folder import model_folder
+from . import shared
 from .result import command, model_name
+from .values import budget, count, size
+
+
+def arguments(parser):
+    shared.model(parser)
+    parser.add_argument(
+        "--experts", type=Path, required=True, metavar="STORE", help="the packed experts of the model"
+    )
+    parser.add_argument(
+        "--budget",
+        type=budget,
+        default=0.1,
+        metavar="SIZE",
+        help="memory for experts: 64MB, 25%% (default: 10%%)",
+    )
+    parser.add_argument(
+        "--most",
+        type=size,
+        default=10**9,
+        metavar="SIZE",
+        help="what the process may take in all, or the command fails (default: 1GB)",
+    )
+    parser.add_argument(
+        "--predictor",
+        choices=("nothing", "previous", "next-router"),
+        default="next-router",
+        help="who names experts ahead of time (default: next-router)",
+    )
+    shared.disk(parser)
+    parser.add_argument(
+        "--prompt",
+        default="The sea was calm, and the ship lay at anchor near the old harbour.",
+        metavar="TEXT",
+        help="what to continue",
+    )
+    parser.add_argument("--max-tokens", type=count, default=128, metavar="N", help="stop here (default: 128)")
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
 
 
 def run(args) -> int:

@@ -10,18 +10,45 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ...bench import records
-from ...bench.tables import Table
-from ...common import UserError
-from ...model.cpu import parallel
-from ...pocket import export as pocket
-from ...pocket.pretrain import PretrainConfig, Run, settings
-from ...pocket.tokenizer import Batches, prepare
-from ...text import download
-from ...text.corpus import KINDS, documents
+from ..bench import records
+from ..bench.tables import Table
+from ..common import UserError
+from ..model.cpu import parallel
+from ..pocket import export as pocket
+from ..pocket.pretrain import PretrainConfig, Run, settings
+from ..pocket.tokenizer import Batches, prepare
+from ..text import download
+from ..text.corpus import KINDS, documents
+from . import shared
+from .values import count
 
 
-def backbone(args) -> int:
+def arguments(parser):
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the run; if it exists, go on there"
+    )
+    shared.corpus(parser)
+    parser.add_argument(
+        "--type", choices=("llama", "olmoe"), help="dense, or a mixture of experts (default: llama)"
+    )
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="for olmoe: the dense model to start from and learn from"
+    )
+    parser.add_argument("--tokens", type=count, metavar="N", help="tokens to train on, all in all")
+    shared.minutes(parser)
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help="write the model here as a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON with settings of a run (PretrainConfig, OlmoeConfig)",
+    )
+    shared.processes(parser)
+
+
+def run(args) -> int:
     """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
 
     Args:

@@ -1,8 +1,8 @@
 """`m2r2kit bench experts --plan`: what streaming would give known models on known machines."""
 
-from ...bench.plan import CARDS, MACHINES, Card, Machine, check, plan
-from ...bench.tables import Table
-from ...common import UserError
+from ..bench.plan import CARDS, MACHINES, Card, Machine, check, plan
+from ..bench.tables import Table
+from ..common import UserError
 
 HEADS = ("machine", "MB/token", "budget", "hit", "C ms", "I ms", "I/C", "bound", "on demand", "ahead", "why")
 

@@ -1,19 +1,45 @@
 """`m2r2kit bench map`: the predicted speed-up of each exit with each number of drafts."""
 
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-from ...bench import records
-from ...bench.exit_map import exit_map
-from ...bench.questions import questions
-from ...bench.tables import Table
-from ...model.backbone import Backbone
-from ...speculation.registry import DRAFTS, ready, stream_folder
-from ...stream import checkpoints
-from ...stream.stream import StreamConfig
-from ...text import prompts as prompt_files
+from ..bench import records
+from ..bench.exit_map import exit_map
+from ..bench.questions import questions
+from ..bench.tables import Table
+from ..model.backbone import Backbone
+from ..speculation.registry import DRAFTS, ready, stream_folder
+from ..stream import checkpoints
+from ..stream.stream import StreamConfig
+from ..text import prompts as prompt_files
+from . import shared
 from .result import command, model_name
+from .values import count, counts, number
+
+
+def arguments(parser):
+    shared.model(parser)
+    shared.stream(parser)
+    parser.add_argument(
+        "--method",
+        choices=("early-exit", "m2r2"),
+        default="early-exit",
+        help="who drafts: the bare residual at any exit (default), or the stream at its own",
+    )
+    parser.add_argument(
+        "--exits", type=counts, metavar="E,F,..", help="after so many blocks (default: some, or the stream's)"
+    )
+    parser.add_argument(
+        "--drafts", type=number(int, 2, 16), default=8, metavar="K", help="up to so many drafts (default: 8)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
+    )
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
+    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
 
 
 def run(args) -> int:

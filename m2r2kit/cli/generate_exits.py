@@ -3,15 +3,15 @@
 import json
 import sys
 
-from ... import driver
-from ...common import UserError
-from ...driver import Generation
-from ...exits import trained
-from ...exits.calibrate import calibrate
-from ...exits.decode import NEVER, ExitDecoder
-from ...exits.methods import with_gate
-from ...model.backbone import Backbone
-from ...text.prompts import Prompt
+from .. import driver
+from ..common import UserError
+from ..driver import Generation
+from ..exits import trained
+from ..exits.calibrate import calibrate
+from ..exits.decode import NEVER, ExitDecoder
+from ..exits.methods import with_gate
+from ..model.backbone import Backbone
+from ..text.prompts import Prompt
 
 SHADES = (22, 28, 34, 40)  # of green in a terminal of 256 colours: the earlier a token left, the lighter
 

@@ -7,16 +7,53 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ...bench import records
-from ...common import UserError
-from ...experts import train as learn
-from ...experts import trained
-from ...experts.state_predictors import DirectMap
-from ...model.backbone import Backbone
-from ...stream import checkpoints
-from ...stream.distil import DistilConfig
-from ...text.rows import for_training, text
+from ..bench import records
+from ..common import UserError
+from ..experts import train as learn
+from ..experts import trained
+from ..experts.registry import TRAINED
+from ..experts.state_predictors import DirectMap
+from ..model.backbone import Backbone
+from ..stream import checkpoints
+from ..stream.distil import DistilConfig
+from ..text.rows import for_training, text
+from . import shared
 from .result import command, model_name
+from .values import count, counts, natural, number, some_of
+
+
+def arguments(parser):
+    shared.model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(TRAINED),
+        default=list(TRAINED),
+        metavar="A,B,..",
+        help=f"which, of {', '.join(TRAINED)} (default: all); they learn from the same rows",
+    )
+    parser.add_argument(
+        "--exits",
+        type=counts,
+        metavar="E,F,..",
+        help="where the stream's intervals end (default: after every block)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=number(float, 1),
+        default=2.0,
+        metavar="R",
+        help="how fast the stream m2r2 runs ahead, and the blocks that the direct map names (default: 2)",
+    )
+    parser.add_argument("--rank", type=natural, default=0, metavar="R", help="of its changes (default: 0)")
+    parser.add_argument(
+        "--ffn-width",
+        type=count,
+        default=320,
+        metavar="W",
+        help="of its own FFN in each block (default: 320)",
+    )
+    shared.training_rows(parser)
+    parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model
 
 
 def run(args) -> int:

@@ -10,25 +10,46 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ...bench import records
-from ...bench.exits import best_exits, measure
-from ...exits import trained
-from ...exits.calibrate import CONFIDENCE, RISK, calibrate, holds
-from ...exits.methods import PROBABLE, with_gate
-from ...exits.registry import METHODS, split
-from ...exits.teacher_forced import Texts, texts_of
-from ...model.backbone import Backbone
-from ...stream import checkpoints
-from ...text import download, prompts
-from ...text.corpus import documents
-from ...text.rows import for_training, questions_or_beginnings, tokens_of
+from ..bench import records
+from ..bench.exits import best_exits, measure
+from ..exits import trained
+from ..exits.calibrate import CONFIDENCE, RISK, calibrate, holds
+from ..exits.methods import PROBABLE, with_gate
+from ..exits.registry import CALIBRATED, METHODS, split
+from ..exits.teacher_forced import Texts, texts_of
+from ..model.backbone import Backbone
+from ..stream import checkpoints
+from ..text import download, prompts
+from ..text.corpus import documents
+from ..text.rows import for_training, questions_or_beginnings, tokens_of
+from . import shared
 from .result import command
+from .values import some_of
 
 TEXTS, TOKENS = 240, 40  # from which the risk is measured
 TUNING = 4  # prompts of each kind on which exits are chosen
 WAYS = ("wait", "linear")  # of filling skipped blocks, calibrated each by itself
 RESAMPLINGS = 100  # of the promise, each time on half of the texts
 PROMISED = ("m2r2",)  # kinds whose gate gives `generate` a promise
+
+
+def arguments(parser):
+    shared.model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(CALIBRATED),
+        default=["m2r2"],
+        metavar="A,B,..",
+        help=f"what to calibrate, of {', '.join(CALIBRATED)}, or all (default: m2r2)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where it was trained (default: 'exits/KIND' inside the model's folder)",
+    )
+    shared.corpus(parser)
+    shared.seed(parser)
 
 
 def run(args) -> int:

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ...common import write_whole
+from ..common import write_whole
 
 
 def command() -> str:

@@ -7,17 +7,42 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ...bench import records
-from ...bench.tune import Tuned, tune_peer
-from ...common import UserError
-from ...model.backbone import Backbone
-from ...speculation import trained as peers
-from ...speculation.registry import drafters_folder
-from ...stream import train as distillation
-from ...stream.distil import DistilConfig
-from ...text.rows import for_training, text
+from ..bench import records
+from ..bench.tune import Tuned, tune_peer
+from ..common import UserError
+from ..model.backbone import Backbone
+from ..speculation import trained as peers
+from ..speculation.registry import TRAINED as DRAFTERS
+from ..speculation.registry import drafters_folder
+from ..stream import train as distillation
+from ..stream.distil import DistilConfig
+from ..text.rows import for_training, text
+from . import shared
 from .result import command, model_name
 from .train_stream import UNTUNED
+from .values import count, some_of
+
+
+def arguments(parser):
+    shared.model(parser)
+    parser.add_argument(
+        "--kind",
+        type=some_of(DRAFTERS),
+        required=True,
+        metavar="A,B,..",
+        help=f"which ways of drafting, of {', '.join(DRAFTERS)}, or all; they learn from the same rows",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to save it (default: 'drafters/KIND' inside the model's folder)",
+    )
+    parser.add_argument(
+        "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
+    )
+    shared.training_rows(parser)
+    shared.tuning(parser)
 
 
 def run(args) -> int:
