@@ -22,6 +22,15 @@ class UserError(Exception):
     """
 
 
+def in_short(error: BaseException) -> str:
+    """What an exception of a library says, on one line that fits into a sentence."""
+    text = str(error).strip()
+    if isinstance(error, KeyError | ImportError) or not text:
+        text = f"{type(error).__name__} {text}".strip()
+    text = " ".join(text.split())
+    return (text if len(text) < 160 else text[:157] + "..").rstrip(":. ")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of a registry: something that is asked for by name.

@@ -350,6 +350,30 @@ def test_code_of_a_class_that_mlx_lm_has_is_not_needed_and_not_run(evil):
     assert mx.array_equal(Backbone.load(evil).logits(TOKENS), tiny.backbone("llama").logits(TOKENS))
 
 
+# --- chat templates -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{% if messages %}", "end of template"),
+        ("{{ messages[7].content.nothing }}", "list object has no element 7"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ([{"name": "a", "template": "x"}, {"name": "b", "template": "y"}], "no default"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__()[0]('x') }}", "unsafe"),  # it runs in a sandbox
+    ],
+)
+def test_a_chat_template_that_fails(folder, template, why):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    view = Backbone.load(folder)
+    with pytest.raises(UserError, match=r"chat template fails \(.*; ask without it \(--raw\)") as refusal:
+        view.encode("hello")
+    assert why in str(refusal.value)
+    assert view.encode("hello", chat=False) == tiny.backbone("llama").encode("hello")
+
+
 # --- where trained parts lie ----------------------------------------------------------------
 
 

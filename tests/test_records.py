@@ -10,7 +10,7 @@ import pytest
 
 from m2r2kit.bench import claims, records, report
 from m2r2kit.common import UserError
-from m2r2kit.model.load import weights_sha256
+from m2r2kit.model.hashes import weights_sha256
 from m2r2kit.text import prompts
 
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
-from ..common import UserError
+from ..common import UserError, in_short
 from .cache import FEW, FixedKV, Traced, is_fixed, round_up
 from .config import window
 from .families import FAMILIES, check_served
@@ -243,7 +243,7 @@ class Backbone:
 
         Raises:
             UserError: the prompt is empty, or leaves no room in the model's context, or there is
-                something before it and no template that says who said what.
+                something before it and no template that says who said what, or the template fails.
         """
         if not text.strip():
             raise UserError("The prompt is empty; write something to continue.")
@@ -253,7 +253,12 @@ class Backbone:
         if chat:
             said = [*before, text.strip()]
             turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(said)]
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+            try:
+                ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+            except Exception as error:  # a template is a program: a mistake in it raises anything
+                raise UserError(
+                    f"The model's chat template fails ({in_short(error)}); ask without it (--raw)."
+                ) from error
             ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
         else:
             ids = list(self.tokenizer.encode(text))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..common import UserError
+from ..common import UserError, in_short
 from .config import WINDOW, translate
 from .folder import ADAPTER, model_folder, read_json, tensor_names, weight_files
 from .hashes import parameters_sha256, weights_sha256
@@ -113,12 +113,12 @@ def read_tokenizer(folder: Path, config: dict):
         )
     except ImportError as error:
         raise UserError(
-            f"The tokenizer of {folder} needs a package that is not installed ({_short(error)}); "
+            f"The tokenizer of {folder} needs a package that is not installed ({in_short(error)}); "
             "install it, or use a model with a tokenizer.json."
         ) from error
     except Exception as error:  # tokenizers and transformers raise whatever they meet, also plain Exception
         raise UserError(
-            f"The tokenizer of {folder} cannot be read ({_short(error)}); copy tokenizer.json and "
+            f"The tokenizer of {folder} cannot be read ({in_short(error)}); copy tokenizer.json and "
             "tokenizer_config.json again."
         ) from error
 
@@ -131,7 +131,7 @@ def _building(folder: Path, make: Callable) -> Callable:
             return make(argument)
         except Exception as error:  # a missing or impossible value shows in whatever is computed from it
             raise UserError(
-                f"{folder / 'config.json'} does not describe a model ({_short(error)}); get it again."
+                f"{folder / 'config.json'} does not describe a model ({in_short(error)}); get it again."
             ) from error
 
     return made
@@ -147,7 +147,7 @@ def _reading(folder: Path):
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror or error}.") from error
     except (MemoryError, RuntimeError) as error:
-        reason = _short(error)
+        reason = in_short(error)
         if isinstance(error, MemoryError) or "alloc" in reason:
             raise UserError(f"{folder} does not fit into memory ({reason}); use a smaller model.") from error
         raise UserError(
@@ -155,17 +155,9 @@ def _reading(folder: Path):
         ) from error
     except Exception as error:  # what a family's `sanitize`, the quantisation or `load_weights` misses
         raise UserError(
-            f"The weights of {folder} do not fit its config.json ({_short(error)}); get both from the "
+            f"The weights of {folder} do not fit its config.json ({in_short(error)}); get both from the "
             "same place."
         ) from error
-
-
-def _short(error: BaseException) -> str:
-    text = str(error).strip()
-    if isinstance(error, KeyError | ImportError) or not text:
-        text = f"{type(error).__name__} {text}".strip()
-    text = " ".join(text.split())
-    return (text if len(text) < 160 else text[:157] + "..").rstrip(":. ")
 
 
 def decoded(model: nn.Module, dtype: mx.Dtype | None = None) -> nn.Module:
@@ -221,6 +213,6 @@ def put_adapter(model: nn.Module, adapter: str | Path) -> None:
         mx.eval(model.trainable_parameters())
     except Exception as error:  # of another model, or not whole: each shows in its own way
         raise UserError(
-            f"The adapter in {adapter} does not fit this model ({_short(error)}); use the model that it "
+            f"The adapter in {adapter} does not fit this model ({in_short(error)}); use the model that it "
             "was trained for."
         ) from error
