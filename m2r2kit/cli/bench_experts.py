@@ -10,7 +10,7 @@ from ..bench import records
 from ..bench.experts import ARMS, Disk, compare
 from ..bench.questions import questions
 from ..bench.tables import Table
-from ..common import UserError
+from ..common import UserError, check_writable
 from ..experts.decode import StreamedModel
 from ..model.backbone import Backbone
 from ..text import prompts as prompt_files
@@ -65,8 +65,8 @@ def run(args) -> int:
         return plan.run(args)
     if not args.experts:
         raise UserError("Say where the experts are with --experts STORE, or ask for --plan.")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"There is no folder {args.json.parent} to write {args.json.name} in.")
+    if args.json:
+        check_writable(args.json)
     quiet = not sys.stderr.isatty()
     prompts = prompt_files.read(args.prompts or prompt_files.ALL)
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)

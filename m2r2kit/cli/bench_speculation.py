@@ -9,7 +9,7 @@ from ..bench import records
 from ..bench.questions import questions
 from ..bench.speculation import Arm, compare
 from ..bench.tables import Table
-from ..common import UserError
+from ..common import UserError, check_writable
 from ..model.backbone import Backbone
 from ..speculation.decode import MOST_DRAFTS
 from ..speculation.registry import DRAFTS, METHODS, drafters_folder, ready, stream_folder, training
@@ -46,6 +46,8 @@ def arguments(parser):
 
 def run(args) -> int:
     """Measure, print a table, write `--json`, and with `--record` add a record. 1 if an arm differs."""
+    if args.json:
+        check_writable(args.json)
     quiet = not sys.stderr.isatty()
     prompts = prompt_files.read(args.prompts or prompt_files.ALL)
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)
@@ -53,8 +55,6 @@ def run(args) -> int:
     folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
     if args.draft is not None and not 1 <= args.draft <= MOST_DRAFTS:
         raise UserError(f"The number of drafts must lie between 1 and {MOST_DRAFTS}; got {args.draft}.")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"There is no folder {args.json.parent} to write {args.json.name} in.")
     names = args.methods if "plain" in args.methods else ["plain", *args.methods]
     arms = []
     for name in names:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..bench import records
 from ..bench.exits import best_exits, measure
+from ..common import check_writable
 from ..exits import trained
 from ..exits.calibrate import CONFIDENCE, RISK, calibrate, holds
 from ..exits.methods import PROBABLE, with_gate
@@ -46,7 +47,8 @@ def arguments(parser):
         "--out",
         type=Path,
         metavar="DIR",
-        help="where it was trained (default: 'exits/KIND' inside the model's folder)",
+        help="where it was trained "
+        "(default: 'exits/KIND' in the model's folder; of a repository, in the cache)",
     )
     shared.corpus(parser)
     shared.seed(parser)
@@ -54,12 +56,18 @@ def arguments(parser):
 
 def run(args) -> int:
     """Calibrate each kind that is asked for."""
+    for kind in args.kind:
+        check_writable(folder_of(kind, args) / "exits.json")
     backbone = for_training(args.model)
     fresh = held_out_texts(backbone, args.corpus, args.seed)
     for kind in args.kind:
-        folder = Path(args.out) if args.out else trained.folder(args.model, None) / kind
-        one(backbone, kind, folder, fresh)
+        one(backbone, kind, folder_of(kind, args), fresh)
     return 0
+
+
+def folder_of(kind: str, args) -> Path:
+    """Where a kind was trained."""
+    return Path(args.out) if args.out else trained.folder(args.model, None) / kind
 
 
 def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:

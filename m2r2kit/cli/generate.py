@@ -10,7 +10,7 @@ from ..driver import Generation
 from ..model.backbone import Backbone
 from ..speculation import Sampler, Speculation
 from ..speculation.reference import MlxLm
-from ..speculation.registry import METHODS, drafter, drafters_folder, stream_folder, tuned_drafts
+from ..speculation.registry import METHODS, drafters_folder, ready, stream_folder
 from ..text.prompts import Prompt, read
 from . import generate_exits, shared
 from .values import counts, natural, number
@@ -90,10 +90,9 @@ def run(args) -> int:
     if args.method == "exits":
         return generate_exits.run(args, backbone, prompts, ids)
     folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
-    who = None
+    who, drafts = None, 0
     if args.method != "mlx_lm":
-        who = drafter(args.method, backbone, folders[0], args.exit, folders[1], stops=args.draft is None)
-    drafts = tuned_drafts(args.method, *folders) if args.draft is None else args.draft
+        who, drafts = ready(args.method, backbone, *folders, args.exit, args.draft)
     for prompt, tokens in zip(prompts, ids, strict=True):
         sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)
         show = None if args.json else Stream(backbone)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from ..common import UserError, peak_bytes
+from ..common import UserError, check_writable, peak_bytes
 from ..driver import Generation
 from ..experts import registry as methods
 from ..experts import trained
@@ -24,6 +24,8 @@ def run(args, prompts) -> int:
     """Answer the prompts; `--json` prints one object each."""
     if args.method not in (None, "plain"):
         raise UserError(f"--experts decodes plainly, without --method {args.method}; leave one of them out.")
+    if args.trace:
+        check_writable(args.trace)
     model = StreamedModel(args.model, args.experts)
     backbone, manifest = model.backbone, model.store.manifest
     ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first

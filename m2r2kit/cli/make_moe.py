@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..common import UserError
+from ..common import UserError, check_writable
 from ..experts import trained
 from ..pocket import widen as wider_moe
 from ..pocket.random_olmoe import LargeConfig, sized, write
@@ -39,6 +39,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
+    check_writable(args.out / "config.json")
     if args.widen:
         if args.size or args.width:
             raise UserError("--widen keeps the model's other sizes; leave out --size and --width.")

@@ -25,7 +25,8 @@ def stream(parser):
         "--stream",
         type=Path,
         metavar="DIR",
-        help="the trained accelerated stream (default: the folder 'stream' inside the model's folder)",
+        help="the trained accelerated stream "
+        "(default: 'stream' in the model's folder; of a repository, in the cache)",
     )
 
 
@@ -34,7 +35,7 @@ def drafters(parser):
         "--drafters",
         type=Path,
         metavar="DIR",
-        help="the trained peers (default: the folder 'drafters' inside the model's folder)",
+        help="the trained peers (default: 'drafters' in the model's folder; of a repository, in the cache)",
     )
 
 
@@ -61,7 +62,8 @@ def exits(parser):
         "--trained",
         type=Path,
         metavar="DIR",
-        help="what was trained for exits (default: the folder 'exits' inside the model's folder)",
+        help="what was trained for exits "
+        "(default: 'exits' in the model's folder; of a repository, in the cache)",
     )
 
 

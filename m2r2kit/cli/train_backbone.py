@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..bench import records
 from ..bench.tables import Table
-from ..common import UserError
+from ..common import UserError, check_writable
 from ..model.cpu import parallel
 from ..pocket import export as pocket
 from ..pocket.pretrain import PretrainConfig, Run, settings
@@ -61,6 +61,9 @@ def run(args) -> int:
     if args.processes > 1 and not parallel.started():
         return parallel.launch(args.processes, args.words)
     folder = Path(args.out)
+    check_writable(folder / "run.json")
+    if args.to:
+        check_writable(Path(args.to) / "config.json")
     command = _command(args)
     run = Run(folder, _settings(args))
     if args.tokens:

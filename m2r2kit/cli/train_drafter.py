@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..bench import records
 from ..bench.tune import Tuned, tune_peer
-from ..common import UserError
+from ..common import UserError, check_writable
 from ..model.backbone import Backbone
 from ..speculation import trained as peers
 from ..speculation.registry import TRAINED as DRAFTERS
@@ -36,7 +36,8 @@ def arguments(parser):
         "--out",
         type=Path,
         metavar="DIR",
-        help="where to save it (default: 'drafters/KIND' inside the model's folder)",
+        help="where to save it "
+        "(default: 'drafters/KIND' in the model's folder; of a repository, in the cache)",
     )
     parser.add_argument(
         "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
@@ -51,6 +52,8 @@ def run(args) -> int:
         raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     if args.out and len(args.kind) > 1:
         raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
+    for kind in args.kind:
+        check_writable(folder_of(kind, args) / "drafter.json")
     backbone = for_training(args.model)
     modules = {kind: peers.new(backbone, kind, args.exit, args.seed) for kind in args.kind}
     depths = set().union(*(module.depths for module in modules.values()))
@@ -58,9 +61,13 @@ def run(args) -> int:
     batches = distillation.teacher_batches(backbone, train, depths, set(), args.batch)
     judges = distillation.teacher_batches(backbone, held_out, depths, set())
     for kind, module in modules.items():
-        out = Path(args.out) if args.out else drafters_folder(args.model, None) / kind
-        one(backbone, kind, module, batches, judges, out, args)
+        one(backbone, kind, module, batches, judges, folder_of(kind, args), args)
     return 0
+
+
+def folder_of(kind: str, args) -> Path:
+    """Where a kind is saved."""
+    return Path(args.out) if args.out else drafters_folder(args.model, None) / kind
 
 
 def one(backbone: Backbone, kind: str, module, batches, judges, out: Path, args) -> None:

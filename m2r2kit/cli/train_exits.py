@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..bench import records
-from ..common import UserError
+from ..common import UserError, check_writable
 from ..exits import trained
 from ..exits.registry import KINDS as EXIT_KINDS
 from ..model.backbone import Backbone
@@ -36,7 +36,7 @@ def arguments(parser):
         "--out",
         type=Path,
         metavar="DIR",
-        help="where to save it (default: 'exits/KIND' inside the model's folder)",
+        help="where to save it (default: 'exits/KIND' in the model's folder; of a repository, in the cache)",
     )
     parser.add_argument(
         "--exits",
@@ -70,6 +70,8 @@ def run(args) -> int:
         raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     if args.out and len(args.kind) > 1:
         raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
+    for kind in args.kind:
+        check_writable(folder_of(kind, args) / "exits.json")
     backbone = for_training(args.model)
     if args.router_only:
         modules = {kind: saved(backbone, kind, args) for kind in args.kind}

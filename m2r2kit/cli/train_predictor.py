@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ..bench import records
-from ..common import UserError
+from ..common import UserError, check_writable
 from ..experts import train as learn
 from ..experts import trained
 from ..experts.registry import TRAINED
@@ -60,6 +60,8 @@ def run(args) -> int:
     """Train, save and record each kind that is asked for."""
     if args.rows < args.batch:
         raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
+    for kind in args.kind:
+        check_writable(trained.folder_of(args.model, kind) / f"{trained.file_of(kind)}.json")
     backbone = for_training(args.model)
     if not backbone.is_moe:
         raise UserError(f"{args.model} is no mixture of experts; it has no experts to name.")

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from ..bench import records
 from ..bench.tune import tune_stream
-from ..common import UserError
+from ..common import UserError, check_writable
 from ..model.backbone import Backbone
 from ..model.cpu import parallel
+from ..model.folder import trained_folder
 from ..stream import checkpoints
 from ..stream import train as distillation
 from ..stream.distil import DistilConfig, TeacherBatch, needs
@@ -33,7 +34,7 @@ def arguments(parser):
         "--out",
         type=Path,
         metavar="DIR",
-        help="where to save it (default: 'stream' inside the model's folder)",
+        help="where to save it (default: 'stream' in the model's folder; of a repository, in the cache)",
     )
     parser.add_argument(
         "--form", choices=FORMS, default="block", help="what an accelerated block computes (default: block)"
@@ -97,10 +98,12 @@ def run(args) -> int:
     group = parallel.group()
     if group.rank():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process saves, and ends the others
+    out = Path(args.out) if args.out else trained_folder(args.model, "stream")
+    if not args.compare:
+        check_writable(out / "stream.json")
     backbone = for_training(args.model)
     config = settings(args)
     check(backbone, config)
-    out = Path(args.out) if args.out else Path(args.model) / "stream"
     distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
     seed = args.seed + 1000 * group.rank()  # each process reads rows of its own
     if args.rows < args.batch:

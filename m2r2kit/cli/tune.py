@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from ..bench.tune import tune_peer, tune_stream
+from ..common import check_writable
 from ..model.backbone import Backbone
 from ..speculation import trained as peers
 from ..speculation.registry import drafters_folder, stream_folder
@@ -20,6 +21,7 @@ def arguments(parser):
 def run(args) -> int:
     """Tune all that lies there on the tuning prompts, and write the answers into their JSON."""
     folder = stream_folder(args.model, args.stream)
+    check_writable(folder / "stream.json")
     backbone = Backbone.load(args.model)
     facts, _ = tune_stream(backbone, load_stream(backbone, folder))
     checkpoints.note(folder, "stream", **facts)

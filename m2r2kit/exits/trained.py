@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from ..common import UserError
 from ..model.backbone import Backbone
+from ..model.folder import trained_folder
 from ..stream import checkpoints
 from ..stream import train as distillation
 from ..stream.distil import DistilConfig, TeacherBatch, distil, teacher_batch
@@ -201,8 +202,8 @@ def train(
 
 
 def folder(model: str | Path, exits: str | Path | None) -> Path:
-    """Where a model's trained exits lie, a folder for each kind: as given, or beside its weights."""
-    return Path(exits) if exits else Path(model) / "exits"
+    """Where a model's trained exits lie, a folder for each kind: as given, or `trained_folder`."""
+    return Path(exits) if exits else trained_folder(model, "exits")
 
 
 def numbers(module: nn.Module) -> dict[str, int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..common import UserError
 from ..model.backbone import Backbone
+from ..model.folder import trained_folder
 from ..model.hashes import weights_sha256
 from ..stream import checkpoints
 from ..stream.stream import AcceleratedStream, load_stream
@@ -17,7 +18,7 @@ DIRECT = "direct"
 
 def folder_of(model: str | Path, name: str) -> Path:
     """Where a model's trained predictor lies."""
-    return Path(model) / FOLDER / (STREAMS.get(name) or DIRECT)
+    return trained_folder(model, FOLDER) / (STREAMS.get(name) or DIRECT)
 
 
 def file_of(name: str) -> str:

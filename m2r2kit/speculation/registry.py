@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common import Entry, UserError, registry
+from ..model.folder import trained_folder
 
 if TYPE_CHECKING:
     from ..model.backbone import Backbone
@@ -53,12 +54,12 @@ DRAFTS = 4  # where the stream does not say better
 
 def stream_folder(model: str | Path, stream: str | Path | None) -> Path:
     """Where the trained stream of a model lies: as given, or beside its weights."""
-    return Path(stream) if stream else Path(model) / "stream"
+    return Path(stream) if stream else trained_folder(model, "stream")
 
 
 def drafters_folder(model: str | Path, drafters: str | Path | None) -> Path:
     """Where the trained baselines of a model lie, a folder each: as given, or beside its weights."""
-    return Path(drafters) if drafters else Path(model) / "drafters"
+    return Path(drafters) if drafters else trained_folder(model, "drafters")
 
 
 def ready(
