@@ -12,6 +12,7 @@ from .families import FAMILIES, check_served
 from .hub import looks_like_repository, repository
 
 INDEX = "model.safetensors.index.json"
+FETCHED = ("smollm2",)  # models with a name of their own, from `m2r2kit fetch`
 ADAPTER = ("adapter_config.json", "adapters.safetensors")
 
 
@@ -24,7 +25,9 @@ def model_folder(path_or_repo: str | Path) -> Path:
         UserError: there is none, it is incomplete, of another family, or asks for code of its own.
     """
     folder = Path(path_or_repo)
-    if not (folder / "config.json").exists():
+    if str(path_or_repo) in FETCHED:
+        folder = fetched(str(path_or_repo))
+    elif not (folder / "config.json").exists():
         if folder.is_file():
             raise UserError(f"{folder} is a file; give the folder of a model.")
         if looks_like_repository(str(path_or_repo)):
@@ -37,6 +40,18 @@ def model_folder(path_or_repo: str | Path) -> Path:
     check_served(config)  # before gigabytes are read
     check_no_code(folder, config)
     weight_files(folder)
+    return folder
+
+
+def fetched(name: str) -> Path:
+    """The folder of a model that `m2r2kit fetch` brings.
+
+    Raises:
+        UserError: it has not been fetched.
+    """
+    folder = cache_dir() / "models" / name
+    if not (folder / "config.json").exists():
+        raise UserError(f"The model {name} is not here yet; run `m2r2kit fetch {name}` once (93 MB).")
     return folder
 
 

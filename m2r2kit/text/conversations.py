@@ -1,0 +1,236 @@
+"""Conversations that a chat model holds with itself: the text that its drafts will have to predict.
+
+Given only the opening of a user's turn, a chat model samples a question; it then answers greedily
+(Magpie, Xu et al. 2024, arXiv 2406.08464). No corpus is needed, and it works for any chat model.
+
+All rows of a batch advance one position at a time. A row holds conversations of up to two turns, one
+after the other, until it is full, so that no computed token is wasted. An answer that begins to repeat
+itself is cut, and a row that asks what an earlier row asked is dropped.
+
+Rows are appended to a file of the cache folder as they come: an interrupted run loses at most one batch,
+and every later training of the same model reads them.
+"""
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..common import UserError, cache_dir, unwritable
+from ..model.backbone import Backbone
+
+TEMPERATURE = 0.9  # of questions
+TURNS = 2  # of a conversation
+LONGEST_QUESTION = 96  # tokens; a longer one is ended there
+PERIOD, REPEATS = 48, 3  # an answer loops if it ends in one piece of up to so many tokens, so many times
+SHORTEST_LOOP = 12  # tokens of all the repeats together
+IDLE = 5  # batches without a new question after which nothing more is expected
+MARK = "\u241e"  # stands for a message while the chat template is taken apart
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template taken apart, as token ids.
+
+    Attributes:
+        opening: from the beginning of a text to the user's first word.
+        answer: from the user's last word to the model's first.
+        again: from the model's last word to the user's next.
+    """
+
+    opening: tuple[int, ...]
+    answer: tuple[int, ...]
+    again: tuple[int, ...]
+
+
+def template(backbone: Backbone) -> Template:
+    """The parts of a model's chat template.
+
+    Raises:
+        UserError: the model has none, or it does not hold the messages as they are.
+    """
+    tokenizer = backbone.tokenizer
+    if not tokenizer.has_chat_template:
+        raise UserError("This model has no chat template, so it cannot ask itself questions; give --corpus.")
+    turns = [{"role": ("user", "assistant")[i % 2], "content": MARK} for i in range(3)]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    parts = text.split(MARK)
+    if len(parts) != 4:
+        raise UserError("This model's chat template changes what is said, so its turns cannot be told apart.")
+    return Template(*(tuple(tokenizer.encode(p, add_special_tokens=False)) for p in (*parts[:2], parts[2])))
+
+
+@dataclass
+class Row:
+    """One row in the making: what it holds, what it must say next, and whose turn it is."""
+
+    template: Template
+    tokens: list[int] = field(default_factory=list)
+    forced: deque = field(default_factory=deque)
+    asking: bool = True
+    turns: int = 0
+    said: list[int] = field(default_factory=list)  # in this turn
+    questions: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.forced.extend(self.template.opening)
+
+    def take(self, chosen: int, ends: set[int]) -> None:
+        """Add the next token: a forced one, or the model's choice, which may end a turn."""
+        if self.forced:
+            self.tokens.append(self.forced.popleft())
+            return
+        too_long = self.asking and len(self.said) >= LONGEST_QUESTION
+        over = chosen in ends or too_long or (not self.asking and loops(self.said))
+        if not over:
+            self.said.append(chosen)
+            self.tokens.append(chosen)
+            return
+        if self.asking:
+            self.questions.append(self.said)
+            self.forced.extend(self.template.answer)
+        else:
+            self.turns = (self.turns + 1) % TURNS
+            self.forced.extend(self.template.again if self.turns else (min(ends), *self.template.opening))
+        self.asking, self.said = not self.asking, []
+        self.tokens.append(self.forced.popleft())
+
+
+def loops(said: list[int]) -> bool:
+    """Whether a text ends in the same piece `REPEATS` times; short pieces, such as a digit, more often."""
+    for period in range(1, min(PERIOD, len(said) // REPEATS) + 1):
+        times = max(REPEATS, -(-SHORTEST_LOOP // period))
+        if said[-period * times :] == said[-period:] * times:
+            return True
+    return False
+
+
+def converse(
+    backbone: Backbone, rows: int, length: int, seed: int = 0, report: Callable | None = None
+) -> list[Row]:
+    """`rows` rows of conversations, all at once.
+
+    Args:
+        length: tokens of a row.
+        report: called with the number of rows after each position.
+    """
+    parts, ends = template(backbone), backbone.eos
+    cache = backbone.new_cache(length, rows)
+    made = [Row(parts) for _ in range(rows)]
+    key = mx.random.key(seed)
+
+    def advance(chosen: list[int]) -> mx.array:
+        for row, token in zip(made, chosen, strict=True):
+            row.take(token, ends)
+        return mx.array([[row.tokens[-1]] for row in made])  # (B, 1)
+
+    following = advance([0] * rows)  # the first token of the opening, whatever is chosen
+    for _ in range(1, length):
+        logits = backbone.logits(following, cache)[:, -1].astype(mx.float32)  # (B, V)
+        chosen = mx.argmax(logits, axis=-1)
+        sampling = [row.asking and not row.forced for row in made]
+        if any(sampling):
+            key, now = mx.random.split(key)
+            sampled = mx.random.categorical(logits / TEMPERATURE, key=now)
+            chosen = mx.where(mx.array(sampling), sampled, chosen)
+        following = advance(chosen.tolist())
+        if report:
+            report(rows)
+    return made
+
+
+# --- kept on disk ---------------------------------------------------------------------------
+
+
+def kept_file(backbone: Backbone, length: int) -> Path:
+    """Where the rows of a model lie."""
+    return cache_dir() / "conversations" / f"{backbone.sha256[:16]}-{length}.jsonl"
+
+
+def read(file: Path) -> Iterator[dict]:
+    """The rows of a file; a line that was cut short is passed over."""
+    if not file.exists():
+        return
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("tokens"), list):
+                yield row
+
+
+def asked(text: str) -> str:
+    """A question without case, signs and spaces: two that are alike in it are one."""
+    return re.sub(r"\W+", "", text.lower())[:80]
+
+
+def write(
+    backbone: Backbone,
+    rows: int,
+    length: int,
+    batch: int = 32,
+    file: Path | None = None,
+    report: Callable | None = None,
+) -> Path:
+    """Append rows to a model's file until it holds `rows` of them; returns the file.
+
+    Args:
+        batch: rows that are written at once.
+        report: called with the tokens computed, after each position.
+
+    Raises:
+        UserError: the model has no chat template, or the file cannot be written.
+    """
+    file = kept_file(backbone, length) if file is None else file
+    known, count = set(), 0
+    for row in read(file):
+        known |= set(row["asked"])
+        count += 1
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a+", encoding="utf-8") as out:
+            if cut_short(file):
+                out.write("\n")
+            seed, idle = count, 0
+            while count < rows:
+                before = count
+                for row in converse(backbone, min(batch, rows - count), length, seed, report):
+                    questions = {asked(backbone.tokenizer.decode(q)) for q in row.questions} - {""}
+                    seed += 1
+                    if not questions or questions & known:
+                        continue
+                    known |= questions
+                    count += 1
+                    out.write(json.dumps({"tokens": row.tokens, "asked": sorted(questions)}) + "\n")
+                out.flush()
+                idle = 0 if count > before else idle + 1
+                if idle == IDLE:
+                    raise UserError(
+                        f"The model asks the same questions again and again: {count} of {rows} rows came; "
+                        "ask for fewer."
+                    )
+    except OSError as error:
+        raise unwritable(file, error) from error
+    return file
+
+
+def cut_short(file: Path) -> bool:
+    """Whether a file's last line has no end."""
+    with file.open("rb") as lines:
+        if lines.seek(0, 2) == 0:
+            return False
+        lines.seek(-1, 2)
+        return lines.read(1) != b"\n"
+
+
+def load(file: Path, rows: int) -> np.ndarray:
+    """The first rows of a file, int32 (rows, length)."""
+    return np.array([row["tokens"] for row in islice(read(file), rows)], np.int32)
