@@ -165,3 +165,43 @@ def test_a_crash_between_the_two_files_is_found(tmp_path, monkeypatch):
             save(tmp_path, size=0.1)
     assert done == ["stream.safetensors"]
     refused(tmp_path, "not of one piece with its JSON")
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"drafts": -1}, {"drafts": 10**9}, {"drafts": "5"}, {"drafts": True}, {"drafts": 2.5},
+        {"threshold": 1.5}, {"threshold": float("nan")}, {"threshold": None},
+        {"tree": 3}, {"tree": {"drafts": 4, "threshold": -1, "leaves": 0}}, {"tree": {"leaves": 1e400}},
+        {"steps": -3}, {"train_seconds": float("inf")}, {"train_seconds": "long"},
+        {"use": {"m2r2": []}}, {"use": {"m2r2": [0, -1]}}, {"use": [1]},
+        {"calibration": {"wait": {"thresholds": [0.5], "means": [float("nan")], "texts": 3}}},
+        {"calibration": {"wait": {"thresholds": [0.5, 0.6], "means": [0.1], "texts": 3}}},
+        {"calibration": {"wait": {"thresholds": [0.5], "means": [0.1]}}},
+        {"calibration": {"wait": {"thresholds": 1, "means": 1, "texts": 3}}},
+    ],
+)  # fmt: skip
+def test_facts_that_no_command_writes_are_refused(tmp_path, facts):
+    save(tmp_path, **facts)
+    refused(tmp_path, "stream.json is damaged")
+
+
+def test_facts_that_commands_write_are_taken(tmp_path):
+    known = {"thresholds": [0.3, 0.995], "means": [0.5, 0], "texts": 240}
+    save(
+        tmp_path, steps=4000, train_seconds=397.5, drafts=5, threshold=0.0,
+        tree={"drafts": 4, "threshold": 0.1, "leaves": 0}, use={"m2r2": [0, 3], "static": None},
+        calibration={"wait": known, "linear": known}, router_steps=0, more={"any": "thing"},
+    )  # fmt: skip
+    assert load_stream(tiny.backbone(), tmp_path)
+
+
+def test_settings_that_are_no_numbers_or_nested_without_end_are_refused(tmp_path):
+    save(tmp_path)
+    good = (tmp_path / "stream.json").read_text()
+    for bad in (good.replace('"rate": 2', '"rate": NaN'), good.replace('"rate": 2', '"rate": 1e999')):
+        assert bad != good
+        (tmp_path / "stream.json").write_text(bad)
+        refused(tmp_path, "stream.json is damaged")
+    (tmp_path / "stream.json").write_text('{"format": ' + "[" * 100_000)
+    refused(tmp_path, "stream.json is damaged")

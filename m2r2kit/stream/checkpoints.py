@@ -8,6 +8,7 @@ either file is code.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def read_settings(folder: str | Path, name: str, config_type: type):
     if not path.exists():
         raise UserError(f"There is no trained {name} in {folder}; train one with `m2r2kit train {name}`.")
     try:
-        text = json.loads(path.read_text())
+        text = json.loads(path.read_text(), parse_constant=_finite, parse_float=_finite)
         if text["format"] != FORMAT:
             raise UserError(f"{path} was written by another version of this kit; train anew.")
         known = {f.name for f in fields(config_type)}
@@ -68,8 +69,9 @@ def read_settings(folder: str | Path, name: str, config_type: type):
         for key, value in (values | {k: text[k] for k in ("base_sha256", "weights_sha256")}).items():
             if not _fits(value, defaults[key]):
                 raise TypeError(f"{key} is {value!r}")
+        _check_facts(text)
         return config, text
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again or train anew.") from error
 
 
@@ -148,6 +150,74 @@ def _weights(path: Path) -> dict[str, mx.array]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finite(number: str) -> float:
+    """A number of a JSON; raises ValueError for NaN and infinity, which Python's JSON allows."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is no number that it can hold")
+    return value
+
+
+def _check_facts(text: dict) -> None:
+    """Check what commands note beside the settings. Raises ValueError for what they never write."""
+    for name, is_right in FACTS.items():
+        if name in text and not is_right(text[name]):
+            raise ValueError(f"{name} is {text[name]!r:.60}")
+
+
+def _count(value, most: float = math.inf) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _share(value) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _seconds(value) -> bool:
+    return type(value) in (int, float) and value >= 0
+
+
+def _tree(value) -> bool:
+    known = {"drafts": _drafts, "threshold": _share, "leaves": _drafts}
+    return isinstance(value, dict) and all(is_right(value.get(name, 0)) for name, is_right in known.items())
+
+
+def _drafts(value) -> bool:
+    return _count(value, MOST_DRAFTS)
+
+
+def _use(value) -> bool:
+    """Exits in use by method, as indices; None is all of them."""
+    return isinstance(value, dict) and all(
+        exits is None or (isinstance(exits, list) and exits and all(map(_count, exits)))
+        for exits in value.values()
+    )
+
+
+def _calibration(value) -> bool:
+    """What each threshold risks, by way of filling skipped blocks."""
+    return isinstance(value, dict) and all(
+        isinstance(known, dict)
+        and _count(known["texts"])
+        and len(known["thresholds"]) == len(known["means"])
+        and all(map(_share, [*known["thresholds"], *known["means"]]))
+        for known in value.values()
+    )
+
+
+MOST_DRAFTS = 1024
+FACTS = {  # what commands note in a JSON, and whether a value can be that
+    "steps": _count,
+    "train_seconds": _seconds,
+    "router_steps": _count,
+    "router_train_seconds": _seconds,
+    "drafts": _drafts,
+    "threshold": _share,
+    "tree": _tree,
+    "use": _use,
+    "calibration": _calibration,
+}
 
 
 def _fits(value, default) -> bool:
