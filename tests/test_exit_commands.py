@@ -33,7 +33,7 @@ def training(out, kind, **changes):
     values = {
         "model": str(tiny.folder("llama", **MODEL)), "kind": [kind], "out": out, "exits": exits, "rows": 16,
         "batch": 8, "steps": 5, "minutes": None, "corpus": out, "seed": 0, "start": None, "calibrate": False,
-        "router_only": False,
+        "router_only": False, "record": True,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 

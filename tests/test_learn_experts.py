@@ -169,6 +169,7 @@ def test_the_command_trains_all_three_and_the_bench_finds_them(tmp_path, monkeyp
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(train_predictor, "text", lambda *_: (ROWS[:4], ROWS[4:]))
     asked = ["train", "predictor", "--model", str(model), "--rows", "4", "--batch", "2", "--steps", "3"]
+    asked.append("--record")
     assert main([*asked, "--exits", "2,3"]) == 0
     assert capsys.readouterr().out.count("Saved in") == 3
     lines = [json.loads(line) for line in (tmp_path / "predictors.jsonl").read_text().splitlines()]

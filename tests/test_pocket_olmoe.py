@@ -14,6 +14,7 @@ from mlx_lm.models import olmoe
 from test_pretrain import TINY, batches, noisy, stop_after, weights
 from tokenizers import Tokenizer
 
+from m2r2kit.bench import records
 from m2r2kit.cli import train_backbone as train
 from m2r2kit.common import UserError
 from m2r2kit.model.cpu.fast_math import soft_cross_entropy
@@ -246,13 +247,13 @@ def test_a_mixture_is_trained_exported_and_its_experts_counted(start, tmp_path, 
     dense = pocket.export(run, tokenizer, tmp_path / "dense-2")
     written = []
     monkeypatch.setattr(train, "documents", lambda folder: documents)
-    monkeypatch.setattr(train.records, "append", lambda subject, **fields: written.append(fields))
+    monkeypatch.setattr(records, "append", lambda subject, **fields: written.append(fields))
     settings = {**asdict(MIXTURE), "vocabulary": 300, "tokens": 64 * 2}
     del settings["type"], settings["start"]
     (tmp_path / "tiny.json").write_text(json.dumps(settings))
     args = SimpleNamespace(
         out=tmp_path / "run", corpus=tmp_path, type="olmoe", start=dense, tokens=None, minutes=None,
-        to=tmp_path / "moe", config=tmp_path / "tiny.json", processes=1,
+        to=tmp_path / "moe", config=tmp_path / "tiny.json", processes=1, record=True,
     )  # fmt: skip
     assert train.run(args) == 0
     assert "times an even share of the tokens" in capsys.readouterr().out

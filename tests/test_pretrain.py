@@ -317,6 +317,7 @@ def test_held_out_figures_are_those_of_the_float16_weights(exported):
 
 
 def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch, capsys):
+    from m2r2kit.bench import records
     from m2r2kit.cli import train_backbone as train
 
     documents = [
@@ -326,7 +327,7 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
     ]
     written = []
     monkeypatch.setattr(train, "documents", lambda folder: documents)
-    monkeypatch.setattr(train.records, "append", lambda subject, **fields: written.append((subject, fields)))
+    monkeypatch.setattr(records, "append", lambda subject, **fields: written.append((subject, fields)))
     (tmp_path / "tiny.json").write_text(json.dumps({**asdict(TINY), "vocabulary": 300, "tokens": 64 * 1000}))
     out = tmp_path / "run"
     args = SimpleNamespace(
@@ -339,6 +340,7 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
         to=None,
         config=tmp_path / "tiny.json",
         processes=1,
+        record=True,
     )
     assert train.run(args) == 0
     assert (
@@ -354,6 +356,7 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
         to=None,
         config=None,
         processes=1,
+        record=True,
     )
     assert train.run(args) == 0
     ((subject, record),) = written

@@ -21,6 +21,7 @@ def arguments(out, **changes):
     values = {
         "model": str(tiny.folder("llama", **MODEL)), "kind": ["draft-model"], "out": out, "exit": 1,
         "rows": 16, "steps": 2, "minutes": None, "corpus": out, "seed": 0, "batch": 8, "tune": True,
+        "record": True,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 

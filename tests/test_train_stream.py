@@ -9,6 +9,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
+from m2r2kit.bench import records
 from m2r2kit.bench import tune as tuning
 from m2r2kit.bench.tune import Tuned
 from m2r2kit.cli import train_stream, tune
@@ -34,7 +35,7 @@ def written(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "HELD_OUT_ROWS", 8)
     monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(prompts, "read", lambda file: read(file)[:2])
-    monkeypatch.setattr(train_stream.records, "append", lambda subject, **f: found.append((subject, f)))
+    monkeypatch.setattr(records, "append", lambda subject, **f: found.append((subject, f)))
     return found
 
 
@@ -49,7 +50,7 @@ def arguments(out, **changes):
         "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
         "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "deep": None, "rows": 16, "compare": False,
         "steps": 3, "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
-        "near": True, "batch": 8, "tune": True,
+        "near": True, "batch": 8, "tune": True, "record": True,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 

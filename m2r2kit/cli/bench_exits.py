@@ -6,7 +6,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..bench import exits as bench
-from ..bench import records
 from ..bench.merit import LOSSES
 from ..bench.questions import questions
 from ..bench.tables import Table
@@ -20,7 +19,7 @@ from ..model.backbone import Backbone
 from ..speculation import generate
 from ..text import prompts as prompt_files
 from . import shared
-from .result import command, model_name
+from .result import check_result, keep, model_name
 from .values import count, natural, some_of
 
 
@@ -49,11 +48,12 @@ def arguments(parser):
     parser.add_argument(
         "--repeats", type=count, default=3, metavar="N", help="timed rounds of all methods (default: 3)"
     )
-    parser.add_argument("--record", action="store_true", help="add the result to data/results")
+    shared.result(parser)
 
 
 def run(args) -> int:
     """Measure, print a table, and with `--record` add a record."""
+    check_result(args, "exits")
     backbone = Backbone.load(args.model)
     folder = trained.folder(args.model, args.trained)
     methods = {name: method(name, backbone, folder) for name in args.methods}
@@ -87,26 +87,20 @@ def run(args) -> int:
         arithmetic = [pair for p, pair in pairs.items() if p.kind == "arithmetic"]
         keep_answers(backbone, methods, arithmetic, figures["methods"], args.max_tokens)
     print(table(figures["methods"], backbone.depth))
-    if args.record:
-        records.append(
-            "exits",
-            command=command(),
-            settings={
-                "model": model_name(args.model),
-                "model_sha256": backbone.sha256,
-                "depth": backbone.depth,
-                "exits": list(methods["m2r2"].reader.exits),
-                "starts": list(methods["m2r2"].reader.starts),
-                "prompts": len(asked.prompts),
-                "tokens": int(texts.gated.sum()),
-                "max_tokens": args.max_tokens,
-                "parameters": {name: trained.numbers(each.module) for name, each in methods.items()},
-                "timed": args.timed,
-                "repeats": args.repeats,
-            },
-            figures=figures,
-            prompts_sha256=prompt_files.sha256(asked.prompts),
-        )
+    settings = {
+        "model": model_name(args.model),
+        "model_sha256": backbone.sha256,
+        "depth": backbone.depth,
+        "exits": list(methods["m2r2"].reader.exits),
+        "starts": list(methods["m2r2"].reader.starts),
+        "prompts": len(asked.prompts),
+        "tokens": int(texts.gated.sum()),
+        "max_tokens": args.max_tokens,
+        "parameters": {name: trained.numbers(each.module) for name, each in methods.items()},
+        "timed": args.timed,
+        "repeats": args.repeats,
+    }
+    keep(args, "exits", settings, figures, asked.prompts)
     return 0
 
 

@@ -6,16 +6,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..bench import records
 from ..bench.experts import ARMS, Disk, compare
 from ..bench.questions import questions
 from ..bench.tables import Table
-from ..common import UserError, check_writable
+from ..common import UserError
 from ..experts.decode import StreamedModel
 from ..model.backbone import Backbone
 from ..text import prompts as prompt_files
 from . import shared
-from .result import command, model_name, write_json
+from .result import check_result, keep, model_name
 from .values import count, shares
 
 
@@ -46,8 +45,7 @@ def arguments(parser):
         default=True,
         help="compare with the model wholly in memory; --no-resident where it does not fit",
     )
-    parser.add_argument("--record", action="store_true", help="add the result to data/results")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
+    shared.result(parser)
     parser.add_argument(
         "--plan",
         nargs="?",
@@ -59,14 +57,13 @@ def arguments(parser):
 
 def run(args) -> int:
     """Measure, print a table, and with `--record` add a record. 1 if an arm's text differs."""
+    check_result(args, "experts")
     if args.plan:
         from . import plan
 
         return plan.run(args)
     if not args.experts:
         raise UserError("Say where the experts are with --experts STORE, or ask for --plan.")
-    if args.json:
-        check_writable(args.json)
     quiet = not sys.stderr.isatty()
     prompts = prompt_files.read(args.prompts or prompt_files.ALL)
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)
@@ -107,16 +104,7 @@ def run(args) -> int:
         "limit": args.limit,
         "resident": args.resident,
     }
-    if args.json:
-        write_json(args.json, settings, figures)
-    if args.record:
-        records.append(
-            "experts",
-            command=command(),
-            settings=settings,
-            figures=figures,
-            prompts_sha256=prompt_files.sha256(prompts),
-        )
+    keep(args, "experts", settings, figures, prompts)
     arms = [arm for budget in figures["budgets"] for arm in budget["arms"].values()]
     return 0 if figures["resident_equal"] is not False and all(arm["equal"] for arm in arms) else 1
 

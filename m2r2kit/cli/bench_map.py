@@ -5,7 +5,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..bench import records
 from ..bench.exit_map import exit_map
 from ..bench.questions import questions
 from ..bench.tables import Table
@@ -15,7 +14,7 @@ from ..stream import checkpoints
 from ..stream.stream import StreamConfig
 from ..text import prompts as prompt_files
 from . import shared
-from .result import command, model_name
+from .result import check_result, keep, model_name
 from .values import count, counts, number
 
 
@@ -39,11 +38,12 @@ def arguments(parser):
     )
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
     parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
-    parser.add_argument("--record", action="store_true", help="add the result to data/results")
+    shared.result(parser)
 
 
 def run(args) -> int:
     """Measure, print the map, and with `--record` add a record. 1 if the text of an exit differs."""
+    check_result(args, "speculation-map")
     prompts = prompt_files.first_of_each_kind(prompt_files.read(args.prompts or prompt_files.ALL), args.limit)
     backbone = Backbone.load(args.model)
     folder = stream_folder(args.model, args.stream)
@@ -56,22 +56,16 @@ def run(args) -> int:
     with tqdm(total=len(exits) * len(asked.ids), unit="text", disable=quiet) as bar:
         figures = exit_map(backbone, drafters, asked.ids, args.drafts, args.max_tokens, lambda: bar.update())
     print(table(figures))
-    if args.record:
-        records.append(
-            "speculation-map",
-            command=command(),
-            settings={
-                "model": model_name(args.model),
-                "model_sha256": backbone.sha256,
-                "method": args.method,
-                "max_tokens": args.max_tokens,
-                "prompts": len(asked.prompts),
-                "left_out": asked.too_long + asked.no_template,
-                "limit": args.limit,
-            },
-            figures=figures,
-            prompts_sha256=prompt_files.sha256(asked.prompts),
-        )
+    settings = {
+        "model": model_name(args.model),
+        "model_sha256": backbone.sha256,
+        "method": args.method,
+        "max_tokens": args.max_tokens,
+        "prompts": len(asked.prompts),
+        "left_out": asked.too_long + asked.no_template,
+        "limit": args.limit,
+    }
+    keep(args, "speculation-map", settings, figures, asked.prompts)
     return 0 if all(row["equal"] for row in figures["rows"]) else 1
 
 

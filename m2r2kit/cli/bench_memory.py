@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from ..bench import records
 from ..bench.memory import measure
 from ..experts.store import Store
 from ..model.folder import model_folder
 from . import shared
-from .result import command, model_name
+from .result import check_result, keep, model_name
 from .values import budget, count, size
 
 
@@ -44,27 +43,27 @@ def arguments(parser):
         help="what to continue",
     )
     parser.add_argument("--max-tokens", type=count, default=128, metavar="N", help="stop here (default: 128)")
-    parser.add_argument("--record", action="store_true", help="add the result to data/results")
+    shared.result(parser)
 
 
 def run(args) -> int:
     """Measure, print, and with `--record` add a record. 1 if the texts differ, or the peak is above
     `--most`."""
+    check_result(args, "experts-large")
     store = Store(args.experts)  # what is wrong is said before anything starts
     folder = model_folder(args.model)
     store.belongs_to(store.model_sha256(folder))
     more = ["--predictor", args.predictor, "--reads", args.reads, "--threads", str(args.threads)]
     figures = measure(str(folder), args.experts, str(args.budget), args.prompt, args.max_tokens, more)
     print(in_words(figures))
-    if args.record:
-        m = store.manifest
-        settings = {
-            "model": model_name(args.model), "model_sha256": m.model_sha256, "dtype": m.dtype,
-            "blocks": len(m.blocks), "experts": m.experts, "top_k": m.top_k, "record_bytes": m.record_bytes,
-            "budget": args.budget, "predictor": args.predictor, "reads": args.reads,
-            "threads": args.threads, "prompt": args.prompt, "max_tokens": args.max_tokens,
-        }  # fmt: skip
-        records.append("experts-large", command=command(), settings=settings, figures=figures)
+    m = store.manifest
+    settings = {
+        "model": model_name(args.model), "model_sha256": m.model_sha256, "dtype": m.dtype,
+        "blocks": len(m.blocks), "experts": m.experts, "top_k": m.top_k, "record_bytes": m.record_bytes,
+        "budget": args.budget, "predictor": args.predictor, "reads": args.reads,
+        "threads": args.threads, "prompt": args.prompt, "max_tokens": args.max_tokens,
+    }  # fmt: skip
+    keep(args, "experts-large", settings, figures)
     if not figures["equal"]:
         print("The texts differ.")
     return 0 if figures["equal"] and figures["streamed"]["peak_bytes"] <= args.most else 1

@@ -5,17 +5,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..bench import records
 from ..bench.questions import questions
 from ..bench.speculation import Arm, compare
 from ..bench.tables import Table
-from ..common import UserError, check_writable
+from ..common import UserError
 from ..model.backbone import Backbone
 from ..speculation.decode import MOST_DRAFTS
 from ..speculation.registry import DRAFTS, METHODS, drafters_folder, ready, stream_folder, training
 from ..text import prompts as prompt_files
 from . import shared
-from .result import command, model_name, write_json
+from .result import check_result, keep, model_name
 from .values import count, some_of
 
 
@@ -40,14 +39,12 @@ def arguments(parser):
         "--repeats", type=count, default=5, metavar="N", help="timed rounds of all methods (default: 5)"
     )
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
-    parser.add_argument("--record", action="store_true", help="add the result to data/results")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")
+    shared.result(parser)
 
 
 def run(args) -> int:
     """Measure, print a table, write `--json`, and with `--record` add a record. 1 if an arm differs."""
-    if args.json:
-        check_writable(args.json)
+    check_result(args, "speculation")
     quiet = not sys.stderr.isatty()
     prompts = prompt_files.read(args.prompts or prompt_files.ALL)
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)
@@ -89,16 +86,7 @@ def run(args) -> int:
         "left_out": asked.too_long + asked.no_template,
         "limit": args.limit,
     }
-    if args.json:
-        write_json(args.json, settings, figures)
-    if args.record:
-        records.append(
-            "speculation",
-            command=command(),
-            settings=settings,
-            figures=figures,
-            prompts_sha256=prompt_files.sha256(asked.prompts),
-        )
+    keep(args, "speculation", settings, figures, asked.prompts)
     return 0 if all(arm.equal for arm in arms) else 1
 
 

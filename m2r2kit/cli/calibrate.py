@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..bench import records
 from ..bench.exits import best_exits, measure
 from ..common import check_writable
 from ..exits import trained
@@ -24,7 +23,7 @@ from ..text import download, prompts
 from ..text.corpus import documents
 from ..text.rows import for_training, questions_or_beginnings, tokens_of
 from . import shared
-from .result import command
+from .result import check_result, keep, model_name
 from .values import some_of
 
 TEXTS, TOKENS = 240, 40  # from which the risk is measured
@@ -52,16 +51,18 @@ def arguments(parser):
     )
     shared.corpus(parser)
     shared.seed(parser)
+    shared.record(parser)
 
 
 def run(args) -> int:
     """Calibrate each kind that is asked for."""
+    check_result(args, "exits-calibration")
     for kind in args.kind:
         check_writable(folder_of(kind, args) / "exits.json")
     backbone = for_training(args.model)
     fresh = held_out_texts(backbone, args.corpus, args.seed)
     for kind in args.kind:
-        one(backbone, kind, folder_of(kind, args), fresh)
+        one(backbone, kind, folder_of(kind, args), fresh, args)
     return 0
 
 
@@ -70,7 +71,7 @@ def folder_of(kind: str, args) -> Path:
     return Path(args.out) if args.out else trained.folder(args.model, None) / kind
 
 
-def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
+def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts, args) -> None:
     """Choose exits, measure risks, write both beside the weights, and record them."""
     module, _ = trained.load(backbone, folder, kind)
     few = prompts.first_of_each_kind(prompts.read(prompts.TUNING), TUNING)
@@ -97,11 +98,12 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
     checkpoints.note(folder, "exits", use=use, calibration=known)
     exits = {name: [module.config.exits[j] for j in numbers] for name, numbers in use.items() if numbers}
     print(f"{kind}: exits in use: " + ", ".join(f"{n} {e}" for n, e in exits.items()), flush=True)
-    records.append(
+    keep(
+        args,
         "exits-calibration",
-        command=command(),
-        settings={
+        {
             "kind": folder.name,  # `m2r2-equal` is an m2r2 as well
+            "model": model_name(args.model),
             "model_sha256": backbone.sha256,
             "texts": len(fresh.first),
             "tokens": TOKENS,
@@ -109,7 +111,7 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts) -> None:
             "confidence": CONFIDENCE,
             "resamplings": RESAMPLINGS,
         },
-        figures={"exits": exits, "promise": promises, "thresholds": PROBABLE, "losses": losses},
+        {"exits": exits, "promise": promises, "thresholds": PROBABLE, "losses": losses},
     )
 
 

@@ -1,11 +1,14 @@
-"""What a command says of itself in a record, and how its result is written to a file."""
+"""What a command measured: named for a record, written where it was asked for, and never lost."""
 
 import json
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
-from ..common import write_whole
+from ..bench import records
+from ..common import UserError, check_writable, write_whole
+from ..text.prompts import sha256
 
 
 def command() -> str:
@@ -18,6 +21,49 @@ def model_name(model: str | Path) -> str:
     return str(model).rstrip("/").rsplit("/", 1)[-1]
 
 
-def write_json(file: Path, settings: dict, figures: dict) -> None:
-    """A result as one JSON object; the file is whole or absent."""
-    write_whole(file, json.dumps({"settings": settings, **figures}, indent=1) + "\n")
+def check_result(args, *subjects: str) -> None:
+    """Ask before long work whether its result can be kept where `--json` and `--record` want it."""
+    if file := getattr(args, "json", None):
+        check_writable(file)
+    for subject in subjects if args.record else ():
+        records.read(subject)
+        check_writable(records.path(subject))
+
+
+def keep(args, subject: str, settings: dict, figures: dict, prompts: list | None = None) -> None:
+    """Write a result with `--json`, and add it to the records with `--record`.
+
+    Raises:
+        UserError: it cannot be kept there; the sentence says where it lies instead.
+    """
+    asked = None if prompts is None else sha256(prompts)
+    try:
+        if file := getattr(args, "json", None):
+            write_whole(file, _text(settings, figures))
+        if args.record:
+            records.append(
+                subject, command=command(), settings=settings, figures=figures, prompts_sha256=asked
+            )
+    except (UserError, ValueError) as error:  # a record refuses what is no number
+        sentence = str(error).removesuffix(".")
+        raise UserError(f"{sentence}. The result {_elsewhere(_text(settings, figures))}.") from error
+
+
+def _text(settings: dict, figures: dict) -> str:
+    found = {"settings": settings, **figures}
+    return json.dumps(found, indent=1, default=lambda scalar: scalar.item()) + "\n"
+
+
+def _elsewhere(text: str) -> str:
+    """Save a result in the working folder or that of temporary files, else print it; says which."""
+    for folder in (".", None):
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="m2r2kit-result-", suffix=".json", dir=folder, delete=False
+            ) as file:
+                file.write(text)
+            return f"is kept in {file.name}"
+        except OSError:
+            continue
+    print(text)
+    return "is printed above"

@@ -172,3 +172,13 @@ def tuning(parser):
         default=True,
         help="choose the number of drafts for this machine; --no-tune leaves it to `m2r2kit tune`",
     )
+
+
+def record(parser):
+    parser.add_argument("--record", action="store_true", help="add the result to data/results")
+
+
+def result(parser):
+    """Where the result of a measurement goes beside the terminal."""
+    record(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")

@@ -10,7 +10,6 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..bench import records
 from ..bench.tables import Table
 from ..common import UserError, check_writable
 from ..model.cpu import parallel
@@ -20,6 +19,7 @@ from ..pocket.tokenizer import Batches, prepare
 from ..text import download
 from ..text.corpus import KINDS, documents
 from . import shared
+from .result import check_result, keep
 from .values import count
 
 
@@ -46,6 +46,7 @@ def arguments(parser):
         help="JSON with settings of a run (PretrainConfig, OlmoeConfig)",
     )
     shared.processes(parser)
+    shared.record(parser)
 
 
 def run(args) -> int:
@@ -58,6 +59,7 @@ def run(args) -> int:
     Returns:
         0, or 1 if it was interrupted (what was learnt is saved).
     """
+    check_result(args, "pretrain")
     if args.processes > 1 and not parallel.started():
         return parallel.launch(args.processes, args.words)
     folder = Path(args.out)
@@ -102,7 +104,7 @@ def run(args) -> int:
         print(
             f"The least used expert gets {least:.2f} times an even share of the tokens, the most {most:.2f}"
         )
-    records.append("pretrain", command=command, settings=_facts(run, target), figures=figures)
+    keep(args, "pretrain", _facts(run, target), figures)
     return 0
 
 

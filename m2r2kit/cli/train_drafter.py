@@ -7,7 +7,6 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..bench import records
 from ..bench.tune import Tuned, tune_peer
 from ..common import UserError, check_writable
 from ..model.backbone import Backbone
@@ -18,7 +17,7 @@ from ..stream import train as distillation
 from ..stream.distil import DistilConfig
 from ..text.rows import for_training, text
 from . import shared
-from .result import command, model_name
+from .result import check_result, keep, model_name
 from .train_stream import UNTUNED
 from .values import count, some_of
 
@@ -44,10 +43,12 @@ def arguments(parser):
     )
     shared.training_rows(parser)
     shared.tuning(parser)
+    shared.record(parser)
 
 
 def run(args) -> int:
     """Train, tune, save and record each kind that is asked for, on the same rows."""
+    check_result(args, "drafters")
     if args.rows < args.batch:
         raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     if args.out and len(args.kind) > 1:
@@ -102,5 +103,5 @@ def one(backbone: Backbone, kind: str, module, batches, judges, out: Path, args)
         "batch": args.batch,
     }
     settings |= asdict(module.config) | asdict(distil)
-    records.append("drafters", command=command(), settings=settings, figures=figures)
+    keep(args, "drafters", settings, figures)
     print(f"Saved in {out}.", flush=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..bench import records
 from ..common import UserError, check_writable
 from ..exits import trained
 from ..exits.registry import KINDS as EXIT_KINDS
@@ -17,7 +16,7 @@ from ..stream.distil import DistilConfig
 from ..stream.stream import load_stream
 from ..text.rows import for_training, text
 from . import calibrate, shared
-from .result import command, model_name
+from .result import check_result, keep, model_name
 from .values import counts, some_of
 
 ROUTED = ("m2r2", "lens")  # kinds that have a router
@@ -62,10 +61,12 @@ def arguments(parser):
         help="train a new router for exits that are saved already; the rest of them stays",
     )
     shared.training_rows(parser)
+    shared.record(parser)
 
 
 def run(args) -> int:
     """Train, save and record each kind that is asked for."""
+    check_result(args, "exits-training", "exits-calibration")
     if args.rows < args.batch:
         raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     if args.out and len(args.kind) > 1:
@@ -137,7 +138,7 @@ def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> 
         "start": str(args.start) if args.start else None,
         "router_only": args.router_only,
     }
-    records.append("exits-training", command=command(), settings=settings, figures=figures)
+    keep(args, "exits-training", settings, figures)
     print(f"{kind}: {len(losses)} steps. Saved in {out}.", flush=True)
     if fresh is not None and isinstance(module, trained.Exits):
-        calibrate.one(backbone, kind, out, fresh)
+        calibrate.one(backbone, kind, out, fresh, args)

@@ -7,7 +7,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..bench import records
 from ..common import UserError, check_writable
 from ..experts import train as learn
 from ..experts import trained
@@ -18,7 +17,7 @@ from ..stream import checkpoints
 from ..stream.distil import DistilConfig
 from ..text.rows import for_training, text
 from . import shared
-from .result import command, model_name
+from .result import check_result, keep, model_name
 from .values import count, counts, natural, number, some_of
 
 
@@ -54,10 +53,12 @@ def arguments(parser):
     )
     shared.training_rows(parser)
     parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model
+    shared.record(parser)
 
 
 def run(args) -> int:
     """Train, save and record each kind that is asked for."""
+    check_result(args, "predictors")
     if args.rows < args.batch:
         raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     for kind in args.kind:
@@ -117,4 +118,4 @@ def one(kind: str, module, backbone: Backbone, batches, judges, args) -> None:
         "batch": args.batch,
     }
     described |= asdict(module.config) | asdict(settings)
-    records.append("predictors", command=command(), settings=described, figures=figures)
+    keep(args, "predictors", described, figures)

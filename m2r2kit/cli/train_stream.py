@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from ..bench import records
 from ..bench.tune import tune_stream
 from ..common import UserError, check_writable
 from ..model.backbone import Backbone
@@ -22,7 +21,7 @@ from ..stream.registry import FORMS
 from ..stream.stream import AcceleratedStream, StreamConfig, check, tau
 from ..text.rows import for_training, text
 from . import shared
-from .result import command, model_name
+from .result import check_result, keep, model_name
 from .values import count, natural, number
 
 UNTUNED = 4  # drafts in a step where --no-tune leaves it to `m2r2kit tune`
@@ -76,7 +75,7 @@ def arguments(parser):
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="train other readouts of the same size for as long, and record them all; saves none",
+        help="train other readouts of the same size for as long, and compare them all; saves none",
     )
     shared.training_rows(parser)
     shared.tuning(parser)
@@ -87,10 +86,12 @@ def arguments(parser):
         help="begin with this trained stream, of this model or of one much like it, instead of anew",
     )
     shared.processes(parser)
+    shared.record(parser)
 
 
 def run(args) -> int:
     """Train, measure, tune the number of drafts, save and record; or `--compare`."""
+    check_result(args, "stream", "alignment")
     if args.processes > 1 and args.compare:
         raise UserError("--compare times each training, so it runs in one process; leave --processes out.")
     if args.processes > 1 and not parallel.started():
@@ -151,9 +152,7 @@ def run(args) -> int:
     forget(unfinished)
     figures = trained.figures | facts | {"parameters": trained.parameters}
     figures |= {"predicted_speedup": estimate} if args.tune else {}
-    records.append(
-        "stream", command=command(), settings=described(backbone, config, distil, args), figures=figures
-    )
+    keep(args, "stream", described(backbone, config, distil, args), figures)
     print(f"Saved in {out}.")
     return 0
 
@@ -233,12 +232,7 @@ def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: Dis
             f"{f['cross_entropy']:6.3f} {f['cosine_final']:7.3f}",
             flush=True,
         )
-    records.append(
-        "alignment",
-        command=command(),
-        settings=described(backbone, base, distil, args),
-        figures={"rows": rows},
-    )
+    keep(args, "alignment", described(backbone, base, distil, args), {"rows": rows})
     return 0
 
 
