@@ -86,8 +86,26 @@ def parser() -> Parser:
     return main
 
 
+def _drop_output() -> None:
+    """Send what standard output still holds nowhere, or the interpreter fails at it once more as it ends."""
+    with suppress(OSError, ValueError):  # there may be no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _mend_streams() -> None:
+    """Standard streams that any text can be printed to: a closed one takes it and forgets it, and a
+    terminal without a character shows a question mark."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    _mend_streams()
     try:
         with stoppable():
             args = parser().parse_args(argv)
@@ -105,11 +123,12 @@ def main(argv: list[str] | None = None) -> int:
             print("m2r2kit: interrupted; nothing half-written is left", file=sys.stderr)
         return exit_code(interrupt)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        _drop_output()
         print("m2r2kit: the disk is full; make room and start again", file=sys.stderr)
         return 2
 

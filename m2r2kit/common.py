@@ -58,6 +58,31 @@ def registry(*entries: Entry) -> dict[str, Entry]:
     return {entry.name: entry for entry in entries}
 
 
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_or_share(value: int | float | str) -> int | float:
+    """Bytes (an int: `4096`, `64e6`, `64MB`), or a share of the whole (a float up to 1: `0.25`, `25%`).
+
+    Raises:
+        UserError: it is neither.
+    """
+    written = str(value).strip().upper()
+    digits = written.rstrip("BGIKM%")
+    unit = written[len(digits) :]
+    try:
+        found = float(digits)
+        if unit == "%":
+            found /= 100
+        elif unit or found > 1 or isinstance(value, int):
+            found = int(found * SIZES[unit])
+    except (ValueError, KeyError, OverflowError):  # no number, no unit, or infinite
+        found = 0
+    if not found > 0 or (isinstance(found, float) and found > 1):
+        raise UserError(f"'{value}' is no size such as 64MB and no share such as 25%")
+    return found
+
+
 def cache_dir() -> Path:
     """The cache folder, which may not exist yet; the variable `M2R2KIT_CACHE` names another one."""
     root = os.environ.get("M2R2KIT_CACHE")

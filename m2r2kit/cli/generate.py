@@ -1,18 +1,27 @@
-"""`m2r2kit generate`: answer prompts; text streams, and drafted tokens are told apart."""
+"""`m2r2kit generate`: answer prompts with any decoder of the kit; text streams as it is generated.
+
+drafting    a drafter proposes tokens, the model verifies them: the text is the model's own
+exits       tokens leave early, and a calibrated promise says how often they differ
+experts     a mixture's experts are read from disk: the text is the model's own
+"""
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import driver
-from ..common import peak_bytes
-from ..driver import Generation
+from .. import api, driver
+from ..common import UserError, check_writable, peak_bytes
+from ..driver import Decoder, Generation
+from ..experts.opening import open_experts
 from ..model.backbone import Backbone
-from ..speculation import Sampler, Speculation
-from ..speculation.reference import MlxLm
-from ..speculation.registry import METHODS, drafters_folder, ready, stream_folder
+from ..speculation import Sampler
+from ..speculation.registry import METHODS, drafters_folder, stream_folder
 from ..text.prompts import Prompt, read
-from . import generate_exits, shared
+from . import shared
+from .printer import Printer
 from .values import counts, natural, number
 
 
@@ -37,15 +46,33 @@ def arguments(parser):
         metavar="P",
         help="sample among the likeliest that hold this share of the probability",
     )
+    parser.add_argument(
+        "--min-p",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="P",
+        help="sample among tokens with at least this share of the likeliest one's probability",
+    )
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed of sampling (default: 0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="WORD", help="end before this word (may be repeated)"
+    )
     leaving(parser.add_argument_group("method exits", "tokens leave early, greedily, and some may differ"))
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="what to answer")
+    source.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to answer; - reads it from standard input; repeated, the turns of one conversation",
+    )
     source.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help="one JSON object a line, as for bench; of several turns the first",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="what the model is told first, where its chat template allows it"
     )
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -66,7 +93,10 @@ def leaving(parser):
         "--confidence", type=float, default=0.95, metavar="C", help="that the risk is kept (default: 0.95)"
     )
     parser.add_argument(
-        "--threshold", type=float, metavar="T", help="leave from this probability on, whatever the risk"
+        "--threshold",
+        type=number(float, 0),
+        metavar="T",
+        help="leave from this probability on, whatever the risk",
     )
     parser.add_argument("--exits", type=counts, metavar="E,F,..", help="leave at these exits only")
     parser.add_argument(
@@ -77,94 +107,178 @@ def leaving(parser):
     )
 
 
-def run(args) -> int:
-    """Answer `--prompt` or each prompt of `--prompts`; `--json` prints one object a prompt."""
-    prompts = read(args.prompts) if args.prompts else [Prompt("prompt", args.prompt)]
-    if args.experts:
-        from . import generate_experts
+@dataclass
+class Way:
+    """A decoder, and what is said of a result of it.
 
-        return generate_experts.run(args, prompts)
-    args.method = args.method or "m2r2"
-    backbone = Backbone.load(args.model)
-    ids = [backbone.encode(p.prompt, chat=not args.raw) for p in prompts]  # all are checked first
-    if args.method == "exits":
-        return generate_exits.run(args, backbone, prompts, ids)
-    folders = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
-    who, drafts = None, 0
-    if args.method != "mlx_lm":
-        who, drafts = ready(args.method, backbone, *folders, args.exit, args.draft)
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)
-        show = None if args.json else Stream(backbone)
-        if who is None:
-            decoder = MlxLm(backbone, _mlx_lm_sampler(args))
-        else:
-            decoder = Speculation(backbone, who, drafts, sampler)
-        out = driver.generate(decoder, tokens, args.max_tokens, show)
-        print(json.dumps(as_json(backbone, prompt.id, args.method, out))) if args.json else show.end(out)
-        sys.stdout.flush()
+    Attributes:
+        figures: what `--json` prints of a result, beside its id, tokens and text.
+        summary: one line of what it took.
+        exits: depths at which tokens may leave.
+    """
+
+    decoder: Decoder
+    figures: Callable[[Generation], dict]
+    summary: Callable[[Generation], str]
+    exits: tuple[int, ...] = ()
+
+
+def run(args) -> int:
+    """Answer `--prompt`, or each prompt of `--prompts`; `--json` prints one object an answer."""
+    asked = read(args.prompts) if args.prompts else [_typed(args.prompt)]
+    sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed, args.min_p)  # refuses before the loading
+    with ExitStack() as stack:
+        way = _way(args, sampler, stack)
+        backbone = way.decoder.backbone
+        firsts = [backbone.encode(p.prompt, not args.raw, system=args.system) for p in asked]  # all at first
+        for prompt, first in zip(asked, firsts, strict=True):
+            for id, ids, said in _turns(backbone, prompt, first, args):
+                sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed, args.min_p)
+                out = answer(way, ids, sampler, args)
+                if args.json:
+                    print(json.dumps(as_json(id, backbone, out, way)))
+                said += [backbone.decode(out.tokens)]
+                sys.stdout.flush()
+        if args.trace:
+            way.decoder.trace.save(args.trace)
     return 0
 
 
-def as_json(backbone: Backbone, id: str, method: str, out: Generation) -> dict:
-    """The object that `--json` prints for a prompt."""
-    return {
-        "id": id,
-        "method": method,
-        "tokens": out.tokens,
-        "text": backbone.decode(out.tokens),
-        "steps": out.steps,
-        "accepted": out.accepted,
-        "seconds": round(out.seconds, 6),
-        "prefill_seconds": round(out.prefill_seconds, 6),
-        "stopped": out.stopped,
-        "peak_bytes": peak_bytes(),
-    }
+def answer(way: Way, ids: list[int], sampler: Sampler, args) -> Generation:
+    """One answer; without `--json` it is printed as it comes."""
+    api.draw(way.decoder, sampler)
+    out = Generation()
+    if args.json and not args.stop:
+        return driver.generate(way.decoder, ids, args.max_tokens)
+    show = None if args.json else Printer(way.exits)
+    for segment in driver.stream(way.decoder, ids, args.max_tokens, args.stop, out):
+        if show:
+            show(segment)
+    if show:
+        show.end(way.summary(out))
+    return out
 
 
-def _mlx_lm_sampler(args):
-    if args.temp == 0:
-        return None
-    import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
-
-    mx.random.seed(args.seed)
-    return make_sampler(args.temp, top_p=args.top_p if args.top_p < 1 else 0.0, top_k=args.top_k)
+def as_json(id: str, backbone: Backbone, out: Generation, way: Way) -> dict:
+    """The object that `--json` prints of an answer."""
+    text = out.text if out.stopped == "stop" else backbone.decode(out.tokens)
+    return {"id": id, "tokens": out.tokens, "text": text, **way.figures(out)}
 
 
-class Stream:
-    """Prints text as it comes. On a terminal, drafted tokens are underlined."""
+# --- prompts --------------------------------------------------------------------------------
 
-    UNDERLINE, PLAIN = "\x1b[4m", "\x1b[0m"
 
-    def __init__(self, backbone: Backbone):
-        self.detokenizer = backbone.tokenizer.detokenizer
-        self.eos, self.colours = backbone.eos, sys.stdout.isatty()
+def _typed(texts: list[str]) -> Prompt:
+    """The prompt of the command line, `-` read from standard input, and the turns that follow it."""
+    if texts.count("-") > 1:
+        raise UserError("Standard input holds one prompt; give --prompt - once.")
+    first, *more = (_standard_input() if text == "-" else text for text in texts)
+    return Prompt("prompt", first, more_turns=tuple(more))
 
-    def __call__(self, tokens: list[int], from_draft: list[bool]) -> None:
-        for token, drafted in zip(tokens, from_draft, strict=True):
-            if token in self.eos:
-                continue
-            self.detokenizer.add_token(token)
-            text = self.detokenizer.last_segment
-            print(
-                f"{self.UNDERLINE}{text}{self.PLAIN}" if drafted and self.colours else text,
-                end="",
-                flush=True,
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise UserError("Standard input is closed; give the prompt as text.")
+    try:
+        content = getattr(sys.stdin, "buffer", sys.stdin).read()
+        return content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Standard input cannot be read as UTF-8 ({error}).") from None
+
+
+def _turns(backbone: Backbone, prompt: Prompt, first: list[int], args) -> Iterator[tuple]:
+    """(Id, token ids, what was said so far) of each turn; the caller adds each answer to what was said."""
+    said = [prompt.prompt.strip()]
+    yield prompt.id, first, said
+    for n, turn in enumerate(prompt.more_turns if args.prompt else (), 2):
+        ids = backbone.encode(turn, not args.raw, said, args.system)
+        said.append(turn.strip())
+        yield f"{prompt.id}.{n}", ids, said
+
+
+# --- ways of decoding -------------------------------------------------------------------------
+
+
+def _way(args, sampler: Sampler, stack: ExitStack) -> Way:
+    """The decoder that the arguments ask for; what has to be closed goes on the stack."""
+    if args.experts:
+        if args.method not in (None, "plain"):
+            raise UserError(
+                f"--experts decodes plainly, without --method {args.method}; leave one of them out."
             )
+        return _with_experts(args, stack)
+    args.method = args.method or "m2r2"
+    if args.trace:
+        raise UserError("--trace notes the routing of experts on disk; give their store with --experts.")
+    if args.method == "exits":
+        if not sampler.greedy:
+            raise UserError("The method exits takes the likeliest token; leave out --temp.")
+        from .generate_exits import with_exits
 
-    def close(self) -> None:
-        """The rest of the text."""
-        self.detokenizer.finalize()
-        print(self.detokenizer.last_segment)
+        return with_exits(args)
+    return _drafting(args)
 
-    def end(self, out: Generation) -> None:
-        """The rest of the text, and one line of what it took."""
-        self.close()
-        drafted = sum(out.from_draft)
-        line = f"{len(out.tokens)} tokens in {out.steps} steps, {len(out.tokens) / out.seconds:.0f} tokens/s"
-        if sum(out.drafted):
-            line += f"; {drafted} of {sum(out.drafted)} drafts were right" + (
-                " (underlined)" if self.colours else ""
-            )
-        print(line, file=sys.stderr)
+
+def _drafting(args) -> Way:
+    backbone = Backbone.load(args.model)
+    stream, drafters = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
+    decoder = api.decoder_of(backbone, args.method, stream, drafters, args.exit, args.draft)
+
+    def figures(out: Generation) -> dict:
+        return {
+            "method": args.method,
+            "steps": out.steps,
+            "accepted": out.accepted,
+            "seconds": round(out.seconds, 6),
+            "prefill_seconds": round(out.prefill_seconds, 6),
+            "stopped": out.stopped,
+            "peak_bytes": peak_bytes(),
+        }
+
+    def summary(out: Generation) -> str:
+        n, drafted = len(out.tokens), sum(out.drafted)
+        line = f"{n} tokens in {out.steps} steps, {n / out.seconds:.0f} tokens/s"
+        underlined = " (underlined)" if sys.stdout.isatty() else ""
+        return line + (
+            f"; {sum(out.from_draft)} of {drafted} drafts were right{underlined}" if drafted else ""
+        )
+
+    return Way(decoder, figures, summary)
+
+
+def _with_experts(args, stack: ExitStack) -> Way:
+    names = ("budget", "policy", "predictor", "distance", "width", "stream", "known")
+    if args.trace:
+        check_writable(args.trace)
+    settings = {name: getattr(args, name) for name in (*names, "reads", "threads", "link")}
+    decoder = open_experts(args.model, args.experts, trace=bool(args.trace), **settings)
+    stack.callback(decoder.reader.close)
+    record = decoder.reader.store.manifest.mean_record_bytes
+
+    def figures(out: Generation) -> dict:
+        work = out.experts
+        return {
+            "seconds": round(out.seconds, 6),
+            "prefill_seconds": round(out.prefill_seconds, 6),
+            "stall_seconds": round(work.stall_seconds, 6),
+            "stopped": out.stopped,
+            **asdict(work.counts),
+            "in_time": work.in_time,
+            "late": work.late,
+            "bytes_asked_for": work.counts.reads * record,
+            "peak_bytes": peak_bytes(),
+        }
+
+    def summary(out: Generation) -> str:
+        work, n = out.experts, len(out.tokens)
+        resident, in_time, late, missed = (
+            f"{100 * each / max(1, work.counts.accesses):.0f} %"
+            for each in (work.counts.resident, work.in_time, work.late, work.counts.missed)
+        )
+        return (
+            f"{n} tokens, {n / (out.seconds - out.prefill_seconds):.0f} tokens/s; experts: {resident} "
+            f"resident, {in_time} read in time, {late} late, {missed} missed; "
+            f"{work.counts.reads * record / max(1, n) / 1e6:.2f} MB asked for a token"
+        )
+
+    return Way(decoder, figures, summary)

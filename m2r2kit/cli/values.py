@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..common import UserError, size_or_share
+
 
 def size(text):
     """A type for argparse: bytes, such as 64MB."""
@@ -45,25 +47,12 @@ def some_of(known):
     return names
 
 
-SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
 def budget(text):
     """A type for argparse: bytes (int, `64MB`), or a share of the whole (float up to 1, `25%`)."""
-    written = text.strip().upper()
-    digits = written.rstrip("BGIKM%")
-    unit = written[len(digits) :]
     try:
-        value = float(digits)
-        if unit == "%":
-            value /= 100
-        elif unit or value > 1:
-            value = int(value * SIZES[unit])
-    except (ValueError, KeyError):
-        value = 0
-    if not value > 0 or (isinstance(value, float) and value > 1):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 64MB and no share such as 25%")
-    return value
+        return size_or_share(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def shares(text):

@@ -68,7 +68,15 @@ class Backbone:
         Raises:
             UserError: the model is of a family that is not served.
         """
-        return cls(model, tokenizer, object_config(model, tokenizer), lambda: object_sha256(model, tokenizer))
+        view = cls(model, None, object_config(model, None), "")
+        view.name(tokenizer)
+        return view
+
+    def name(self, tokenizer) -> None:
+        """Take over the tokenizer of a model object, which says as well which folder it came from."""
+        self.tokenizer, self.config = tokenizer, object_config(self.model, tokenizer)
+        self._sha256 = lambda: object_sha256(self.model, tokenizer)
+        self.__dict__.pop("sha256", None)
 
     @cached_property
     def sha256(self) -> str:
@@ -235,33 +243,56 @@ class Backbone:
         """Token ids that end a text."""
         return set(self.tokenizer.eos_token_ids)
 
-    def encode(self, text: str, chat: bool = True, before: Sequence[str] = ()) -> list[int]:
+    def encode(
+        self, text: str, chat: bool = True, before: Sequence[str] = (), system: str | None = None
+    ) -> list[int]:
         """Token ids of a prompt, as a user's turn where the model has a chat template.
 
         Args:
+            chat: whether to use the template; without it the text is continued as it is.
             before: what was said before it, by the user and the model in turn.
+            system: what the model is told before all turns.
 
         Raises:
-            UserError: the prompt is empty, or leaves no room in the model's context, or there is
-                something before it and no template that says who said what, or the template fails.
+            UserError: the prompt is empty or no Unicode, or leaves no room in the model's context, or the
+                template is missing where it is needed, or fails.
         """
         if not text.strip():
             raise UserError("The prompt is empty; write something to continue.")
         chat = chat and self.tokenizer.has_chat_template
-        if before and not chat:
-            raise UserError("A conversation needs a chat template, which this tokenizer has not.")
+        if (before or system) and not chat:
+            what = "A conversation" if before else "A system prompt"
+            raise UserError(f"{what} needs a chat template, which is not there or not used.")
         if chat:
             said = [*before, text.strip()]
             turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(said)]
-            try:
-                ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-            except Exception as error:  # a template is a program: a mistake in it raises anything
-                raise UserError(
-                    f"The model's chat template fails ({in_short(error)}); ask without it (--raw)."
-                ) from error
-            ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
-        else:
-            ids = list(self.tokenizer.encode(text))
+            return self.encode_turns([*([{"role": "system", "content": system}] if system else []), *turns])
+        check_unicode(text)
+        begin = self.tokenizer.bos_token  # a text that brings its own gets no second one, as with mlx-lm
+        ids = list(self.tokenizer.encode(text, add_special_tokens=not begin or not text.startswith(begin)))
+        self.room_after(ids)
+        return ids
+
+    def encode_turns(self, turns: Sequence[dict]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, up to where its next answer begins.
+
+        Args:
+            turns: `role` (system, user or assistant) and `content` of each.
+
+        Raises:
+            UserError: there is no template, or it fails; a turn is no Unicode; there is no room.
+        """
+        if not self.tokenizer.has_chat_template:
+            raise UserError("A conversation needs a chat template, which this tokenizer has not.")
+        for turn in turns:
+            check_unicode(turn["content"])
+        try:
+            ids = self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True)
+        except Exception as error:  # a program in the model's folder, which may raise anything
+            raise UserError(
+                f"The model's chat template fails ({in_short(error)}); ask without it (--raw)."
+            ) from error
+        ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
         self.room_after(ids)
         return ids
 
@@ -282,6 +313,16 @@ class Backbone:
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, without the end-of-text mark."""
         return self.tokenizer.decode([i for i in ids if i not in self.eos])
+
+
+def check_unicode(text: str) -> None:
+    """Refuse text with half characters: bytes that were no UTF-8, or half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The prompt is not valid Unicode at character {error.start + 1}; write it in UTF-8."
+        ) from None
 
 
 def crop(cache: list, length: int) -> None:

@@ -103,7 +103,7 @@ def ready(
             raise UserError(f"The method {method} needs a trained stream; give its folder.")
         given = isinstance(stream, TrainedStream)
         trained = stream if given else TrainedStream.load(backbone, stream)
-        trained.belongs_to(backbone)
+        trained = trained.bound_to(backbone)
         facts, tuned = trained.facts, drafts is None and exit is None  # a threshold is of its own exit
         if method == "m2r2-tree":  # before it was tuned, as the chain
             facts = {"leaves": LEAVES, "drafts": DRAFTS} | facts.get("tree", facts)

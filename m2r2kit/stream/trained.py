@@ -31,7 +31,7 @@ class TrainedStream:
         """Read a folder that `save` or `m2r2kit train stream` wrote.
 
         Args:
-            check: whether the model must be the one that it was trained for; else `belongs_to` says so later.
+            check: whether the model must be the one that it was trained for; else `bound_to` says so later.
 
         Raises:
             UserError: there is none, it is damaged, or it belongs to another model.
@@ -46,11 +46,21 @@ class TrainedStream:
         """The view of the model that it is bound to."""
         return self.module._backbone
 
-    def belongs_to(self, backbone: Backbone) -> None:
-        """Refuse, in one sentence, a model that it was not trained for."""
-        base = self.base_sha256
-        if self.backbone is not backbone or (base is not None and base != backbone.sha256):
-            raise UserError("The stream was trained for another model; load or train one for this model.")
+    def bound_to(self, backbone: Backbone) -> "TrainedStream":
+        """This stream for a view of its model.
+
+        Raises:
+            UserError: it was trained for another model.
+        """
+        base = self.base_sha256 or (self.backbone.sha256 if self.backbone is not backbone else None)
+        if base is not None and base != backbone.sha256:
+            both = f"{base[:12]}, this one is {backbone.sha256[:12]}"
+            raise UserError(f"The stream was trained for another model ({both}); train one for this model.")
+        if self.backbone is backbone:
+            return self
+        module = AcceleratedStream(backbone, self.module.config)
+        module.update(self.module.trainable_parameters())
+        return TrainedStream(module, self.facts, base)
 
     def save(self, folder: str | Path) -> None:
         """Write `stream.safetensors` and `stream.json`; both or neither appear.

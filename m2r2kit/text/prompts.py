@@ -40,7 +40,7 @@ def read(path: str | Path) -> list[Prompt]:
     """
     path, prompts = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})."
