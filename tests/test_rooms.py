@@ -30,7 +30,7 @@ TWICE = {  # names that two rooms use for their own kind of the same thing, told
     *("teacher_batch",),
     *("check", "find", "parts", "questions", "stream", "drafter", "predictor", "tau", "default_exits"),
     *("Static", "Oracle", "Check", "swiglu", "draft_and_verify", "draw_sizes", "draw_speeds", "whole"),
-    *("generate", "prepare"),
+    *("generate", "prepare", "load_stream", "train_stream", "pack"),
 }
 
 

@@ -236,12 +236,12 @@ def _drafting(args) -> Way:
         }
 
     def summary(out: Generation) -> str:
-        n, drafted = len(out.tokens), sum(out.drafted)
+        n, right, drafted = len(out.tokens), sum(out.from_draft), sum(out.drafted)
         line = f"{n} tokens in {out.steps} steps, {n / out.seconds:.0f} tokens/s"
-        underlined = " (underlined)" if sys.stdout.isatty() else ""
-        return line + (
-            f"; {sum(out.from_draft)} of {drafted} drafts were right{underlined}" if drafted else ""
-        )
+        if drafted:
+            line += f"; {right} of {drafted} drafts were right"
+            line += " (underlined)" if sys.stdout.isatty() else ""
+        return line
 
     return Way(decoder, figures, summary)
 
