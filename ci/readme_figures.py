@@ -14,8 +14,6 @@ sys.path.insert(0, str(ROOT))
 
 from m2r2kit.bench import claims, records  # noqa: E402
 from m2r2kit.bench.tables import Table  # noqa: E402
-from m2r2kit.cli import bench_exits, bench_experts  # noqa: E402
-from m2r2kit.cli.bench_speculation import table  # noqa: E402
 from m2r2kit.figures import exits as figures_exits  # noqa: E402
 from m2r2kit.figures import experts as figures_experts  # noqa: E402
 
@@ -24,94 +22,122 @@ SEEN, SEEN_END = "<!-- seen: drawn by ci/readme_figures.py -->\n", "<!-- end of 
 BEGIN, END = "<!-- measured: drawn by ci/readme_figures.py -->\n", "<!-- end of measured -->\n"
 
 
+PAPER = "not verified"  # where no source gives the paper's value
+
+
+def figures() -> str:
+    """What stands between the marks: five results, each with the command that measures it."""
+    rows = [row for row in (drafts(), exits(), experts(), large(), aligned()) if row]
+    if not rows:
+        return "Not measured yet.\n"
+    table = Table(
+        ("", "result", "measured", "paper"),
+        [(str(n), *row[:-1]) for n, row in enumerate(rows, 1)],
+        left=("result", "measured", "paper"),
+    )
+    how = [f"    {n}  {made(row[-1])}" for n, row in enumerate(rows, 1)]
+    return "\n".join([table.as_markdown(), "", *how]) + "\n"
+
+
 def made(record: dict) -> str:
     """On what, when and by which command a record was made."""
     m = record["machine"]
     cores = f"{m['cores']} core{'s' * (m['cores'] != 1)}"
-    return f"{cores} of {m['chip']}, {record['date'][:10]}, `{record['command']}`"
+    return f"{record['command']}  # {record['date'][:10]}, {cores} of {m['chip'].replace('(R)', '')}"
 
 
-def figures() -> str:
-    """What stands between the marks."""
-    lines = []
-    runs = claims.accepted("speculation")
-    # the run with most prompts, and that with most arms; of several the newest
-    sizes = [lambda r: r["settings"].get("prompts", 0), lambda r: len(r["figures"]["arms"])]
-    shown = [max(enumerate(runs), key=lambda pair: (size(pair[1]), pair[0]))[1] for size in sizes if runs]
-    for i, record in enumerate(shown):
-        if record in shown[:i]:
-            continue
-        lines += [
-            f"Greedy decoding of {record['settings']['prompts']} of the kit's prompts, float32 "
-            f"({made(record)}):",
-            "",
-            *(f"    {line}".rstrip() for line in table(record["figures"]).splitlines()),
-            "",
-        ]
-    if shown:
-        lines += [
-            "`x mlx_lm` is the speed over mlx_lm's own generation, `tau` is tokens a step, `c` the cost of a "
-            "draft and `v` of a verification, in plain steps.",
-            "",
-        ]
-    if found := claims.accepted("alignment"):
-        record = found[-1]
-        rows = record["figures"]["rows"]
-        lines += [
-            f"How often the exit (block {rows[0]['exit']}) already names the model's next token, on held-out "
-            f"rows; all trained alike, with as many parameters (`{record['command']}`):",
-            "",
-            Table(
-                ("read at the exit", "parameters", "agreement"),
-                [(r["form"], f"{r['parameters']:,}", f"{r['agreement']:.1%}") for r in rows],
-            ).as_markdown(),
-            "",
-        ]
-    if claims.accepted("exits"):
-        record = figures_exits.newest()
-        shown = bench_exits.table(record["figures"]["methods"], record["settings"]["depth"])
-        lines += [
-            f"Leaving early, on {record['settings']['prompts']} of the kit's prompts ({made(record)}):",
-            "",
-            *(f"    {line}".rstrip() for line in shown.splitlines()),
-            "",
-        ]
-    for number, record in enumerate(figures_experts.sizes() or claims.accepted("experts")[-1:]):
-        s, kind = record["settings"], "simulated" if record["figures"]["simulated"] else "real"
-        lines += [
-            f"Experts of {s['record_bytes'] / 1024:.0f} KiB read from a {kind} disk ({s['model']}, "
-            f"{s['prompts']} of the kit's prompts; {made(record)}):",
-            "",
-            *(f"    {line}".rstrip() for line in experts_table(record["figures"], whole=number == 0)),
-            "",
-        ]
-    if record := records.latest("experts-large"):
-        f = record["figures"]
-        same = "the same tokens as" if f["equal"] else "OTHER TOKENS THAN"
-        lines += [
-            f"A model of {f['model_bytes'] / 1e9:.2f} GB, of random weights, in a process whose peak the "
-            f"system gives as {f['streamed']['peak_bytes'] / 1e9:.2f} GB (the whole model in memory: "
-            f"{f['whole']['peak_bytes'] / 1e9:.2f} GB): {same} without a budget, "
-            f"{f['streamed']['tokens_per_second']:.1f} and {f['whole']['tokens_per_second']:.1f} tokens/s "
-            f"({made(record)}).",
-            "",
-        ]
-    return "\n".join(lines) if lines else "Not measured yet.\n"
+def span(x: dict) -> str:
+    """A speed-up with its smallest and largest value over the rounds."""
+    return f"{x['median']:.2f}x ({x['min']:.2f} to {x['max']:.2f})"
 
 
-def experts_table(found: dict, whole: bool) -> list[str]:
-    """All arms at all budgets; or only M2R2, a line a budget."""
-    if whole:
-        return bench_experts.table(found).splitlines()
-    lines = []
-    for budget in found["budgets"]:
-        arm = budget["arms"]["m2r2"]
-        demand, lru = (arm[f"speedup_vs_{name}"]["median"] for name in ("on_demand", "lru"))
-        lines.append(
-            f"budget {budget['share']:.1%}: M2R2 {arm['tokens_per_second']:.1f} tok/s, {demand:.2f}x on "
-            f"demand, {lru:.2f}x LRU (I/C {budget['io_over_compute']:.2f}, bound {budget['bound']:.2f}x)"
-        )
-    return lines
+def drafts() -> tuple | None:
+    """Self-speculation, from the run with most prompts."""
+    runs = [r for r in claims.accepted("speculation") if "m2r2" in r["figures"]["arms"]]
+    if not runs:
+        return None
+    record = max(runs, key=lambda r: (r["settings"].get("prompts", 0), r["date"]))
+    speed = {n: a["speedup_vs_plain"] for n, a in record["figures"]["arms"].items() if a["speedup_vs_plain"]}
+    others = ", ".join(f"{n} {x['median']:.2f}x" for n, x in speed.items() if n not in ("plain", "m2r2"))
+    return (
+        f"Drafting with M2R2, the same text, over plain decoding of {record['settings']['prompts']} prompts",
+        f"{span(speed['m2r2'])}; {others}",
+        "2.8x",
+        record,
+    )
+
+
+def exits() -> tuple | None:
+    """Leaving early: blocks that are not run."""
+    if not claims.accepted("exits"):
+        return None
+    record = figures_exits.newest()
+    methods = record["figures"]["methods"]
+    saved = {name: m["merit"]["0.05"] for name, m in methods.items()}
+    mine, fastest = saved["m2r2"], methods["m2r2"]["fastest"]
+    others = ", ".join(
+        f"{name} {saved[name]['saved']:.0%}" for name in ("m2r2-oracle", "calm") if name in saved
+    )
+    return (
+        "Blocks saved by exits where 5 % of the tokens differ after the same words; time saved",
+        f"{mine['saved']:.0%} ({mine['from']:.0%} to {mine['to']:.0%}); {others}; {fastest['speedup']:.2f}x "
+        f"where {fastest['agreement']:.1%} agree",
+        PAPER,
+        record,
+    )
+
+
+def experts() -> tuple | None:
+    """Experts from disk: where loading ahead gains most."""
+    found = [
+        (budget["arms"]["m2r2"], budget, record)
+        for record in figures_experts.sizes()
+        for budget in record["figures"]["budgets"]
+    ]
+    if not found:
+        return None
+    arm, budget, record = max(found, key=lambda x: x[0]["speedup_vs_on_demand"]["median"])
+    return (
+        f"Reading experts ahead, the same text, over reading on demand ({budget['share']:.0%} in memory, "
+        f"{record['settings']['record_bytes'] / 1024:.0f} KiB an expert)",
+        f"{span(arm['speedup_vs_on_demand'])}; over LRU alone {arm['speedup_vs_lru']['median']:.2f}x",
+        "2.9x",
+        record,
+    )
+
+
+def large() -> tuple | None:
+    """A mixture that does not fit the memory it is given."""
+    record = records.latest("experts-large")
+    if not record:
+        return None
+    f = record["figures"]
+    streamed, whole = (
+        f"{run['peak_bytes'] / 1e9:.2f} GB at {run['tokens_per_second']:.1f} tokens/s"
+        for run in (f["streamed"], f["whole"])
+    )
+    return (
+        f"Memory of a mixture of {f['model_bytes'] / 1e9:.1f} GB with its experts on disk, "
+        f"{'the same text' if f['equal'] else 'ANOTHER TEXT'}",
+        f"{streamed}; in memory {whole}",
+        "-",
+        record,
+    )
+
+
+def aligned() -> tuple | None:
+    """What running ahead adds: agreement at the exit, and its controls."""
+    runs = claims.accepted("alignment")
+    if not runs:
+        return None
+    rows = {r["form"]: r for r in runs[-1]["figures"]["rows"]}
+    shown = ("block", "R=1 block", "extra block", "bare")
+    return (
+        f"First choices at block {rows['block']['exit']} that are the model's, stream and controls",
+        ", ".join(f"{name} {rows[name]['agreement']:.0%}" for name in shown if name in rows),
+        PAPER,
+        runs[-1],
+    )
 
 
 def draw(text: str) -> str:
