@@ -13,6 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder, with `data/` and `notebooks/` in it
+IN_PROJECT = (ROOT / "data").is_dir()  # not where the package alone is installed
+GET_PROJECT = (
+    "the package is installed without the project's models, prompts, paper files and notebooks: "
+    "`git clone --depth 1` the project and work in its folder"
+)
+
+
+def way_to(path: str | Path, otherwise: str) -> str:
+    """What to do about a file that is not there.
+
+    Args:
+        otherwise: what to do where the file is no part of the project, or the project is here.
+    """
+    if IN_PROJECT or not Path(path).is_relative_to(ROOT):
+        return otherwise
+    return f"{GET_PROJECT}, or give your own"
 
 
 class UserError(Exception):

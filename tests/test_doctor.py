@@ -228,8 +228,10 @@ def test_a_cache_folder_of_another_user_is_named(tmp_path):
 
 def test_a_read_only_kit_and_a_package_alone_are_told(monkeypatch, tmp_path):
     assert doctor.kit_folder().value == str(paths.ROOT)
-    monkeypatch.setattr(places, "ROOT", tmp_path)
+    monkeypatch.setattr(places, "IN_PROJECT", False)
     assert "git clone" in doctor.kit_folder().advice
+    monkeypatch.setattr(places, "IN_PROJECT", True)
+    monkeypatch.setattr(places, "ROOT", tmp_path)
     (tmp_path / "notebooks").mkdir()  # and no data/results, which cannot be written therefore
     check = doctor.kit_folder()
     assert "data/results cannot be written" in check.value and "copy the folder" in check.advice

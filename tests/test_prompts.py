@@ -20,7 +20,8 @@ SHAPES = {
 
 
 def read(name: str) -> list[dict]:
-    return [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text().splitlines()]
+    file = prompts.TUNING if name == "tuning" else PROMPTS / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", corpus.KINDS)

@@ -66,6 +66,7 @@ def test_a_stopped_run_of_notebooks_leaves_nothing(number, tmp_path):
 STEP = """\
 import sys
 import m2r2kit.__main__ as m
+from m2r2kit.cli import doctor
 from m2r2kit.common import whole
 from pathlib import Path
 import time
@@ -77,7 +78,7 @@ def run(args):
         Path({told!r}).write_text("")
         time.sleep(100)
 
-m._run_doctor = run
+doctor.run = run
 sys.exit(m.main(["doctor"]))
 """
 

@@ -15,7 +15,7 @@ is shown.
 import tomllib
 from dataclasses import dataclass
 
-from ..common import ROOT
+from ..common import ROOT, UserError, way_to
 from .tables import Table
 
 FILE = ROOT / "data" / "paper" / "devices.toml"  # the figures, with their sources
@@ -73,7 +73,11 @@ LLAMA_7B = Shape.of(  # Touvron et al. 2023, arXiv 2302.13971, table 2; the widt
 
 def read() -> list[Device]:
     """The machines of `data/paper/devices.toml`."""
-    rows = tomllib.loads(FILE.read_text(encoding="utf-8"))["device"]
+    try:
+        rows = tomllib.loads(FILE.read_text(encoding="utf-8"))["device"]
+    except (OSError, ValueError) as error:
+        what_to_do = way_to(FILE, "restore it from git")
+        raise UserError(f"data/paper/{FILE.name} cannot be read ({error}); {what_to_do}") from None
     return [Device(row["name"], row["peak"], row["bandwidth"]) for row in rows]
 
 

@@ -1,4 +1,5 @@
-"""Measured records: one JSON line each, one file a subject, under `data/results/`.
+"""Measured records: one JSON line each, one file a subject, under `data/results/` (in the cache folder
+where only the package is installed).
 
 No other module touches that folder. A record says what was run, on what, and what came out;
 every table and picture of this kit is drawn from records, so that no figure is typed.
@@ -16,9 +17,10 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from ..common import ROOT, UserError
+from ..common import IN_PROJECT, ROOT, UserError, cache_dir
 
-RESULTS = ROOT / "data" / "results"
+# where the package alone is installed, nothing is written beside it
+RESULTS = ROOT / "data" / "results" if IN_PROJECT else cache_dir() / "results"
 LIBRARIES = ("mlx", "mlx-lm", "numpy")
 
 # A path from the root of a disk, standing alone or after `=` or a quote; not a part of an address.
@@ -57,6 +59,8 @@ def append(
     text = json.dumps(record, default=lambda scalar: scalar.item(), allow_nan=False)
     record = portable(json.loads(text))
     _write_line(path(subject), json.dumps(record))
+    if not IN_PROJECT:
+        print(f"The record is in {path(subject)}.", file=sys.stderr)
     return record
 
 

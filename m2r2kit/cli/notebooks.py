@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
-from ..common import ROOT, UserError
+from ..common import ROOT, UserError, way_to
 from .notebook_rules import outputs, parameters, structure
 
 FOLDER = ROOT / "notebooks"
@@ -26,7 +26,7 @@ def find(names=()) -> list[Path]:
     """Notebooks in reading order: all, or those named by number (`04`), name or file."""
     every = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
     if not every:
-        raise UserError(f"no notebooks are in {FOLDER}; run this from a clone of the project")
+        raise UserError(f"no notebooks are in {FOLDER}; {way_to(FOLDER, 'restore them from git')}")
     if not names:
         return every
     chosen = []

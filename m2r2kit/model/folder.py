@@ -7,7 +7,7 @@ import json
 import struct
 from pathlib import Path
 
-from ..common import UserError, cache_dir
+from ..common import UserError, cache_dir, way_to
 from .families import FAMILIES, check_served
 from .hub import looks_like_repository, repository
 
@@ -33,7 +33,8 @@ def model_folder(path_or_repo: str | Path) -> Path:
         if looks_like_repository(str(path_or_repo)):
             folder = repository(str(path_or_repo))
         elif not folder.exists():
-            raise UserError(f"There is no model folder {folder}; give a folder or a Hugging Face repository.")
+            what_to_do = way_to(folder, "give a folder or a Hugging Face repository")
+            raise UserError(f"There is no model folder {folder}; {what_to_do}.")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; copy the model's folder again, whole.")
     config = read_json(folder / "config.json")

@@ -12,10 +12,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common import ROOT, UserError
+from ..common import ROOT, UserError, way_to
 
 ALL = ROOT / "data" / "prompts" / "all.jsonl"
-TUNING = ROOT / "data" / "prompts" / "tuning.jsonl"
+TUNING = Path(__file__).with_name("tuning.jsonl")  # training ends with them, so they are part of the package
 
 OWN = ("id", "prompt")
 MT_BENCH = ("question_id", "category", "turns")
@@ -42,9 +42,9 @@ def read(path: str | Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})."
-        ) from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        what_to_do = way_to(path, "give a file of prompts, one JSON object a line")
+        raise UserError(f"{path} cannot be read ({reason}); {what_to_do}.") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

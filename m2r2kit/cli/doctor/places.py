@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ...common import ROOT, cache_dir, machine_bytes, memory_bytes
+from ...common import GET_PROJECT, IN_PROJECT, ROOT, cache_dir, machine_bytes, memory_bytes
 from .check import Check
 
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
@@ -82,9 +82,8 @@ def cache_folder() -> Check:
 
 def kit_folder() -> Check:
     """Where the notebooks lie, and where records of measurements go."""
-    if not (ROOT / "notebooks").is_dir():
-        advice = "the notebooks, prompts and pocket models come with `git clone --depth 1` of the project"
-        return Check("kit folder", f"{ROOT}: the package alone", True, advice)
+    if not IN_PROJECT:
+        return Check("kit folder", "none", True, f"not needed, but {GET_PROJECT}")
     shut = [name for name in ("notebooks", "data/results") if not os.access(ROOT / name, os.W_OK)]
     if not shut:
         return Check("kit folder", str(ROOT), True)
