@@ -78,7 +78,7 @@ def load(
             `stream_generate` read them when they are needed, and decode what the whole model would.
         budget: memory for experts, as bytes or a share of all: `64e6`, `"64MB"`, `0.25`, `"25%"`.
         predictor: who predicts experts ahead of time, so that their reads are over when they are needed:
-            `next-router`, `m2r2` (arXiv 2502.02040, section 3.4) and others of `m2r2kit generate --help`.
+            `next-router`, `m2r2` (arXiv 2502.02040) and others of `m2r2kit generate --help`.
         reading: further settings of the store: `policy`, `distance`, `width`, `stream`, `reads`, `threads`,
             `link`, as the options of `m2r2kit generate`.
 

@@ -7,6 +7,7 @@ from m2r2kit.bench.records import ROOT
 
 sys.path.insert(0, str(ROOT / "ci"))
 
+from api_page import PAGE, page
 from readme_figures import draw
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,3 +26,7 @@ def test_links_lead_somewhere():
 def test_every_notebook_is_listed():
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
         assert f"notebooks/{path.name}" in TEXT
+
+
+def test_the_api_page_says_what_the_docstrings_say():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python ci/api_page.py"
