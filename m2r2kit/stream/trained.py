@@ -13,7 +13,7 @@ OF_THE_FILE = ("format", "kind", "base_sha256", "weights_sha256", "config")  # k
 
 @dataclass
 class TrainedStream:
-    """An accelerated stream (M2R2, arXiv 2502.02040, section 3) and its settings.
+    """An accelerated stream (M2R2, arXiv 2502.02040) and its settings.
 
     Attributes:
         module: the stream, bound to the view of its model.
