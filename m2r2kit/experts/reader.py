@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from ..common import UserError
 from ..model.cpu.threads import answering
@@ -303,7 +304,11 @@ def open_file(path: Path, mode: str) -> int:
 def system_read_bytes() -> int | None:
     """Bytes that the system has read from disks for this process so far; None where it does not say."""
     try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
+        return psutil.Process().io_counters().read_bytes
+    except (
+        AttributeError,
+        OSError,
+        RuntimeError,
+        psutil.Error,
+    ):  # where it is not counted
         return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
