@@ -104,7 +104,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_it_trains_a_stream_and_says_where_the_record_is(installed, tmp_path):
     model = tiny.make_folder("llama", tmp_path / "model", max_position_embeddings=512)
     asked = ["train", "stream", "--model", str(model), "--steps", "2", "--rows", "16", "--batch", "8"]
-    asked += ["--no-tune"]
+    asked += ["--no-tune", "--record"]
     done = run(installed, tmp_path, program=("-c", TRAIN, *asked, "--corpus", str(tmp_path)))
     assert done.returncode == 0, done.stderr
     assert (model / "stream" / "stream.json").exists()
