@@ -28,6 +28,11 @@ from .values import counts, natural, number
 def arguments(parser):
     shared.model(parser)
     parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="folder of a LoRA adapter of mlx_lm for this model",
+    )
+    parser.add_argument(
         "--method", choices=(*METHODS, "exits"), help="how to decode (default: m2r2, with --experts plain)"
     )
     shared.drafting(parser)
@@ -206,6 +211,8 @@ def _way(args, sampler: Sampler, stack: ExitStack) -> Way:
             raise UserError(
                 f"--experts decodes plainly, without --method {args.method}; leave one of them out."
             )
+        if args.adapter:
+            raise UserError("Experts on disk are those of the model alone; leave out --adapter or --experts.")
         return _with_experts(args, stack)
     args.method = args.method or "m2r2"
     if args.trace:
@@ -220,8 +227,8 @@ def _way(args, sampler: Sampler, stack: ExitStack) -> Way:
 
 
 def _drafting(args) -> Way:
-    backbone = Backbone.load(args.model)
-    stream, drafters = stream_folder(args.model, args.stream), drafters_folder(args.model, args.drafters)
+    backbone, of = Backbone.load(args.model, adapter=args.adapter), args.adapter or args.model
+    stream, drafters = stream_folder(of, args.stream), drafters_folder(of, args.drafters)
     decoder = api.decoder_of(backbone, args.method, stream, drafters, args.exit, args.draft)
 
     def figures(out: Generation) -> dict:

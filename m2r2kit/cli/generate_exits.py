@@ -12,8 +12,9 @@ from .generate import Way
 
 def with_exits(args) -> Way:
     """The decoder with the exits that the arguments ask for."""
-    backbone = Backbone.load(args.model)
-    module, facts = trained.load(backbone, trained.folder(args.model, args.trained) / "m2r2", "m2r2")
+    backbone = Backbone.load(args.model, adapter=args.adapter)
+    folder = trained.folder(args.adapter or args.model, args.trained) / "m2r2"
+    module, facts = trained.load(backbone, folder, "m2r2")
     if args.exits and (unknown := set(args.exits) - set(module.config.exits)):
         raise UserError(
             f"It was not trained for exits at {', '.join(map(str, sorted(unknown)))}; "

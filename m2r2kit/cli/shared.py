@@ -16,7 +16,8 @@ def model(parser):
         "--model",
         default=str(MODEL),
         metavar="DIR_OR_REPO",
-        help="a model that mlx_lm loads: a folder, or a Hugging Face repository (default: data/pocket-dense)",
+        help="a model that mlx_lm loads: a folder, a LoRA adapter's folder, or a Hugging Face repository "
+        "(default: data/pocket-dense)",
     )
 
 

@@ -60,7 +60,7 @@ def convert(gguf: Path, folder: Path) -> None:
     try:
         tensors, facts = mx.load(str(gguf), format="gguf", return_metadata=True)
         facts = {key: plain(value) for key, value in facts.items()}
-        config = settings(facts, tensors)
+        config = hf_settings(facts, tensors)
         weights = rename(tensors, config)
         mx.eval(weights)
     except (RuntimeError, ValueError) as error:
@@ -142,7 +142,7 @@ def tensor_types(file) -> list[int]:
 # --- weights and settings -------------------------------------------------------------------
 
 
-def settings(facts: dict, tensors: dict[str, mx.array]) -> dict:
+def hf_settings(facts: dict, tensors: dict[str, mx.array]) -> dict:
     """config.json of the model.
 
     Raises:

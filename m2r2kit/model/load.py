@@ -30,6 +30,7 @@ def load(
     """Load a Hugging Face folder or repository with mlx-lm: (model, tokenizer, config, sha256).
 
     Args:
+        path_or_repo: also the folder of an adapter, which says for which model it was trained.
         dtype: arithmetic of the weights; by default float32 on a CPU, as stored elsewhere.
         take_out: called with the model before its weights are read; what it takes out of the
             model is never read.
@@ -44,6 +45,8 @@ def load(
         UserError: the folder is missing, incomplete or damaged, needs code of its own, or is of a family or
             a variant that is not served.
     """
+    if adapter is None and (Path(path_or_repo) / ADAPTER[0]).exists():
+        adapter, path_or_repo = path_or_repo, base_of(path_or_repo)
     folder = model_folder(path_or_repo)
     if adapter:
         check_adapter(adapter)
@@ -201,6 +204,16 @@ def check_adapter(adapter: str | Path) -> None:
         if not (Path(adapter) / name).exists():
             raise UserError(f"{adapter} has no {name}; give a folder that `mlx_lm.lora` wrote.")
     read_json(Path(adapter) / ADAPTER[0])
+
+
+def base_of(adapter: str | Path) -> str:
+    """The folder or repository of the model that an adapter was trained for."""
+    name = read_json(Path(adapter) / ADAPTER[0]).get("model")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{adapter} says of no model that it belongs to; name the model and give this as its adapter."
+        )
+    return name
 
 
 def put_adapter(model: nn.Module, adapter: str | Path) -> None:
