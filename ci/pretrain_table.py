@@ -19,11 +19,16 @@ BEGIN = "<!-- held-out figures of {}: drawn from data/results/pretrain.jsonl by 
 END = "<!-- end of held-out figures -->\n"
 
 
-def table(record: dict | None) -> str:
-    """What stands between the marks for a record; None where nothing was measured."""
+def table(record: dict | None, training: dict | None = None) -> str:
+    """What stands between the marks for a record; None where nothing was measured.
+
+    Args:
+        training: the record of the training, where the weights were rounded after it.
+    """
     if record is None:
         return "Not measured yet.\n"
-    figures, s, cores = record["figures"], record["settings"], record["machine"]["cores"]
+    training = training or record
+    figures, s, cores = record["figures"], training["settings"], training["machine"]["cores"]
     rows = [
         (kind, f"{f['loss']:.3f}", f"{f['bits_per_byte']:.3f}", f"{f['accuracy']:.1%}", f"{f['tokens']:,}")
         for kind in KINDS
@@ -35,7 +40,7 @@ def table(record: dict | None) -> str:
         "",
         f"{s['blocks_now']} blocks of width {s['width']}, {s['parameters'] / 1e6:.1f} M parameters, "
         f"{s['tokens_seen'] / 1e6:.1f} M tokens in {s['training_seconds'] / 3600:.1f} hours on "
-        f"{cores} core{'s' * (cores != 1)} of {record['machine']['chip']}; {record['date'][:10]}.",
+        f"{cores} core{'s' * (cores != 1)} of {training['machine']['chip']}; {training['date'][:10]}.",
     ]
     if "experts" in figures:
         share, entropy = figures["experts"]["share"], figures["experts"]["entropy"]
@@ -45,7 +50,21 @@ def table(record: dict | None) -> str:
             f"blocks gets {least:.2f} times an even share of the held-out tokens, and the most {most:.2f} "
             f"times; entropy {min(entropy):.2f} to {max(entropy):.2f} bits, block by block."
         )
+    if "rounding" in figures:
+        lines.append(rounding(**figures["rounding"]))
     return "\n".join(lines) + "\n"
+
+
+def rounding(tokens: int, agreement: float, before: dict, after: dict) -> str:
+    """What the rounding of the weights changed, in a sentence."""
+    recalls = ", ".join(
+        f"{kind} {of['1']:.2%} -> {after['recall'][kind]['1']:.2%}" for kind, of in before["recall"].items()
+    )
+    return (
+        f"Rounded after training: {agreement:.1%} of {tokens:,} next tokens are the same as before; the "
+        f"cross-entropy of that text goes {before['loss']:.4f} -> {after['loss']:.4f}, the recall of the "
+        f"predictors one block ahead {recalls}."
+    )
 
 
 def draw(text: str, model: str, record: dict | None) -> str:
@@ -53,7 +72,9 @@ def draw(text: str, model: str, record: dict | None) -> str:
     begin = BEGIN.format(model)
     before, rest = text.split(begin)
     _, after = rest.split(END, 1)
-    return before + begin + table(record) + END + after
+    origin = record and record["settings"].get("rounded_from")
+    training = records.latest("pretrain", model_sha256=origin) if origin else None
+    return before + begin + table(record, training) + END + after
 
 
 if __name__ == "__main__":

@@ -55,6 +55,24 @@ def test_the_use_of_experts_is_under_a_mixtures_table():
     assert "entropy 1.85 to 2.00 bits" in text and "| experts |" not in text
 
 
+def test_rounded_weights_are_measured_anew_and_their_training_is_told():
+    figures = {"code": RECORD["figures"]["code"] | {"loss": 2.5}}
+    recall = {"direct": {"1": 0.75, "2": 0.8}}
+    figures["rounding"] = {
+        "tokens": 1200, "agreement": 0.98765, "before": {"loss": 1.0, "recall": recall},
+        "after": {"loss": 1.00236, "recall": {"direct": {"1": 0.7512, "2": 0.8}}},
+    }  # fmt: skip
+    record = {
+        "date": "2031-01-01T00:00:00+00:00",
+        "figures": figures,
+        "machine": {"cores": 64, "chip": "Large"},
+    }
+    text = pretrain_table.table(record | {"settings": {"model": "pocket-moe"}}, RECORD)
+    assert "| code | 2.500 |" in text and "2.0 hours on 2 cores of Some Chip; 2030-01-02." in text
+    assert "98.8% of 1,200 next tokens" in text and "1.0000 -> 1.0024" in text
+    assert "direct 75.00% -> 75.12%." in text
+
+
 def test_the_record_is_of_the_model_that_lies_here(model):
     record = records.latest("pretrain", model=model)
     weights = ROOT / "data" / model / "model.safetensors"

@@ -76,9 +76,12 @@ def there(folder: str | Path, name: str) -> None:
         raise UserError(f"There is no trained {name} in {folder}; make it with `m2r2kit train predictor`.")
 
 
-def hand_over(model: str | Path, other: str | Path) -> None:
+def hand_over(model: str | Path, other: str | Path, bits: int = 16) -> None:
     """Copy the trained predictors of a model into the folder of another with the same hidden states, and bind
     them to it.
+
+    Args:
+        bits: of their matrices (`checkpoints.save`).
 
     Raises:
         UserError: one of them is damaged, or belongs to another model.
@@ -91,4 +94,4 @@ def hand_over(model: str | Path, other: str | Path) -> None:
         made = direct(backbone, folder) if kind == DIRECT else stream(backbone, folder)
         facts = checkpoints.read_settings(folder, name, type(made.config))[1]
         facts = {key: facts[key] for key in ("steps", "train_seconds") if key in facts}
-        checkpoints.save(made, made.config, sha256, folder_of(other, kind), name, **facts)
+        checkpoints.save(made, made.config, sha256, folder_of(other, kind), name, bits, **facts)
