@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..common import UserError, check_writable, way_to
+from ..common import UserError, way_to
 from ..experts import trained
 from ..pocket import widen as wider_moe
 from ..pocket.random_olmoe import LargeConfig, sized, write
@@ -41,7 +41,6 @@ def arguments(parser):
 def run(args) -> int:
     if not args.model and not (needed := MOE if args.widen else MODEL).exists():
         raise UserError(f"There is no model folder {needed}; {way_to(needed, 'restore it from git')}.")
-    check_writable(args.out / "config.json")
     if args.widen:
         if args.size or args.width:
             raise UserError("--widen keeps the model's other sizes; leave out --size and --width.")

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..common import check_writable
 from ..experts.packing import pack
-from ..experts.store import MANIFEST, Store
+from ..experts.store import Store
 from ..model.folder import model_folder
 from ..model.hashes import weights_sha256
 
@@ -26,7 +25,6 @@ def run(args) -> int:
 
 
 def write(args) -> int:
-    check_writable(args.out / MANIFEST)
     with _bar() as bar:
 
         def report(done: int, total: int):

@@ -23,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..common import UserError, cache_dir, unwritable, write_whole
+from ..common import UserError, cache_dir, check_writable, unwritable, write_whole
 from ..model.backbone import Backbone
 from ..model.families import FAMILIES
 from ..model.folder import model_folder
@@ -135,6 +135,7 @@ def pack(
     out = Path(out)
     if os.path.lexists(out):
         raise UserError(f"{out} exists already; delete it, or give another folder.")
+    check_writable(out)  # before minutes of hashing
     seen = stamps(model_folder(model))  # before its hash is computed
     backbone, experts = load_without_experts(model, decode=decode)
     facts = facts_of(backbone, experts)

@@ -29,6 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..common import UserError, write_whole
+from ..model.folder import weight_files
 from ..model.hashes import weights_sha256
 
 FORMAT = 2
@@ -191,7 +192,7 @@ def file_name(block: int) -> str:
 def stamps(model: Path) -> list[list]:
     """Name, bytes, times of change, inode and device of each weight file of a model's folder. They change
     when a file is written again, even if its time is set back."""
-    files = [(path.name, path.stat()) for path in sorted(model.glob("model*.safetensors"))]
+    files = [(path.name, path.stat()) for path in weight_files(model)]
     return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for name, s in files]
 
 
