@@ -1,12 +1,8 @@
 """m2r2kit: multi-rate residuals (M2R2, arXiv 2502.02040), to learn, reproduce and use."""
 
-from .model.cpu.threads import prepare as _prepare
-
 __version__ = "0.1.0"
 
-_prepare()
-
-_API = ("load", "load_stream", "train_stream", "generate", "stream_generate", "pack")
+_API = ("load", "load_stream", "train_stream", "generate", "stream_generate", "pack", "restore")
 _TYPES = ("Generation", "Manifest", "StreamConfig", "TrainedStream")
 __all__ = ["__version__", *_API, *_TYPES]
 

@@ -22,8 +22,6 @@ from weakref import finalize
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.generate import GenerationResponse
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import driver
 from .common import UserError
@@ -33,6 +31,8 @@ from .experts.decode import ExpertDecoder
 from .experts.opening import open_experts
 from .experts.store import Manifest
 from .model.backbone import Backbone
+from .model.cpu.threads import restore as restore
+from .model.mlxlm import GenerationResponse, TokenizerWrapper
 from .speculation import Sampler, Speculation
 from .speculation.reference import MlxLm
 from .speculation.registry import ready

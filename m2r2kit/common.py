@@ -1,15 +1,19 @@
 """What every room needs: how bad input is reported, where files lie, how they are written whole or not at
 all, and how much memory was used."""
 
+import atexit
 import errno
 import os
 import re
 import resource
+import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder, with `data/` and `notebooks/` in it
@@ -99,10 +103,54 @@ def size_or_share(value: int | float | str) -> int | float:
     return found
 
 
+# --- folders --------------------------------------------------------------------------------
+
+
 def cache_dir() -> Path:
-    """The cache folder, which may not exist yet; the variable `M2R2KIT_CACHE` names another one."""
-    root = os.environ.get("M2R2KIT_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "m2r2kit"
+    """The cache folder, which may not exist yet; the variable `M2R2KIT_CACHE` names another one.
+
+    Without a home folder (no HOME, and a user id that has no passwd entry, as in some containers) it lies
+    among the temporary files.
+    """
+    if root := os.environ.get("M2R2KIT_CACHE"):
+        return Path(root)
+    try:
+        return Path.home() / ".cache" / "m2r2kit"
+    except RuntimeError:
+        return private_folder() / "cache"
+
+
+@cache
+def private_folder() -> Path:
+    """This user's own folder for temporary files, to which nobody else may write. It stays for the next
+    process, unless somebody else has taken its name: then there is one for this process only."""
+    folder = Path(tempfile.gettempdir(), f"m2r2kit-{os.getuid()}")
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    if trusted(folder) and os.access(folder, os.W_OK | os.X_OK):
+        return folder
+    folder = Path(tempfile.mkdtemp(prefix="m2r2kit-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def trusted(path: Path) -> bool:
+    """Whether a path exists and nobody but this user and root can change what is there.
+
+    It and all folders above it belong to one of the two, and nobody else may write to them. A folder may be
+    open to all if it has the sticky bit, which keeps others from touching what is not theirs.
+    """
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+        for each in (real, *real.parents):
+            state = each.stat()
+            writable = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            sticky = stat.S_ISDIR(state.st_mode) and state.st_mode & stat.S_ISVTX
+            if state.st_uid not in (0, os.getuid()) or (writable and not sticky):
+                return False
+    except OSError:
+        return False
+    return True
 
 
 # --- writing: whole or not at all -----------------------------------------------------------

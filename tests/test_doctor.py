@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +29,7 @@ def found(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("M2R2KIT_CACHE", str(cache))
         checks = doctor.checks()
-    assert list(cache.iterdir()) == []
+    assert all(path.name.startswith("blas-") for path in cache.iterdir())  # the compiled library
     return checks
 
 
@@ -258,7 +257,7 @@ def test_a_compiler_that_cannot_compile_is_named(check, name, monkeypatch, tmp_p
 
 @needs_linux
 def test_kernels_that_were_cut_short_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     folder = tmp_path / "mlx" / mx.__version__ / "cpu"
     folder.mkdir(parents=True)
     (folder / "a.so").write_bytes(Path(mx.__file__).read_bytes())
@@ -266,16 +265,6 @@ def test_kernels_that_were_cut_short_are_named(monkeypatch, tmp_path):
     (folder / "b.so").write_bytes(Path(mx.__file__).read_bytes()[:5000])
     check = doctor.fused_kernels()
     assert not check.ok and "1 damaged" in check.value and f"delete {folder}" in check.advice
-
-
-@pytest.mark.parametrize("length", [0, 3, 63, 100, 5000, -1])
-def test_a_library_that_was_cut_short_is_not_whole(length, tmp_path):
-    if sys.platform == "linux":
-        whole = Path(mx.__file__).read_bytes()
-        (tmp_path / "a.so").write_bytes(whole)
-        assert tools.is_whole_library(tmp_path / "a.so")
-        (tmp_path / "a.so").write_bytes(whole[:length])
-    assert not tools.is_whole_library(tmp_path / "a.so")
 
 
 def test_a_kernel_of_another_python_is_named(monkeypatch, tmp_path):

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from m2r2kit.model.cpu import blas
 from m2r2kit.model.cpu import threads as runtime
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="MLX's BLAS is replaced on Linux only")
@@ -184,19 +183,61 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     assert (kind, right) == ("openblas", True)
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path):
+    path.write_bytes(path.read_bytes().replace(b"m2r2kit", b"m2r2kid"))
+
+
+def opened(path):
+    path.chmod(0o666)
+
+
+def unsigned(path):
+    path.with_suffix(".sha256").unlink()
+
+
 @patched
 @compiler
-def test_a_damaged_shim_is_made_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path))
-    path = blas.compile_shim(blas.openblas_path())
-    path.write_bytes(path.read_bytes()[:100])
-    assert blas._load_shim(blas.openblas_path()) is None and not path.exists()
-    assert blas._load_shim(blas.openblas_path()) is not None
+@pytest.mark.parametrize("harm", [cut, flipped, opened, unsigned])
+def test_a_shim_that_may_not_be_what_was_compiled_is_not_loaded_and_made_again(harm, tmp_path):
+    assert fresh(REPORT, M2R2KIT_CACHE=str(tmp_path))[0] == "openblas"
+    (path,) = tmp_path.glob("blas-*.so")
+    whole = path.read_bytes()
+    harm(path)
+    kind, detail, _, right = fresh(REPORT, M2R2KIT_CACHE=str(tmp_path))  # a cut one kills who loads it
+    assert (kind, right) == ("openblas", True) and "few rows through few_rows.c" in detail
+    assert path.read_bytes() == whole and path.stat().st_mode & 0o022 == 0
+    assert not list(tmp_path.glob(".m2r2kit-*"))
+
+
+@patched
+@compiler
+def test_nothing_is_loaded_from_a_folder_to_which_others_may_write(tmp_path):
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    shared.mkdir()
+    own.mkdir()
+    shared.chmod(0o777)
+    detail = fresh(REPORT, M2R2KIT_CACHE=str(shared), TMPDIR=str(own))[1]
+    assert "few rows through few_rows.c" in detail and not list(shared.iterdir())
+    assert [p.name[:5] for p in own.glob("m2r2kit-*/*.so")] == ["blas-"]
+
+
+@patched
+def test_a_compiler_that_cannot_compile(tmp_path):
+    for name in ("cc", "gcc", "clang"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    kind, detail, _, right = fresh(REPORT, PATH=str(tmp_path), M2R2KIT_CACHE=str(tmp_path / "cache"))
+    assert (kind, right) == ("openblas", True) and "the C compiler does not work" in detail
 
 
 WRONG = {
-    "one row": ("(ROW, PLAIN, n, k, alpha", "(ROW, PLAIN, n, k, 0 * alpha"),
+    "one row": ("(ROW, PLAIN, n, p->k, p->alpha", "(ROW, PLAIN, n, p->k, 0 * p->alpha"),
     "few rows": ("+= x[i] * y", "+= x[0] * y"),
+    "a part": ("p->c + at;", "p->c;"),
     "the last columns": ("x += a[i * lda + t]", "x -= a[i * lda + t]"),
 }
 
@@ -229,6 +270,7 @@ def test_install_twice_and_back():
     program = """
 from m2r2kit.model.cpu import blas, threads as runtime
 import ctypes, json
+blas.install()
 old = dict(blas._old)
 blas.install()  # a second time: what is remembered are still MLX's own
 same = blas._old == old
@@ -298,17 +340,143 @@ def test_while_decoding_readers_keep_off_the_core_that_computes_and_all_is_as_be
 
 
 @patched
-def test_while_decoding_a_product_has_one_thread():
+@compiler
+def test_beside_reads_a_product_has_one_thread(tmp_path):
     program = """
 from m2r2kit.model.cpu import blas, threads as runtime
-import ctypes, json
-threads = ctypes.CDLL(str(blas.openblas_path())).scipy_openblas_get_num_threads
-before = threads()
-with runtime.decoding(runtime.SMALL):
-    inside = threads()
-with runtime.decoding(runtime.SMALL + 1):
-    large = threads()
-print(json.dumps([before, inside, large, threads()]))
+import json, os
+runtime.prepare()
+os.sched_getaffinity = lambda _: {0, 1}
+os.sched_setaffinity = lambda *_: None
+(pool,) = blas._pools
+pool.m2r2kit_set_threads(2)
+
+def threads():
+    now = pool.m2r2kit_set_threads(1)
+    pool.m2r2kit_set_threads(now)
+    return now
+
+found = [threads()]
+for matrix, apart in ((0, False), (runtime.SMALL, True), (runtime.SMALL + 1, True)):
+    with runtime.decoding(matrix, apart):
+        found.append(threads())
+print(json.dumps([*found, threads()]))
 """
-    before, inside, large, after = fresh(program)
-    assert inside == 1 and before == large == after
+    assert fresh(program, M2R2KIT_CACHE=str(tmp_path)) == [2, 2, 1, 2, 2]
+
+
+# --- products that are shared out ------------------------------------------------------------
+
+SHARED = """
+import ctypes, json, os, sys, threading
+import mlx.core as mx, numpy as np
+from m2r2kit.model.cpu import blas, threads as runtime
+runtime.prepare()
+(pool,) = blas._pools
+random = np.random.default_rng(0)
+
+def check(m, k, n):
+    a, b = (random.standard_normal(shape, dtype=np.float32) for shape in ((m, k), (k, n)))
+    with mx.stream(mx.cpu):
+        both = [mx.array(a) @ mx.array(b), mx.array(a) @ mx.array(np.ascontiguousarray(b.T)).T]
+        both.append(mx.array(np.ascontiguousarray(a.T)).T @ mx.array(b))
+        mx.eval(both)
+    return all(np.allclose(np.array(c), a @ b, atol=1e-6 * k, rtol=1e-4) for c in both)
+"""
+SIZES = [(1, 1024, 2100), (5, 700, 1100), (9, 576, 20000), (40, 300, 1000), (700, 65, 130), (2048, 40, 33)]
+
+
+@patched
+@compiler
+def test_shared_out_among_threads_they_are_numpy_s_too():
+    program = f"""{SHARED}
+found = []
+for count in (1, 2, 5):
+    pool.m2r2kit_set_threads(count)
+    found += [check(*size) for size in {SIZES}]
+print(json.dumps(found))
+"""
+    assert fresh(program) == [True] * 3 * len(SIZES)
+
+
+@patched
+@compiler
+def test_several_threads_and_forked_processes_share_out_theirs_at_once():
+    program = f"""{SHARED}
+pool.m2r2kit_set_threads(3)
+found = [check(64, 300, 5000)]
+workers = [threading.Thread(target=lambda: found.extend(check(*s) for s in {SIZES})) for _ in range(3)]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
+a, b = (random.standard_normal((256, 256), dtype=np.float32) for _ in "ab")
+child = os.fork()  # there MLX has no threads any more: the function itself is called
+if child == 0:
+    c = np.zeros((256, 256), np.float32)
+    at = lambda x: ctypes.c_void_p(x.ctypes.data)
+    one, zero = ctypes.c_float(1), ctypes.c_float(0)
+    pool.m2r2kit_sgemm(101, 111, 111, 256, 256, 256, one, at(a), 256, at(b), 256, zero, at(c), 256)
+    os._exit(0 if np.allclose(c, a @ b, atol=1e-3) else 1)
+found.append(os.waitpid(child, 0)[1] == 0)
+print(json.dumps(found))
+"""
+    assert fresh(program) == [True] * (2 + 3 * len(SIZES))
+
+
+# --- the process ------------------------------------------------------------------------------
+
+PROCESS = """
+import json, os, resource, sys
+def state():
+    return [os.sched_getscheduler(0), list(resource.getrlimit(resource.RLIMIT_NOFILE)), dict(os.environ)]
+before = state()
+import m2r2kit
+found = ["mlx.core" in sys.modules, state() == before]
+from m2r2kit.model.cpu import blas, threads as runtime
+"""
+
+
+@linux
+def test_importing_changes_nothing():
+    assert fresh(PROCESS + "print(json.dumps(found))") == [False, True]
+
+
+@patched
+def test_what_is_prepared_is_undone_by_one_call():
+    program = """
+runtime.prepare()
+batch = os.sched_getscheduler(0) == os.SCHED_BATCH
+again = []
+for _ in range(2):
+    runtime.restore()
+    again += [state() == before, len(blas._old), runtime._product_is_right()]
+kind = runtime.prepare().kind
+print(json.dumps([batch, *again, kind]))
+"""
+    assert fresh(PROCESS + program) == [True, True, 0, True, True, 0, True, "openblas"]
+
+
+@linux
+def test_stock_leaves_the_process_alone_too():
+    program = "runtime.prepare()\nprint(json.dumps(state() == before))"
+    assert fresh(PROCESS + program, M2R2KIT_BLAS="stock") is True
+
+
+@linux
+def test_preparing_never_raises():
+    """Neither where there is no home, nor a folder for temporary files, nor a user of this number's name."""
+    program = """
+import pwd, tempfile
+def nobody(*_):
+    raise KeyError("uid not found")
+pwd.getpwuid = nobody
+def nowhere(*_):
+    raise FileNotFoundError("no usable temporary directory")
+tempfile.gettempdir = nowhere
+os.environ.pop("HOME")
+state = runtime.prepare()
+print(json.dumps([state.kind, runtime._product_is_right()]))
+"""
+    kind, right = fresh(PROCESS + program, TMPDIR="/nonexistent")
+    assert right and kind in ("openblas", "stock")

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.base import create_attention_mask
 
 from .. import driver
 from ..common import UserError
 from ..driver import Decoder, Emitted, Generation
 from ..model.backbone import Backbone
 from ..model.cpu.threads import decoding
+from ..model.mlxlm import create_attention_mask
 from . import moe
 from .generation import Event, ExpertWork
 from .packing import facts_of, load_without_experts

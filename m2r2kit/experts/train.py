@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.base import create_attention_mask
 
 from ..model.backbone import Backbone
+from ..model.mlxlm import create_attention_mask
 from ..stream.distil import DistilConfig, History, KeptKV, cosine, distance, distil
 from ..stream.stream import AcceleratedStream, StreamConfig, intervals, tau
 from . import moe

@@ -12,14 +12,14 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 
 from ..common import UserError, in_short
 from .cache import FEW, FixedKV, Traced, is_fixed, round_up
 from .config import window
+from .cpu import threads
 from .families import FAMILIES, check_served
 from .load import load
+from .mlxlm import KVCache, create_attention_mask
 from .objects import object_config, object_sha256
 from .view import follow, private
 
@@ -37,6 +37,7 @@ class Backbone:
 
     def __init__(self, model: nn.Module, tokenizer, config: dict, sha256: str | Callable[[], str]):
         check_served(config)
+        threads.prepare()
         self.family = config["model_type"]
         self.model, self.tokenizer, self.config, self._sha256 = model, tokenizer, config, sha256
         self.parts = FAMILIES[self.family].parts

@@ -14,9 +14,9 @@ from threading import local
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, base
 
 from .cpu.fast_math import falling_exp, logistic
+from .mlxlm import activations, base
 
 here = local()  # of each thread: what the blocks of the pass that it traces share, or None
 

@@ -38,6 +38,8 @@ class Family:
 
     def arguments(self) -> type:
         """mlx-lm's dataclass of what it reads from config.json."""
+        from . import mlxlm  # noqa: F401  (the first import of mlx-lm)
+
         return importlib.import_module(f"mlx_lm.models.{self.module or self.name}").ModelArgs
 
 

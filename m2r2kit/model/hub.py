@@ -21,7 +21,7 @@ def repository(name: str) -> Path:
     Raises:
         UserError: it does not come: the cause, and the way out.
     """
-    from mlx_lm import utils
+    from .mlxlm import utils
 
     try:
         if Path(name).exists():  # a folder of that name that is no model

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from ..common import UserError, in_short
 from .config import WINDOW, translate
+from .cpu import threads
 from .folder import ADAPTER, model_folder, read_json, tensor_names, weight_files
 from .hashes import parameters_sha256, weights_sha256
 
@@ -50,7 +51,8 @@ def load(
     folder = model_folder(path_or_repo)
     if adapter:
         check_adapter(adapter)
-    from mlx_lm import utils  # imports transformers: seconds that `--help` should not cost
+    threads.prepare()  # before MLX starts threads of its own
+    from .mlxlm import utils  # imports transformers: seconds that `--help` should not cost
 
     model, config = read_model(folder)
     tokenizer = read_tokenizer(folder, config)
@@ -83,7 +85,7 @@ def read_model(folder: Path) -> tuple[nn.Module, dict]:
     Raises:
         UserError: the config describes no model that is served, or the weights do not fit it.
     """
-    from mlx_lm import utils  # imports transformers: seconds that `--help` should not cost
+    from .mlxlm import utils  # imports transformers: seconds that `--help` should not cost
 
     config = read_json(folder / "config.json")
     names = tensor_names(folder)
@@ -108,7 +110,7 @@ def read_tokenizer(folder: Path, config: dict):
     Raises:
         UserError: it is missing, damaged, or needs a package that is not there.
     """
-    from mlx_lm import utils
+    from .mlxlm import utils
 
     try:
         return utils.load_tokenizer(
@@ -170,7 +172,7 @@ def decoded(model: nn.Module, dtype: mx.Dtype | None = None) -> nn.Module:
     Args:
         dtype: of all weights; by default that of the scales.
     """
-    from mlx_lm.utils import dequantize_model
+    from .mlxlm import dequantize_model
 
     if dtype is not None:
         model.set_dtype(dtype)  # scales and biases too, so that nothing is rounded a second time
@@ -218,7 +220,7 @@ def base_of(adapter: str | Path) -> str:
 
 def put_adapter(model: nn.Module, adapter: str | Path) -> None:
     """Put an adapter's layers into a model, as `mlx_lm.load(.., adapter_path=)` does."""
-    from mlx_lm import utils
+    from .mlxlm import utils
 
     try:
         utils.load_adapters(model, str(adapter))

@@ -10,10 +10,10 @@ A `shape` is any settings object with `blocks`, `width`, `heads`, `kv_heads`, `f
 from functools import partial
 
 import mlx.core as mx
-from mlx_lm.models import llama
 
 from ..common import UserError
 from .cpu.fast_math import attention_weights, swiglu
+from .mlxlm import llama
 
 
 def divides(shape, whole: str, part: str) -> None:

@@ -11,9 +11,9 @@ from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, base
 
 from . import compiled
+from .mlxlm import activations, base
 from .rotation import SharedRoPE, by_position
 
 LAYERS = {nn.Linear: compiled.LeanLinear, nn.Embedding: compiled.LeanEmbedding}

@@ -13,12 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ..common import UserError, whole
 from ..model.load import decoded
+from ..model.mlxlm import load_model
 from ..text.corpus import ASSISTANT, EOS, KINDS, USER, Document
 from .expert_tiles import TiledExperts
 from .pretrain import FAMILIES, Run

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
-from mlx_lm.models import olmoe
 
 from ..common import UserError
 from ..model import small_llama
 from ..model.cpu.fast_math import cross_entropy, soft_cross_entropy
+from ..model.mlxlm import olmoe
 from ..model.small_llama import attend
 from .expert_tiles import expert_sum
 from .llama import PretrainConfig

@@ -23,7 +23,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..common import UserError, whole
-from ..model.cpu import parallel
+from ..model.cpu import parallel, threads
 from ..model.small_llama import causal_bias
 from . import llama as small_llama
 from . import olmoe as small_olmoe
@@ -90,6 +90,7 @@ class Run:
     MOVABLE = ("tokens", "decay_share", "long_from", "balance")
 
     def __init__(self, folder: Path, config: PretrainConfig | None = None, batches: Batches | None = None):
+        threads.prepare()
         self.folder, self.batches = Path(folder), batches
         self.group = parallel.group()
         self.step = self.seen = 0

@@ -99,7 +99,7 @@ class Sampler:
         """mlx-lm's own sampler of the same distribution, with its seed; None if greedy."""
         if self.greedy:
             return None
-        from mlx_lm.sample_utils import make_sampler
+        from ..model.mlxlm import make_sampler
 
         mx.random.seed(self.seed)
         coldest = max(self.temperature, 1e-30)  # its inverse must be a float32

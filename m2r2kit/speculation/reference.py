@@ -3,10 +3,10 @@
 from contextlib import nullcontext
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step
 
 from ..driver import Decoder, Emitted
 from ..model.backbone import Backbone
+from ..model.mlxlm import generate_step
 
 
 class MlxLm(Decoder):

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from .check import Check
 
@@ -33,7 +32,9 @@ def fused_kernels() -> Check:
     """On Linux `mx.compile` writes C++, calls `g++` and keeps the result; without `g++` it runs unfused."""
     if sys.platform == "darwin":
         return Check("fused kernels", "compiled by Metal", True)
-    folder = _kernels()
+    from ...model.cpu.kernels import is_whole_library, kernels_folder
+
+    folder = kernels_folder()
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
         advice = "set TMPDIR to a folder of your own, so that MLX can keep the code that it compiles"
         return Check("fused kernels", f"{folder} belongs to another user", False, advice)
@@ -69,29 +70,6 @@ def _cannot_compile(command: list[str], program: str) -> str:
     lines = done.stderr.decode(errors="replace").splitlines()
     lines = [line for line in lines if "error" in line.lower()] or lines
     return lines[0].strip()[:120] if lines else f"exit code {done.returncode}"
-
-
-def _kernels() -> Path:
-    """Where MLX keeps the code that it compiled for the CPU."""
-    import mlx.core as mx
-
-    return Path(tempfile.gettempdir(), "mlx", mx.__version__, "cpu")
-
-
-def is_whole_library(file: Path) -> bool:
-    """Whether an ELF file of 64 bits is as long as its header says; others are taken as they are."""
-    try:
-        with file.open("rb") as stream:
-            header = stream.read(64)
-        if len(header) < 64 or header[:4] != b"\x7fELF":
-            return False
-        if header[4] != 2:
-            return True
-        sections = int.from_bytes(header[40:48], sys.byteorder)  # where their table begins (elf.h)
-        size, count = (int.from_bytes(header[i : i + 2], sys.byteorder) for i in (58, 60))
-        return file.stat().st_size >= sections + size * count
-    except OSError:
-        return False
 
 
 def notebook_kernel() -> Check:

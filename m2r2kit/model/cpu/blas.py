@@ -13,7 +13,9 @@ R_AARCH64_JUMP_SLOT) of the same 64-bit ELF layout. For arm64 this was read from
 and not run.
 
 Where a C compiler is found, `few_rows.c` goes in between: products with few rows, which decoding
-is made of, are several times faster there than in OpenBLAS's general routine.
+is made of, are several times faster there than in OpenBLAS's general routine. Products are shared out
+among threads by `pool.c`, and OpenBLAS computes each part in one: its own threads spin while they wait for
+one another, and on a busy machine a product then takes many times what one thread needs.
 """
 
 import ctypes
@@ -24,17 +26,17 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ...common import cache_dir
+from ...common import UserError, cache_dir, private_folder, trusted, whole, write_whole
 
 # The LAPACK routines that MLX's linear algebra calls, in the types it calls them with.
 LAPACK = re.compile(
     r"^([sdcz](geev|gesdd|geqrf|getrf|getri|potrf|trtri)|[sd](syevd|orgqr)|[cz](heevd|ungqr))_$"
 )
 
-SHIM = Path(__file__).with_name("few_rows.c").read_text()
+SHIM = "".join(Path(__file__).with_name(name).read_text() for name in ("pool.c", "few_rows.c"))
 
 
 class BlasError(RuntimeError):
@@ -107,32 +109,73 @@ def _write_pointer(address: int, value: int) -> None:
     ctypes.c_uint64.from_address(address).value = value
 
 
-# --- the shim for products with few rows --------------------------------------------------
+# --- the shim -----------------------------------------------------------------------------
 
 
-def compile_shim(openblas: Path) -> Path | None:
-    """Compile `SHIM` against OpenBLAS, once; None where there is no working C compiler."""
+def load_shim(openblas: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled `SHIM`, or None; and what came of it, in words.
+
+    It is compiled once and kept beside its hash in the cache folder, or in the user's folder for temporary
+    files where others may write to the former. A library is loaded only if nobody but this user and root can
+    have changed it, and if it is whole; otherwise it is made again.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
-    flags = ["-O3", *_vector_flags()]
+    flags = ["-O3", "-pthread", *_vector_flags()]
     # a home folder may be shared by machines of two kinds, hence machine and flags in the name
-    key = hashlib.sha256(f"{SHIM}{openblas}{compiler}{platform.machine()}{flags}".encode()).hexdigest()[:16]
-    target = cache_dir() / f"blas-{key}.so"
-    if target.exists():
-        return target
-    command = [compiler, *flags, "-shared", "-fPIC", "-x", "c", "-", "-x", "none", str(openblas)]
+    key = f"{SHIM}{openblas}{compiler}{platform.machine()}{flags}"
+    name = f"blas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    reason = "no C compiler"
+    for folder in (cache_dir, private_folder):
+        path = folder() / name
+        if _is_whole(path) and (library := _loaded(path)):
+            return library, "few rows through few_rows.c"
+        if compiler is None:
+            continue
+        reason = _compile(path, [compiler, *flags], openblas)
+        if not reason and (library := _loaded(path)):
+            return library, "few rows through few_rows.c"
+    return None, f"{reason or 'libraries there cannot be loaded'}, so no fast path for few rows"
+
+
+def _compile(target: Path, compiler: list[str], openblas: Path) -> str:
+    """Compile `SHIM` to `target`, whole or not at all; why that failed, or nothing."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.stem}-{os.getpid()}.so")
-        subprocess.run(
-            [*command, f"-Wl,-rpath,{openblas.parent}", "-o", str(temporary)],
-            input=SHIM.encode(), check=True, capture_output=True, timeout=60,
-        )  # fmt: skip
-        temporary.replace(target)
-    except (OSError, subprocess.SubprocessError):
-        return None  # the shim is a luxury; OpenBLAS works without it
-    return target
+        if not trusted(target.parent):
+            return "others may write to the folder for compiled code"
+        with whole(target) as new:
+            subprocess.run(
+                [*compiler, "-shared", "-fPIC", "-x", "c", "-", "-x", "none", str(openblas),
+                 f"-Wl,-rpath,{openblas.parent}", "-o", str(new)],
+                input=SHIM.encode(), check=True, capture_output=True, timeout=60,
+            )  # fmt: skip
+            new.chmod(0o644)  # whatever the umask: nobody else may write it
+            digest = hashlib.sha256(new.read_bytes()).hexdigest()
+        write_whole(target.with_suffix(".sha256"), digest)
+        target.with_suffix(".sha256").chmod(0o644)
+    except (OSError, UserError):
+        return "no folder for compiled code"
+    except subprocess.SubprocessError:
+        return "the C compiler does not work"
+    return ""
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was compiled, by this user or root."""
+    digest = path.with_suffix(".sha256")
+    try:
+        if not trusted(path) or not trusted(digest):
+            return False
+        return hashlib.sha256(path.read_bytes()).hexdigest() == digest.read_text()
+    except (OSError, ValueError):
+        return False
+
+
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # such as a folder that is mounted `noexec`
+        return None
 
 
 def _vector_flags() -> list[str]:
@@ -143,15 +186,6 @@ def _vector_flags() -> list[str]:
         return []
     flags = ["-mavx2", "-mfma"] if {"avx2", "fma"} <= known else []
     return [*flags, "-mavx512f", "-mprefer-vector-width=512"] if flags and "avx512f" in known else flags
-
-
-def _load_shim(openblas: Path) -> ctypes.CDLL | None:
-    path = compile_shim(openblas)
-    try:
-        return ctypes.CDLL(str(path)) if path else None
-    except OSError:  # a damaged file is made again next time; a `noexec` home never loads
-        path.unlink(missing_ok=True)
-        return None
 
 
 # --- the whole ----------------------------------------------------------------------------
@@ -168,6 +202,8 @@ def openblas_path() -> Path | None:
 
 
 _old: dict[int, int] = {}  # entry's address -> what stood there: the function, or the loader's stub
+_threads: dict[ctypes.CDLL, int] = {}  # OpenBLAS -> threads that it had
+_pools: list[ctypes.CDLL] = []  # the shim in use, if any
 
 
 def install() -> str:
@@ -190,7 +226,7 @@ def install() -> str:
         source = ctypes.CDLL(str(openblas))
     except OSError as error:
         raise BlasError(f"OpenBLAS cannot be loaded ({error})") from None
-    shim = _load_shim(openblas)
+    shim, few = load_shim(openblas)
 
     entries = got_entries(library)
     if "cblas_sgemm" not in entries:
@@ -209,8 +245,12 @@ def install() -> str:
     except BlasError:
         uninstall()
         raise
+    _threads.setdefault(source, source.scipy_openblas_get_num_threads())
+    source.scipy_openblas_set_num_threads(1)
+    if shim is not None:
+        _pools[:] = [shim]
+        shim.m2r2kit_set_threads(min(_threads[source], len(os.sched_getaffinity(0))))
     version = ctypes.CFUNCTYPE(ctypes.c_char_p)(("scipy_openblas_get_config", source))()
-    few = "few rows through few_rows.c" if shim else "no C compiler, so no fast path for few rows"
     return f"{version.decode().split(' NO_')[0]} ({few})"
 
 
@@ -219,22 +259,16 @@ def uninstall() -> None:
     while _old:
         address, value = _old.popitem()
         ctypes.c_uint64.from_address(address).value = value  # its page is writable by now
+    while _threads:
+        library, threads = _threads.popitem()
+        library.scipy_openblas_set_num_threads(threads)
+    _pools.clear()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread a product for a while, where OpenBLAS is in use."""
-    path = openblas_path()
-    try:
-        library = ctypes.CDLL(str(path), mode=_RTLD_NOLOAD | os.RTLD_LAZY) if path and _old else None
-    except OSError:
-        library = None
-    if library is None:
+    """One thread a product for a while, where `pool.c` is in use."""
+    with ExitStack() as stack:
+        for pool in _pools:
+            stack.callback(pool.m2r2kit_set_threads, pool.m2r2kit_set_threads(1))
         yield
-        return
-    before = library.scipy_openblas_get_num_threads()
-    library.scipy_openblas_set_num_threads(1)
-    try:
-        yield
-    finally:
-        library.scipy_openblas_set_num_threads(before)

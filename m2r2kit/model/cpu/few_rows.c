@@ -13,7 +13,7 @@ void scipy_cblas_sgemm(int, int, int, blasint, blasint, blasint, float, MATRIX, 
 void scipy_cblas_sgemv(int, int, blasint, blasint, float, MATRIX, MATRIX, float, float *, blasint);
 
 enum { ROW = 101, PLAIN = 111, TRANSPOSED = 112 };
-enum { LANES = 8, FEW = 32, LARGE = 1 << 21 }; /* beyond it, OpenBLAS's threads are worth more */
+enum { LANES = 8, FEW = 32 };
 
 /* A block of c that the registers hold: up to TALL rows two vectors wide, or up to HALF four wide. */
 #ifdef __AVX512F__
@@ -136,20 +136,58 @@ static void few_rows_plain(blasint m, blasint n, blasint k, const float *a, long
   }
 }
 
+/* --- the whole product, in parts -------------------------------------------------------------- */
+
+typedef struct {
+  Work work;
+  int order, ta, tb, rows; /* whether a part is some rows of c, or some columns */
+  blasint m, n, k, step, lda, ldb, ldc;
+  float alpha, beta;
+  const float *a, *b;
+  float *c;
+} Product;
+
+/* `step` rows or columns of c. */
+static void part_of_product(const Work *w, int i) {
+  const Product *p = (const Product *)w;
+  const long at = (long)i * p->step, ta = p->ta == PLAIN ? p->lda : 1, tb = p->tb == PLAIN ? 1 : p->ldb;
+  const blasint left = (p->rows ? p->m : p->n) - at, size = left < p->step ? left : p->step;
+  const blasint m = p->rows ? size : p->m, n = p->rows ? p->n : size;
+  const float *a = p->rows ? p->a + at * ta : p->a, *b = p->rows ? p->b : p->b + at * tb;
+  float *c = p->rows ? p->c + at * p->ldc : p->c + at;
+  const int simple = p->order == ROW && p->ta == PLAIN && p->alpha == 1 && p->beta == 0 && p->m <= FEW;
+  if (simple && p->tb == PLAIN) {
+    few_rows_plain(m, n, p->k, a, p->lda, b, p->ldb, c, p->ldc);
+  } else if (p->order == ROW && p->ta == PLAIN && p->m == 1) { /* y = op(B)^T x */
+    if (p->tb == PLAIN)
+      scipy_cblas_sgemv(ROW, TRANSPOSED, p->k, n, p->alpha, b, p->ldb, a, 1, p->beta, c, 1);
+    else
+      scipy_cblas_sgemv(ROW, PLAIN, n, p->k, p->alpha, b, p->ldb, a, 1, p->beta, c, 1);
+  } else if (simple && p->tb == TRANSPOSED) {
+    few_rows(m, n, p->k, a, p->lda, b, p->ldb, c, p->ldc);
+  } else {
+    scipy_cblas_sgemm(p->order, p->ta, p->tb, m, n, p->k, p->alpha, a, p->lda, b, p->ldb, p->beta, c, p->ldc);
+  }
+}
+
+/* A part takes 100 us and more: a thread that sleeps needs some 50 us to begin. */
+enum { MOST_PARTS = 4 * MOST_THREADS, MULTIPLE = 64, ENOUGH = 1 << 22, READ = 1 << 19 };
+
 void m2r2kit_sgemm(int order, int ta, int tb, blasint m, blasint n, blasint k, float alpha,
                    const float *a, blasint lda, const float *b, blasint ldb, float beta, float *c,
                    blasint ldc) {
-  int simple = order == ROW && ta == PLAIN && alpha == 1 && beta == 0 && (long)n * k <= LARGE;
-  if (simple && tb == PLAIN && m <= FEW) {
-    few_rows_plain(m, n, k, a, lda, b, ldb, c, ldc);
-  } else if (order == ROW && ta == PLAIN && m == 1) { /* y = op(B)^T x */
-    if (tb == PLAIN)
-      scipy_cblas_sgemv(ROW, TRANSPOSED, k, n, alpha, b, ldb, a, 1, beta, c, 1);
-    else
-      scipy_cblas_sgemv(ROW, PLAIN, n, k, alpha, b, ldb, a, 1, beta, c, 1);
-  } else if (simple && tb == TRANSPOSED && m <= FEW) {
-    few_rows(m, n, k, a, lda, b, ldb, c, ldc);
-  } else {
-    scipy_cblas_sgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  const int rows = m > n;
+  const blasint size = rows ? m : n;
+  Product p = {{part_of_product, 1, 0}, order, ta, tb, rows, m, n, k, size, lda, ldb, ldc, alpha, beta, a, b, c};
+  if (order == ROW) { /* as many parts as have enough products, or enough of the matrix to read */
+    const long by_products = (long)m * n * k / ENOUGH, by_reading = (long)n * k / READ;
+    long parts = by_products > by_reading ? by_products : by_reading;
+    if (parts > MOST_PARTS) parts = MOST_PARTS;
+    if (parts > 4L * allowed) parts = 4L * allowed;
+    if (parts > 1 && size >= 2 * MULTIPLE) {
+      p.step = ((size + parts - 1) / parts + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
+      p.work.parts = (size + p.step - 1) / p.step;
+    }
   }
+  share_out(&p.work);
 }

@@ -1,10 +1,11 @@
-"""What this machine is, and what must be true before anything is computed on it.
+"""What Linux needs before anything is computed on it.
 
-`prepare()` runs when `m2r2kit` is imported. On Linux it puts OpenBLAS under MLX (`blas.py`),
-asks the allocator to keep freed memory, and the scheduler for fewer interruptions; on macOS,
-and where conda built MLX, it leaves the BLAS as it is.
+`prepare()` runs where computing begins: when a model is opened, a training starts, a machine is measured. On
+Linux it puts OpenBLAS under MLX (`blas.py`), sees to the kernels that MLX compiles (`kernels.py`), asks the
+allocator to keep freed memory, and the scheduler for fewer interruptions. On macOS, and where conda built
+MLX, the BLAS stays as it is. Importing the kit changes nothing, and `restore()` undoes it all.
 
-Environment: `M2R2KIT_BLAS=stock` leaves MLX's BLAS alone.
+Environment: `M2R2KIT_BLAS=stock` leaves BLAS, allocator and scheduler alone.
 """
 
 import ctypes
@@ -30,17 +31,54 @@ class BlasState:
 
 
 _state: BlasState | None = None
+_unfused = ""
+_preparing = threading.Lock()
 
 
 def prepare() -> BlasState:
-    """Make MLX fast on this machine, once a process; never raises for a missing BLAS."""
-    global _state
-    if _state is None:
-        if sys.platform == "linux":
-            _keep_freed_memory()
-            _take_turns_less_often()
-        _state = _prepare_blas()
+    """Make MLX fast on this machine, once a process. It never raises: whatever cannot be had, MLX computes
+    the same without it, and the state says why."""
+    global _state, _unfused
+    with _preparing:
+        if _state is None:
+            stock = os.environ.get("M2R2KIT_BLAS") == "stock"
+            if sys.platform == "linux":
+                if not stock:
+                    _keep_freed_memory()
+                    _take_turns_less_often()
+                _unfused = _prepare_kernels()
+            _state = _prepare_blas()
     return _state
+
+
+def restore() -> None:
+    """Give MLX its own BLAS back and undo all else that `prepare` changed in this process, until it is called
+    again (as when another model is opened)."""
+    global _state
+    with _preparing:
+        if sys.platform == "linux" and _state is not None:
+            blas.uninstall()
+            if kernels := sys.modules.get(f"{__package__}.kernels"):
+                kernels.undo()
+            if os.environ.get("M2R2KIT_BLAS") != "stock":
+                _give_freed_memory_back()
+            _take_turns_as_before()
+        _state = None
+
+
+def unfused() -> str:
+    """Why MLX does not fuse small operations here, in words; empty if it does."""
+    prepare()
+    return _unfused
+
+
+def _prepare_kernels() -> str:
+    try:
+        from . import kernels  # imports MLX, which may not be there
+
+        return kernels.prepare()
+    except Exception as error:  # the promise of `prepare`
+        return f"kernels cannot be compiled ({type(error).__name__}: {error})"
 
 
 def _prepare_blas() -> BlasState:
@@ -55,6 +93,9 @@ def _prepare_blas() -> BlasState:
         detail = blas.install()
     except blas.BlasError as error:
         return BlasState("stock", str(error))
+    except Exception as error:  # the promise of `prepare`
+        blas.uninstall()
+        return BlasState("stock", f"OpenBLAS cannot be put under MLX ({type(error).__name__}: {error})")
     if not _product_is_right():
         blas.uninstall()
         return BlasState("stock", "OpenBLAS gave wrong products on this machine, so MLX uses its own BLAS")
@@ -65,37 +106,70 @@ def _product_is_right() -> bool:
     import mlx.core as mx
 
     numbers = np.random.default_rng(0)
-    for rows in (1, 7, 33):  # one, few and many rows take paths of their own
-        a = numbers.standard_normal((rows, 33), dtype=np.float32)
-        b = numbers.standard_normal((33, 21), dtype=np.float32)
+    # one, few and many rows take paths of their own, and large products are shared out
+    for rows, inner, columns in ((1, 33, 21), (7, 33, 21), (33, 33, 21), (40, 300, 900)):
+        a = numbers.standard_normal((rows, inner), dtype=np.float32)
+        b = numbers.standard_normal((inner, columns), dtype=np.float32)
         for right in (mx.array(b), mx.array(np.ascontiguousarray(b.T)).T):
             product = mx.matmul(mx.array(a), right, stream=mx.cpu)
-            if not np.allclose(np.array(product), a @ b, atol=1e-4):
+            if not np.allclose(np.array(product), a @ b, atol=1e-3):
                 return False
     return True
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def _keep_freed_memory() -> None:
     """Let malloc reuse what was freed. By default glibc gives large blocks back to the system
     at once, and each new array then pays a page fault for every 4 KiB (2-3x for large ones)."""
-    try:
+    _mallopt({M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 1 << 30})
+
+
+def _give_freed_memory_back() -> None:
+    _mallopt({M_ARENA_MAX: 0, M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10})  # glibc's own
+
+
+def _mallopt(settings: dict[int, int]) -> None:
+    with suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return  # not glibc
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
-    mallopt(m_arena_max, 1)
-    mallopt(m_mmap_threshold, 32 << 20)
-    mallopt(m_trim_threshold, 1 << 30)
+        for name, value in settings.items():
+            mallopt(name, value)
+
+
+_batch: list[int] = []  # native ids of the threads whose policy was changed
 
 
 def _take_turns_less_often() -> None:
-    """Schedule this process as one that works rather than answers (SCHED_BATCH). MLX hands every
-    operation to a thread of its own; on one core the two would change places at each."""
+    """Use the batch scheduling policy (SCHED_BATCH) for this thread, and for those that are not Python's:
+    MLX hands every operation to a thread of its own, and on one core the two would change places at each."""
+    pythons = {thread.native_id for thread in threading.enumerate()} - {threading.get_native_id()}
+    for thread in _threads() - pythons:
+        if _change_policy(thread, os.SCHED_OTHER, os.SCHED_BATCH):
+            _batch.append(thread)
+
+
+def _take_turns_as_before() -> None:
+    while _batch:
+        _change_policy(_batch.pop(), os.SCHED_BATCH, os.SCHED_OTHER)
+
+
+def _change_policy(thread: int, before: int, after: int) -> bool:
+    """Give a thread (0: this one) another policy, if it has the one before; a container may forbid it, and
+    everything is right without."""
+    with suppress(OSError):
+        if os.sched_getscheduler(thread) == before:
+            os.sched_setscheduler(thread, after, os.sched_param(0))
+            return True
+    return False
+
+
+def _threads() -> set[int]:
+    """Native ids of this process's threads."""
     try:
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        return {int(name) for name in os.listdir("/proc/self/task")}
     except OSError:
-        pass  # a container may forbid it; everything is right without
+        return {threading.get_native_id()}
 
 
 # --- while tokens are decoded ---
@@ -110,9 +184,8 @@ def answering() -> Iterator[None]:
     """For a thread that waits for a disk: it has little to compute, and should begin the moment it is asked,
     also where all cores are busy. So `_take_turns_less_often` is not for it."""
     me = threading.get_native_id()
-    with suppress(AttributeError, OSError):  # everything is right without
-        if os.sched_getscheduler(0) == os.SCHED_BATCH:
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    with suppress(AttributeError):  # macOS has none
+        _change_policy(0, os.SCHED_BATCH, os.SCHED_OTHER)
     _answering.add(me)
     try:
         yield
@@ -122,32 +195,28 @@ def answering() -> Iterator[None]:
 
 @contextmanager
 def decoding(matrix: int, apart: bool = False) -> Iterator[None]:
-    """While one token after the other is computed, let nothing wake a second core for it.
+    """While one token after the other is computed and reads go on beside it, keep the two off each other.
 
-    A token of a small model is some hundreds of small operations. OpenBLAS's own threads wait for each other
-    at each product, however small: with a reader thread at work beside them, each of these waits lasts until
-    the system takes turns. So a product has one thread here. Where reads go on beside the computing, what
-    computes keeps to one core and the readers keep off it; whoever only waits for them lets them have all
-    cores. Where the system places no threads (macOS), or has one core only, that part does nothing, and
-    inside another `decoding`, or where matrices are large enough to be shared out, all of it.
+    What computes keeps to one core, with one thread a product, and the readers keep off it; whoever only
+    waits for them lets them have all cores. Nothing is done where no reads go on, where the system places no
+    threads (macOS) or has one core only, inside another `decoding`, and where matrices are large enough to be
+    shared out.
 
     Args:
         matrix: bytes of the largest matrix that a token is multiplied by.
         apart: whether reads go on beside the computing.
     """
-    if matrix > SMALL or not _decoding.acquire(blocking=False):
+    cores = _cores()
+    if not apart or len(cores) < 2 or matrix > SMALL or not _decoding.acquire(blocking=False):
         yield
         return
-    cores = _cores()
     try:
         with blas.one_thread():
-            if apart and len(cores) > 1:
-                here = {_core(cores)}
-                _place(here, cores - here)
+            here = {_core(cores)}
+            _place(here, cores - here)
             yield
     finally:
-        if apart and len(cores) > 1:
-            _place(cores, cores)
+        _place(cores, cores)
         _decoding.release()
 
 
@@ -170,6 +239,6 @@ def _core(cores: set[int]) -> int:
 
 def _place(computing: set[int], answering: set[int]) -> None:
     """The cores on which this process's threads may run."""
-    for name in os.listdir("/proc/self/task"):
+    for thread in _threads():
         with suppress(OSError):  # it may have ended, or a container forbid it
-            os.sched_setaffinity(int(name), answering if int(name) in _answering else computing)
+            os.sched_setaffinity(thread, answering if thread in _answering else computing)

@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 
 from ...common import UserError
 from ...model.backbone import Backbone, crop
+from ...model.mlxlm import llama
 from ...model.small_llama import causal_bias, check, hf_config, hidden_states, new_parameters
 from ...stream.distil import TeacherBatch, divergence
 from .base import Draft, Drafter

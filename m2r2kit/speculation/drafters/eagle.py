@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import create_attention_mask
 
 from ...model.backbone import Backbone
+from ...model.mlxlm import create_attention_mask
 from ...stream.distil import TeacherBatch, cosine, divergence
 from .base import Draft, Drafter, as_row
 from .parts import OwnPass, new_block

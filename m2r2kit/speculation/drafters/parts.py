@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import llama
 
 from ...model.backbone import Backbone, crop
 from ...model.cache import FEW, FixedKV, Traced, round_up
+from ...model.mlxlm import llama
 from ...model.view import private
 from ...stream.fast_block import head_dim
 
