@@ -87,6 +87,36 @@ def test_scaled_positions_are_computed_in_both_styles_or_refused_in_both(family,
         assert mx.abs(wanted - as_mlx_lm_computes(plain)).max() > 0.01
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_object_that_mlx_lm_read_as_another_function_is_refused(family, tmp_path):
+    folder = saved_by_transformers_5(tiny.make_folder(family, tmp_path / "model"))
+    wanted = Backbone.load(folder).logits(tokens())
+    try:
+        model, _ = mlx_lm.utils.load_model(folder)
+    except TypeError:  # the family needs a theta, and mlx-lm says so
+        return
+    tokenizer = mlx_lm.utils.load_tokenizer(folder)
+    if mx.array_equal(model(tokens()), wanted):
+        assert mx.array_equal(Backbone.of(model, tokenizer).logits(tokens()), wanted)
+    else:
+        with pytest.raises(
+            UserError, match=r"takes rope_theta of this model for .* means 1000\.0; load it with"
+        ):
+            Backbone.of(model, tokenizer)
+    right = Backbone.load(folder)
+    assert Backbone.of(right.model, right.tokenizer).sha256 == right.sha256
+
+
+def test_a_model_object_whose_head_mlx_lm_ties_unasked_is_refused(tmp_path):
+    folder = tiny.make_folder("llama", tmp_path / "model")
+    config = tiny.config_of("llama")
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model, tokenizer = mlx_lm.utils.load(str(folder))
+    with pytest.raises(UserError, match="takes tie_word_embeddings of this model for True"):
+        Backbone.of(model, tokenizer)
+
+
 # --- rotary positions against the formulas of transformers ----------------------------------
 
 

@@ -329,6 +329,11 @@ def evil(folder, monkeypatch):
     assert not trace.exists()
 
 
+def test_a_config_that_names_the_code_of_a_tokenizer(evil):
+    change_config(evil, auto_map={"AutoTokenizer": "evil.Evil"})
+    assert "The tokenizer of" in sentence(evil) and "code of its own (evil.Evil)" in sentence(evil)
+
+
 @pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["evil.Evil", None]}, ["evil.Evil", None]])
 def test_a_tokenizer_with_code_of_its_own(evil, auto_map):
     file = evil / "tokenizer_config.json"

@@ -113,11 +113,22 @@ def check_no_code(folder: Path, config: dict) -> None:
             raise UserError(f"{folder} needs code of its own ({code}), which is not run here.")
     file = folder / "tokenizer_config.json"
     settings = read_json(file) if file.exists() else {}
-    code = settings.get("auto_map")
-    code = code.get("AutoTokenizer") if isinstance(code, dict) else code
-    if code:
-        code = next((str(each) for each in code if each), "") if isinstance(code, list) else code
+    for code in (settings.get("auto_map"), config.get("auto_map")):
+        code = code.get("AutoTokenizer") if isinstance(code, dict) else code
+        code = next((str(each) for each in code if each), None) if isinstance(code, list) else code
+        if not code:
+            continue
         raise UserError(f"The tokenizer of {folder} needs code of its own ({code}), which is not run here.")
+
+
+def read_config(folder: Path) -> dict:
+    """A folder's config.json, which also says whether the head is tied: without a word of it mlx-lm assumes
+    one thing and transformers the other, and the weights decide."""
+    config = read_json(folder / "config.json")
+    if "tie_word_embeddings" not in config:
+        names = tensor_names(folder)
+        config["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in names)
+    return config
 
 
 def tensor_names(folder: Path) -> dict[str, Path]:

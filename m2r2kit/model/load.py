@@ -14,7 +14,7 @@ import mlx.nn as nn
 from ..common import UserError, in_short
 from .config import WINDOW, translate
 from .cpu import threads
-from .folder import ADAPTER, model_folder, read_json, tensor_names, weight_files
+from .folder import ADAPTER, model_folder, read_config, read_json, tensor_names, weight_files
 from .hashes import parameters_sha256, weights_sha256
 
 DECODED = 2 << 30  # bytes of the largest model in float32 whose quantised weights a CPU decodes
@@ -87,9 +87,8 @@ def read_model(folder: Path) -> tuple[nn.Module, dict]:
     """
     from .mlxlm import utils  # imports transformers: seconds that `--help` should not cost
 
-    config = read_json(folder / "config.json")
-    names = tensor_names(folder)
-    config.setdefault("tie_word_embeddings", not any(name.startswith("lm_head.") for name in names))
+    tensor_names(folder)  # refuses damaged headers, and tensors that are there twice
+    config = read_config(folder)
     translated = translate(config)
     changes = {name: value for name, value in translated.items() if config.get(name) != value}
     changes["tie_word_embeddings"] = config["tie_word_embeddings"]

@@ -9,8 +9,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..common import UserError
+from .config import translate
 from .families import check_served
-from .folder import read_json
+from .folder import read_config, read_json
 from .hashes import parameters_sha256, weights_sha256
 from .load import decoded, read_model
 
@@ -29,7 +30,11 @@ def object_sha256(model: nn.Module, tokenizer) -> str:
 
 
 def object_config(model: nn.Module, tokenizer) -> dict:
-    """The config of a model object: its `args`, and from its folder's config.json what they leave out."""
+    """The config of a model object: its `args`, and from its folder's config.json what they leave out.
+
+    Raises:
+        UserError: it is no model of mlx-lm, or mlx-lm has read its config.json as another function.
+    """
     args = getattr(model, "args", None)
     if args is None:
         raise UserError("This is not a language model of mlx-lm; give what `mlx_lm.load` returns.")
@@ -38,7 +43,20 @@ def object_config(model: nn.Module, tokenizer) -> dict:
         config = read_json(folder / "config.json")
         if config.get("model_type") != args.model_type:
             config = {}  # the tokenizer of another model
+        else:
+            _check_read(own, read_config(folder))
     return own | config | {k: v for k, v in own.items() if v is not None}
+
+
+def _check_read(own: dict, config: dict) -> None:
+    """Refuse a model object that computes other positions, or another head, than its config.json means."""
+    right, found = translate(config), translate(own)
+    for name in ("rope_theta", "rope_scaling", "partial_rotary_factor", "tie_word_embeddings"):
+        if name in own and right.get(name) != found.get(name):
+            raise UserError(
+                f"mlx-lm takes {name} of this model for {found.get(name)}, and its config.json means "
+                f"{right.get(name)}; load it with `m2r2kit.load`, which reads it rightly."
+            )
 
 
 def _source(tokenizer) -> Path | None:
