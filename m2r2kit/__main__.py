@@ -55,16 +55,29 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
         self.file = file
 
+    def build(self):
+        """Add what the command takes."""
+        command = importlib.import_module(f".cli.{self.file}", __package__)
+        command.arguments(self)
+        self.set_defaults(run=command.run)
+        self.file = None
+
     def parse_known_args(self, args=None, namespace=None):
         if self.file:
-            command = importlib.import_module(f".cli.{self.file}", __package__)
-            command.arguments(self)
-            self.set_defaults(run=command.run)
-            self.file = None
+            self.build()
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch("--[a-z-]+=--", word):  # argparse drops the two hyphens, and then the value
+                self.error(f"argument {word.split('=')[0]}: '--' is no value")
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {_one_line(message)}; see {self.prog} --help\n")
+
+
+def _one_line(message) -> str:
+    """A message without line ends; words that nobody would read to their end are cut."""
+    words = (word if len(word) <= 200 else f"{word[:80]}.." for word in str(message).split())
+    return " ".join(words)
 
 
 def parser() -> Parser:
@@ -116,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its sentence, or the help
         return int(stop.code or 0)
     except UserError as error:
-        print(f"m2r2kit: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"m2r2kit: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         with suppress(OSError):  # the terminal may be closed
@@ -126,10 +139,14 @@ def main(argv: list[str] | None = None) -> int:
         _drop_output()
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.ENAMETOOLONG:  # of an argument: the kit's own names are short
+            sentence = _one_line(f"{error.filename} is too long a name; choose a shorter one")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _drop_output()
+            sentence = "the disk is full; make room and start again"
+        else:
             raise
-        _drop_output()
-        print("m2r2kit: the disk is full; make room and start again", file=sys.stderr)
+        print(f"m2r2kit: {sentence}", file=sys.stderr)
         return 2
 
 

@@ -3,6 +3,7 @@ all, and how much memory was used."""
 
 import atexit
 import errno
+import json
 import os
 import re
 import resource
@@ -101,6 +102,14 @@ def size_or_share(value: int | float | str) -> int | float:
     if not found > 0 or (isinstance(found, float) and found > 1):
         raise UserError(f"'{value}' is no size such as 64MB and no share such as 25%")
     return found
+
+
+def parse_json(text: str | bytes, **options):
+    """JSON as `json.loads` reads it; what is nested too deeply is a ValueError, as all else that is wrong."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 # --- folders --------------------------------------------------------------------------------

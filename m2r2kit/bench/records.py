@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from ..common import IN_PROJECT, ROOT, UserError, cache_dir
+from ..common import IN_PROJECT, ROOT, UserError, cache_dir, parse_json
 
 # where the package alone is installed, nothing is written beside it
 RESULTS = ROOT / "data" / "results" if IN_PROJECT else cache_dir() / "results"
@@ -83,7 +83,7 @@ def _parse(file: Path, content: bytes) -> list[dict]:
     found = []
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
-            record = json.loads(line, parse_constant=_refuse)
+            record = parse_json(line, parse_constant=_refuse)
             # what every reader relies on
             record["settings"], record["figures"], record["machine"]["chip"], record["machine"]["cores"]
             if datetime.fromisoformat(record["date"]).tzinfo is None:

@@ -1,7 +1,6 @@
 """`m2r2kit train backbone`: the pocket model from nothing."""
 
 import hashlib
-import json
 import math
 import shlex
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ..bench.tables import Table
-from ..common import UserError, check_writable
+from ..common import UserError, check_writable, parse_json
 from ..model.cpu import parallel
 from ..pocket import export as pocket
 from ..pocket.pretrain import PretrainConfig, Run, settings
@@ -114,7 +113,7 @@ def _settings(args) -> PretrainConfig | None:
     asked = {name: value for name, value in asked.items() if value}
     try:
         if args.config:
-            asked = json.loads(Path(args.config).read_text()) | asked
+            asked = parse_json(Path(args.config).read_text()) | asked
         if asked.get("type") != "olmoe" and "start" in asked:
             raise UserError("--start is for a mixture of experts; add --type olmoe")
         return settings(asked) if asked else None

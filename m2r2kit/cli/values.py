@@ -4,6 +4,8 @@ import argparse
 
 from ..common import UserError, size_or_share
 
+LARGEST = 2**53  # of whole numbers, so that each is exact as a float as well
+
 
 def size(text):
     """A type for argparse: bytes, such as 64MB."""
@@ -21,6 +23,8 @@ def number(kind, least, most=None, above=False):
             value = kind(text)
         except ValueError:
             value = None
+        if kind is int and value is not None and value > LARGEST:
+            raise argparse.ArgumentTypeError(f"'{text}' is too large; the largest whole number is {LARGEST}")
         if value is None or value != value or value < least or (above and value == least):
             value = None
         if value is None or (most is not None and value > most):

@@ -23,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..common import UserError, cache_dir, check_writable, unwritable, write_whole
+from ..common import UserError, cache_dir, check_writable, parse_json, unwritable, write_whole
 from ..model.backbone import Backbone
 from ..model.families import FAMILIES
 from ..model.folder import model_folder
@@ -285,7 +285,7 @@ def _write_block(experts: nn.Module, file: Path, record: int) -> list[str]:
 def _finished(folder: Path, facts: dict, sizes: dict[int, int]) -> dict[int, list[str]]:
     """Checksums of the blocks that an interrupted packing of the same model finished."""
     try:
-        noted = json.loads((folder / PROGRESS).read_text())
+        noted = parse_json((folder / PROGRESS).read_text())
         if noted["facts"] != _as_json(facts):
             raise ValueError("of another model")
         done = {int(l): sums for l, sums in noted["sha256"].items()}

@@ -28,7 +28,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..common import UserError, write_whole
+from ..common import UserError, parse_json, write_whole
 from ..model.folder import weight_files
 from ..model.hashes import weights_sha256
 
@@ -131,7 +131,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
         """Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if this is no manifest."""
-        value = json.loads(text)
+        value = parse_json(text)
         if value["format"] != FORMAT or value["page"] != PAGE:
             raise ValueError("it was written by another version of this kit")
         if value.pop("checksum") != _checksum(value):

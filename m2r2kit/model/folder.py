@@ -3,11 +3,10 @@
 Nothing of a model's folder is run: neither mlx-lm nor transformers may import code from it.
 """
 
-import json
 import struct
 from pathlib import Path
 
-from ..common import UserError, cache_dir, way_to
+from ..common import UserError, cache_dir, parse_json, way_to
 from .families import FAMILIES, check_served
 from .hub import looks_like_repository, repository
 
@@ -144,7 +143,7 @@ def tensor_names(folder: Path) -> dict[str, Path]:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 if length > file.stat().st_size:
                     raise ValueError("its header is longer than the file")
-                header = json.loads(stream.read(length))
+                header = parse_json(stream.read(length))
             names = header.keys() - {"__metadata__"}
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
@@ -159,7 +158,7 @@ def tensor_names(folder: Path) -> dict[str, Path]:
 def read_json(path: Path) -> dict:
     """The object in a JSON file of a model."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"There is no {path}; copy the model's folder again, whole.") from error
     except OSError as error:

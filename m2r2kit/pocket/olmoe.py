@@ -8,7 +8,6 @@ together). Three things make it trainable on a CPU within hours:
 - `expert_rows.expert_sum`: products of many rows at once, where a row a time is 20x slower.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from ..common import UserError
+from ..common import UserError, parse_json
 from ..model import small_llama
 from ..model.cpu.fast_math import cross_entropy, soft_cross_entropy
 from ..model.mlxlm import olmoe
@@ -136,7 +135,7 @@ def _start(config: OlmoeConfig) -> tuple[PretrainConfig, dict]:
     """Settings and float32 weights of the dense model to start from; refused if it does not fit."""
     folder = Path(config.start)
     try:
-        c = json.loads((folder / "config.json").read_text())
+        c = parse_json((folder / "config.json").read_text())
         arrays = mx.load(str(folder / "model.safetensors"))
         dense = PretrainConfig(
             blocks=c["num_hidden_layers"], width=c["hidden_size"], heads=c["num_attention_heads"],

@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..common import UserError, whole
+from ..common import UserError, parse_json, whole
 from ..model.cpu import parallel, threads
 from ..model.small_llama import causal_bias
 from . import llama as small_llama
@@ -119,7 +119,7 @@ class Run:
     def _load(self, config: PretrainConfig | None):
         again = f"copy the folder again, whole, or start anew in another one than {self.folder}"
         try:
-            state = json.loads((self.folder / "run.json").read_text())
+            state = parse_json((self.folder / "run.json").read_text())
             self.step, self.seen, self.blocks = state["step"], state["seen"], state["blocks"]
             self.seconds, old = state["seconds"], settings(state["config"])
             file = self.folder / state["arrays"]
@@ -257,7 +257,7 @@ def is_whole(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return file.stat().st_size == 8 + length + max(ends)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..common import UserError
+from ..common import UserError, parse_json
 from .new_model import new_model
 
 WEIGHTS = "model.safetensors"
@@ -49,7 +49,7 @@ def read(model: Path) -> tuple[dict, dict[str, mx.array]]:
         UserError: it cannot be read, or cannot be widened.
     """
     try:
-        config = json.loads((model / "config.json").read_text())
+        config = parse_json((model / "config.json").read_text())
         weights = mx.load(str(model / WEIGHTS))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{model} cannot be read as a model ({error}); give the folder of one.") from error

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..common import UserError, whole, write_whole
+from ..common import UserError, parse_json, whole, write_whole
 
 FORMAT = 1
 GROUP = 32  # neighbouring weights that share a scale where a module is stored in few bits
@@ -57,7 +57,7 @@ def read_settings(folder: str | Path, name: str, config_type: type):
     if not path.exists():
         raise UserError(f"There is no trained {name} in {folder}; train one with `m2r2kit train {name}`.")
     try:
-        text = json.loads(path.read_text(), parse_constant=_finite, parse_float=_finite)
+        text = parse_json(path.read_text(), parse_constant=_finite, parse_float=_finite)
         if text["format"] != FORMAT:
             raise UserError(f"{path} was written by another version of this kit; train anew.")
         known = {f.name for f in fields(config_type)}
@@ -82,7 +82,7 @@ def note(folder: str | Path, name: str, **facts) -> None:
         UserError: the folder cannot be written, and why.
     """
     path = Path(folder) / f"{name}.json"
-    write_whole(path, json.dumps(json.loads(path.read_text()) | facts, indent=1) + "\n")
+    write_whole(path, json.dumps(parse_json(path.read_text()) | facts, indent=1) + "\n")
 
 
 def trained(folder: str | Path, name: str, config_type: type) -> dict:

@@ -22,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..common import UserError, cache_dir, unwritable
+from ..common import UserError, cache_dir, parse_json, unwritable
 from ..model.backbone import Backbone
 
 TEMPERATURE = 0.9  # of questions
@@ -160,7 +160,7 @@ def read(file: Path) -> Iterator[dict]:
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 continue
             if isinstance(row, dict) and isinstance(row.get("tokens"), list):

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common import ROOT, UserError, way_to
+from ..common import ROOT, UserError, parse_json, way_to
 
 ALL = ROOT / "data" / "prompts" / "all.jsonl"
 TUNING = Path(__file__).with_name("tuning.jsonl")  # training ends with them, so they are part of the package
@@ -50,7 +50,7 @@ def read(path: str | Path) -> list[Prompt]:
             continue
         form = OWN
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             form = _form(found)
             prompt = _prompt(found, form, path.stem)
             texts = [prompt.prompt, *prompt.more_turns]
