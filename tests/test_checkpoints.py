@@ -179,6 +179,8 @@ def test_a_crash_between_the_two_files_is_found(tmp_path, monkeypatch):
         {"calibration": {"wait": {"thresholds": [0.5, 0.6], "means": [0.1], "texts": 3}}},
         {"calibration": {"wait": {"thresholds": [0.5], "means": [0.1]}}},
         {"calibration": {"wait": {"thresholds": 1, "means": 1, "texts": 3}}},
+        {"calibration": {"wait": {"thresholds": [0.5], "means": [0.1], "texts": 3, "free": [0.1, 0.2]}}},
+        {"calibration": {"wait": {"thresholds": [0.5], "means": [0.1], "texts": 3, "free": [2]}}},
     ],
 )  # fmt: skip
 def test_facts_that_no_command_writes_are_refused(tmp_path, facts):

@@ -78,7 +78,19 @@ def test_exits_are_chosen_and_risks_measured_after_training(tmp_path, little, mo
         known = facts["calibration"][way]
         assert len(known["thresholds"]) == len(known["means"]) and known["texts"] == 120
         assert 0 <= record["figures"]["promise"][way]["kept"] <= 1
+        assert record["figures"]["free"][way] == known["free"] and known["free_tokens"] == 4
+        # the first token that differs stands after the same words, and it changes those after it
+        assert all(0 <= free <= 1 for free in known["free"]) and len(known["free"]) == len(known["means"])
         assert np.allclose(np.mean(record["figures"]["losses"][way], axis=1), known["means"], atol=1e-4)
+
+
+@pytest.mark.parametrize("exits", [(2, 3), (2,), (1, 5), None])
+def test_exits_are_trained_on_a_model_of_another_depth(tmp_path, little, exits):
+    deep = MODEL | {"num_hidden_layers": 6}
+    folder, out = str(tiny.folder("llama", **deep)), tmp_path / "m2r2"
+    assert train_exits.run(training(out, "m2r2", exits=exits, model=folder)) == 0
+    module, facts = trained.load(tiny.backbone("llama", **deep), out)
+    assert facts["steps"] == 5 and module.config.exits == (exits or (1, 2, 4))
 
 
 def test_exits_begin_with_a_stream_of_the_same_first_interval(tmp_path, little):
@@ -92,6 +104,8 @@ def test_exits_begin_with_a_stream_of_the_same_first_interval(tmp_path, little):
     assert train_stream.run(other) == 0
     with pytest.raises(UserError, match="cannot begin with that stream"):
         train_exits.run(training(tmp_path / "x", "m2r2", start=tmp_path / "t", model=model))
+    with pytest.raises(UserError, match=r"first interval is blocks 1\.\.2, the stream.s 0\.\.2"):
+        train_exits.run(training(tmp_path / "x", "m2r2", exits=(2, 3), start=tmp_path / "t"))
     with pytest.raises(UserError, match="Only m2r2 begins with a stream"):
         train_exits.run(training(tmp_path / "x", "lens", start=tmp_path / "s"))
 
@@ -201,7 +215,20 @@ def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path,
         assert main([*line, "--trained", str(tmp_path), *asked]) == 2
         assert said in capsys.readouterr().err
     assert main([*line, "--trained", str(tmp_path), "--risk", "0.2"]) == 0
-    assert "left after block" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left after block" in said and (
+        "after the same words at most 20%" in said or "no threshold" in said
+    )
+    for asked, said in (
+        (["--threshold", "nan"], "is not a number from 0 to 2"),
+        (["--threshold", "-1"], "is not a number from 0 to 2"),
+        (
+            ["--threshold", "0.5", "--temp", "1"],
+            "The method exits takes the likeliest token; leave out --temp",
+        ),
+    ):
+        assert main([*line, "--trained", str(tmp_path), *asked]) == 2
+        assert said in capsys.readouterr().err
 
 
 # --- merit ----------------------------------------------------------------------------------

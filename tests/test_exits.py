@@ -9,7 +9,15 @@ from m2r2kit.bench import records
 from m2r2kit.common import UserError
 from m2r2kit.exits import macs as work
 from m2r2kit.exits import trained
-from m2r2kit.exits.calibrate import binomial_below, calibrate, holds, p_value, texts_needed
+from m2r2kit.exits.calibrate import (
+    Promise,
+    binomial_below,
+    calibrate,
+    holds,
+    p_value,
+    promised,
+    texts_needed,
+)
 from m2r2kit.exits.decode import ExitDecoder
 from m2r2kit.exits.depth_decode import DepthDecoder
 from m2r2kit.exits.depths import along
@@ -17,10 +25,11 @@ from m2r2kit.exits.fill import Fill, fit_linear
 from m2r2kit.exits.gates import Chance, Confidence, Gate, Oracle, Saturation, Schedule, Static
 from m2r2kit.exits.readouts import BareReader
 from m2r2kit.exits.registry import KINDS
-from m2r2kit.exits.teacher_forced import ForcedPass, texts_of
+from m2r2kit.exits.teacher_forced import ForcedPass, differing, texts_of
+from m2r2kit.exits.train import exits_loss, gate_loss, seen_in
 from m2r2kit.speculation.decode import generate
 from m2r2kit.stream import checkpoints
-from m2r2kit.stream.distil import teacher_batch
+from m2r2kit.stream.distil import DistilConfig, teacher_batch
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
 NEVER = 2.0
@@ -183,8 +192,6 @@ def test_gates_leave_as_their_names_say():
 def test_arla_counts_what_it_has_and_answers_with_a_probability():
     view, module = exits()
     batch = teacher_batch(view, np.array([[1, 2, 3, 4, 5, 6, 7, 8]]), *module.needs())
-    from m2r2kit.exits.train import seen_in
-
     seen = seen_in(module.reader, batch, None, None, view.head)
     for j in range(3):
         score = module.gate(j, seen)
@@ -194,6 +201,15 @@ def test_arla_counts_what_it_has_and_answers_with_a_probability():
 
 
 # --- training -------------------------------------------------------------------------------
+
+
+def test_losses_compare_as_many_positions_as_the_settings_ask():
+    view, module = exits()
+    batch = teacher_batch(view, np.array([tiny.prompt(8), tiny.prompt(8, 1)]), *module.needs())
+    settings, readers, router = DistilConfig(positions=3), tiny.Draws(), tiny.Draws()
+    exits_loss(module.reader, batch, settings, readers, Fill("p"))
+    gate_loss(module.gate, module.reader, batch, settings, router, Fill("p"))
+    assert readers.sizes == [6, 6, 6] and router.sizes == [3]
 
 
 def test_a_linear_fill_finds_a_map_that_is_there():
@@ -218,7 +234,6 @@ def test_a_linear_fill_finds_a_map_that_is_there():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_learns_and_comes_back_from_disk(kind, tmp_path):
-    from m2r2kit.stream.distil import DistilConfig
 
     view = tiny.backbone("llama")
     module = trained.new(
@@ -325,6 +340,50 @@ def test_a_promise_that_cannot_be_given_is_refused(risk, confidence, texts, said
     with pytest.raises(UserError, match=said):
         calibrate([0.9], [0.0], texts, risk, confidence)
     assert texts_needed(0.05, 0.95) == 59
+
+
+def test_a_promise_is_worded_as_it_was_measured():
+    known = {
+        "thresholds": [0.5, 0.9],
+        "means": [0.3, 0.0],
+        "texts": 4000,
+        "free": [0.9, 0.25],
+        "free_tokens": 40,
+    }
+    promise = promised(known, 0.025, 0.995)
+    assert promise.threshold == 0.9 and promise.free == 0.25
+    assert str(promise) == (
+        "after the same words at most 2.5% of the tokens differ from the whole model's, with a confidence of "
+        "99.5%; of answers of 40 tokens 25% of the tokens differed"
+    )
+    assert promised(known, 0.025, 0.9999999).threshold and "99.99999%" in str(
+        promised(known, 0.025, 0.9999999)
+    )
+    del known["free"]
+    assert str(promised(known, 0.05, 0.95)).endswith("a confidence of 95%")
+    assert promised(known | {"means": [0.3, 0.2]}, 0.05, 0.95).threshold is None
+    assert "promised" in str(Promise(0.7)) and "nothing" in str(Promise(0.7))
+    with pytest.raises(UserError, match="never calibrated"):
+        promised(None, 0.05, 0.95)
+    with pytest.raises(UserError, match="4000 texts are too few"):
+        promised(known, 1e-17, 0.95)
+
+
+@pytest.mark.parametrize("fill", ["p", "copy"])
+def test_the_free_difference_is_that_of_decoded_answers(fill):
+    view, module = exits()
+    prompts = [tiny.prompt(5, seed) for seed in range(6)]
+    texts = texts_of(view, prompts, 12)
+    found = differing(ForcedPass(view, module.reader, Confidence(), Fill(fill)), texts, 0.2)
+    decoder = ExitDecoder(view, module.reader, Confidence(), Fill(fill))
+    for row, prompt in enumerate(prompts):
+        own = texts.tokens[row, texts.first[row] + 1 : texts.end[row] + 1].tolist()
+        other = decoder.generate(prompt, 0.2, int((texts.end - texts.first).max())).tokens
+        same = sum(a == b for a, b in zip(own, other, strict=False))
+        assert found[row] == pytest.approx(1 - same / max(len(own), len(other)))
+    assert 0 < found.mean() < 1
+    whole = differing(ForcedPass(view, module.reader, Confidence(), Fill(fill)), texts, NEVER)
+    assert (whole == 0).all()
 
 
 def test_exits_that_a_model_cannot_have_are_refused():

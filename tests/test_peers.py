@@ -224,13 +224,22 @@ def new(view, kind):
 
 
 @each_kind
+def test_the_loss_compares_as_many_positions_as_the_settings_ask(kind):
+    module, draws = new(tiny.backbone(), kind), tiny.Draws()
+    (batch, *_) = batches(tiny.backbone(), module.depths)
+    module.loss(batch, DistilConfig(positions=3), draws)
+    assert set(draws.sizes) == {3 * len(batch.tokens)}
+
+
+@each_kind
 def test_training_lowers_the_loss_and_raises_acceptance(kind):
     view = tiny.backbone()
     module = new(view, kind)
     text = batches(view, module.depths)
-    loss, tokens = peers.mean_loss(module, text), tokens_a_step(view, peers.drafter(view, kind, module))
+    loss = peers.mean_loss(module, text, DistilConfig())
+    tokens = tokens_a_step(view, peers.drafter(view, kind, module))
     peers.train(module, text, DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
-    assert peers.mean_loss(module, text) < loss - 0.5
+    assert peers.mean_loss(module, text, DistilConfig()) < loss - 0.5
     assert tokens_a_step(view, peers.drafter(view, kind, module)) > tokens + 0.15
 
 

@@ -15,7 +15,13 @@ from mlx_lm import load
 from mlx_lm.models import llama
 
 from m2r2kit.common import UserError
-from m2r2kit.model.cpu.fast_math import attention_weights, cross_entropy, fast_exp, swiglu
+from m2r2kit.model.cpu.fast_math import (
+    attention_weights,
+    cross_entropy,
+    fast_exp,
+    soft_cross_entropy,
+    swiglu,
+)
 from m2r2kit.model.small_llama import causal_bias, hf_config
 from m2r2kit.pocket import export as pocket
 from m2r2kit.pocket import llama as small_llama
@@ -77,6 +83,28 @@ def test_gradients_are_those_of_the_plain_formulas():
         return mx.logsumexp(logits, -1) - mx.take_along_axis(logits, t[:, None], 1)[:, 0]
 
     same_gradients(cross_entropy, plain, hidden, embedding, targets, wrt=(0, 1))
+    same_gradients(cross_entropy, plain, 60 * hidden[:5], embedding, targets[:5], wrt=(0, 1))  # hundreds
+
+
+def test_a_taught_loss_does_not_overflow():
+    mx.random.seed(0)
+    hidden, embedding = mx.random.normal((6, 8)) * 100, mx.random.normal((33, 8))
+    taught, head, targets = mx.random.normal((6, 8)) * 100, mx.random.normal((33, 8)), mx.arange(6)
+    share = 0.3
+
+    def plain(h, e):
+        logits, wanted = h @ e.T, mx.softmax(taught @ head.T, -1)
+        nats = mx.logsumexp(logits, -1) - share * (wanted * logits).sum(-1)
+        return (nats - (1 - share) * mx.take_along_axis(logits, targets[:, None], 1)[:, 0]).mean()
+
+    assert mx.abs(hidden @ embedding.T).max() > 500
+    same_gradients(
+        lambda h, e: soft_cross_entropy(h, e, targets, taught, head, share),
+        plain,
+        hidden,
+        embedding,
+        wrt=(0,),
+    )
 
 
 def test_attention_weights_do_not_overflow():

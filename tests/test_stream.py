@@ -8,7 +8,7 @@ import tiny
 from m2r2kit.common import UserError
 from m2r2kit.model.backbone import Backbone, crop
 from m2r2kit.model.families import MOE
-from m2r2kit.stream.distil import chain, needs, teacher_batch
+from m2r2kit.stream.distil import chain, distance, needs, teacher_batch
 from m2r2kit.stream.stream import FORMS, AcceleratedStream, StreamConfig, intervals, shifted, tau
 
 LENGTH = 7
@@ -331,3 +331,18 @@ def test_half_precision_keeps_the_slow_stream_in_half_precision():
         _, cache = slow(view, tiny.prompt(4))
         h, p = half.step(view.embed(mx.array([[5]])), cache, 4)
         assert h.dtype == p.dtype == cache[1].keys.dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("size", [1, 90, 1e3, 1e4])
+def test_the_loss_is_finite_for_logits_of_any_size(size):
+    mx.random.seed(0)
+    student, teacher = mx.random.normal((5, 40)) * size, mx.random.normal((5, 40)) * size
+
+    def plain(s):
+        p = mx.softmax(teacher, -1)
+        return (mx.logsumexp(s, -1) - (p * s).sum(-1)).sum()
+
+    value, gradient = mx.value_and_grad(lambda s: distance(s, teacher).sum())(student)
+    wanted, right = mx.value_and_grad(plain)(student)
+    assert abs(value.item() - wanted.item()) <= 1e-4 * max(1.0, abs(wanted.item()))
+    assert mx.abs(gradient - right).max().item() < 1e-3

@@ -123,3 +123,17 @@ def stream(family: str = "llama", exits: tuple = (2,), size: float = 0.5, **sett
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Random token ids without an end of text."""
     return np.random.default_rng([seed, length]).integers(0, EOS, length).tolist()
+
+
+class Draws:
+    """A random generator that notes how many positions each call of `choice` draws."""
+
+    def __init__(self, seed: int = 0):
+        self._rng, self.sizes = np.random.default_rng(seed), []
+
+    def choice(self, among, size, replace):
+        self.sizes.append(size)
+        return self._rng.choice(among, size, replace)
+
+    def __getattr__(self, name):
+        return getattr(self._rng, name)

@@ -17,7 +17,7 @@ from ..exits import macs as work
 from ..exits.decode import ExitDecoder
 from ..exits.depth_decode import DepthDecoder
 from ..exits.methods import Method
-from ..exits.teacher_forced import Texts
+from ..exits.teacher_forced import ForcedPass, Texts, differing
 from ..model.backbone import Backbone
 from ..stream.distil import teacher_batch
 from .merit import LOSSES, Curve, crossing, merits
@@ -30,10 +30,8 @@ TIMED_LOSSES = (0.01, 0.05, 0.1)  # of agreement: the points of each curve that 
 
 def measure(method: Method, texts: Texts, report: Callable | None = None) -> Curve:
     """A method's curve along texts; those of about one length pass together."""
-    order = np.argsort(texts.first, kind="stable")
-    parts = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
+    parts, back = parts_of(texts)
     measured = [list(method.curve(texts.part(rows), report)) for rows in parts]
-    back = np.argsort(order)
 
     def sums(each: Callable) -> np.ndarray:
         """Of an array of each point, text by text in their own order, (m, n)."""
@@ -51,6 +49,26 @@ def measure(method: Method, texts: Texts, report: Callable | None = None) -> Cur
         texts.gated.sum(1).astype(float),
         method.backbone.depth,
     )
+
+
+def measure_free(method: Method, texts: Texts, report: Callable | None = None) -> np.ndarray:
+    """`differing` at each of a method's thresholds, text by text, (m, n): how much of freely decoded answers
+    differs from the whole model's."""
+    forced = ForcedPass(method.backbone, *method.parts, use=method.use)
+    parts, back = parts_of(texts)
+    rows = []
+    for threshold in method.thresholds:
+        levels = method.levels(threshold)
+        rows.append(np.concatenate([differing(forced, texts.part(part), levels) for part in parts])[back])
+        if report:
+            report()
+    return np.stack(rows)
+
+
+def parts_of(texts: Texts) -> tuple[list[np.ndarray], np.ndarray]:
+    """Rows of texts that pass together, those of about one length; and how to put them back in order."""
+    order = np.argsort(texts.first, kind="stable")
+    return [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)], np.argsort(order)
 
 
 def best_exits(method: Method, texts: Texts) -> list[int] | None:

@@ -2,7 +2,8 @@
 
 Both are written into the JSON of the trained part, where `generate` and `bench exits` find them. The exits
 are chosen on the tuning prompts; the risk is measured on the model's answers to questions from documents that
-no training has seen, and promised by learn then test (`exits/calibrate.py`).
+no training has seen, and promised by learn then test (`exits/calibrate.py`). That is about tokens after the
+same words; how much of freely decoded answers differs is measured beside it.
 """
 
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..bench.exits import best_exits, measure
+from ..bench.exits import best_exits, measure, measure_free
 from ..common import check_writable
 from ..exits import trained
-from ..exits.calibrate import CONFIDENCE, RISK, calibrate, holds
+from ..exits.calibrate import CONFIDENCE, RISK, holds, promised
 from ..exits.methods import PROBABLE, with_gate
 from ..exits.registry import CALIBRATED, METHODS, split
 from ..exits.teacher_forced import Texts, texts_of
@@ -81,20 +82,24 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts, args) -> None
     for name in tqdm(names, desc=f"{kind}: which exits", unit="method"):
         gate, fill = METHODS[name].gate, split(name)[1]
         use[name] = best_exits(with_gate(name, backbone, module, gate, fill), tuning)
-    known, losses, promises = {}, {}, {}
+    known, losses, promises, free = {}, {}, {}, {}
     for way in WAYS if kind in PROMISED else ():
         name = kind if way == "wait" else f"{kind}-{way}"
         method = with_gate(name, backbone, module, "arla", way, use.get(name))
         lost = measure(method, fresh).losses()
         losses[way] = lost.round(4).tolist()
+        free[way] = measure_free(method, fresh).mean(1).tolist()
         known[way] = {
             "thresholds": list(method.thresholds),
             "means": lost.mean(1).tolist(),
             "texts": lost.shape[1],
+            "free": free[way],
+            "free_tokens": TOKENS,
         }
         kept, mean = holds(method.thresholds, lost, RISK, CONFIDENCE, RESAMPLINGS)
-        chosen = calibrate(*known[way].values(), RISK, CONFIDENCE)
-        promises[way] = {"threshold": chosen, "kept": kept, "lost": mean}
+        promise = promised(known[way], RISK, CONFIDENCE)
+        promises[way] = {"threshold": promise.threshold, "kept": kept, "lost": mean, "free": promise.free}
+        print(f"{name}: {promise}.", flush=True)
     checkpoints.note(folder, "exits", use=use, calibration=known)
     exits = {name: [module.config.exits[j] for j in numbers] for name, numbers in use.items() if numbers}
     print(f"{kind}: exits in use: " + ", ".join(f"{n} {e}" for n, e in exits.items()), flush=True)
@@ -111,7 +116,7 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts, args) -> None
             "confidence": CONFIDENCE,
             "resamplings": RESAMPLINGS,
         },
-        {"exits": exits, "promise": promises, "thresholds": PROBABLE, "losses": losses},
+        {"exits": exits, "promise": promises, "thresholds": PROBABLE, "losses": losses, "free": free},
     )
 
 

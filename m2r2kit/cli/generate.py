@@ -92,16 +92,16 @@ def leaving(parser):
         type=float,
         default=0.05,
         metavar="R",
-        help="share of tokens that may differ from the model's (default: 0.05)",
+        help="share of tokens that may differ from the model's after the same words (default: 0.05)",
     )
     parser.add_argument(
         "--confidence", type=float, default=0.95, metavar="C", help="that the risk is kept (default: 0.95)"
     )
     parser.add_argument(
         "--threshold",
-        type=number(float, 0),
+        type=number(float, 0, 2),
         metavar="T",
-        help="leave from this probability on, whatever the risk",
+        help="leave from this probability on, whatever the risk; above 1 is nowhere",
     )
     parser.add_argument("--exits", type=counts, metavar="E,F,..", help="leave at these exits only")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from ..common import UserError
 from ..driver import Generation
 from ..exits import trained
-from ..exits.calibrate import calibrate
+from ..exits.calibrate import Promise, promised
 from ..exits.decode import NEVER, ExitDecoder
 from ..exits.methods import with_gate
 from ..model.backbone import Backbone
@@ -20,11 +20,14 @@ def with_exits(args) -> Way:
             f"It was not trained for exits at {', '.join(map(str, sorted(unknown)))}; "
             f"choose among {', '.join(map(str, module.config.exits))}, or train for others."
         )
-    threshold, promise = chosen(args, facts)
     name = "m2r2" if args.skipped == "wait" else f"m2r2-{args.skipped}"
     method = with_gate(name, backbone, module, "arla", args.skipped, facts.get("use", {}).get(name))
+    promise = chosen(args, facts)
     if args.exits:
-        method.use = tuple(j for j, exit in enumerate(module.config.exits) if exit in args.exits)
+        use = tuple(j for j, exit in enumerate(module.config.exits) if exit in args.exits)
+        if use != method.used(0):  # calibrated with other exits
+            method.use, promise = use, Promise(promise.threshold)
+    threshold = NEVER if promise.threshold is None else promise.threshold
     decoder = ExitDecoder(backbone, *method.parts, method.used(threshold))
     decoder.threshold = method.levels(threshold)
 
@@ -47,14 +50,8 @@ def with_exits(args) -> Way:
     return Way(decoder, figures, summary, tuple(args.exits or module.config.exits))
 
 
-def chosen(args, facts: dict) -> tuple[float, str]:
-    """The threshold for the asked risk, and what is promised of it, in words."""
+def chosen(args, facts: dict) -> Promise:
+    """The threshold for the asked risk, and what is promised of it."""
     if args.threshold is not None:
-        return args.threshold, f"threshold {args.threshold}, nothing promised"
-    known = facts.get("calibration", {}).get(args.skipped)
-    if known is None:
-        raise UserError("These exits were never calibrated; run `m2r2kit calibrate`, or give a --threshold.")
-    found = calibrate(known["thresholds"], known["means"], known["texts"], args.risk, args.confidence)
-    if found is None:
-        return NEVER, f"no threshold keeps a risk of {args.risk}: all blocks for every token"
-    return found, f"at most {args.risk:.0%} differ, with a confidence of {args.confidence:.0%}"
+        return Promise(args.threshold)
+    return promised(facts.get("calibration", {}).get(args.skipped), args.risk, args.confidence)

@@ -74,7 +74,7 @@ def folder_of(kind: str, args) -> Path:
 def one(backbone: Backbone, kind: str, module, batches, judges, out: Path, args) -> None:
     """Train one kind, tune the number of its drafts, save and record it."""
     distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
-    before = peers.mean_loss(module, judges)
+    before = peers.mean_loss(module, judges, distil)
     with tqdm(total=distil.steps, unit="step", desc=kind) as bar:
 
         def report(step, loss):
@@ -83,7 +83,7 @@ def one(backbone: Backbone, kind: str, module, batches, judges, out: Path, args)
 
         seconds = 60 * args.minutes if args.minutes else math.inf
         history = peers.train(module, batches, distil, report, seconds)
-    after = peers.mean_loss(module, judges)
+    after = peers.mean_loss(module, judges, distil)
     tuned = tune_peer(backbone, kind, module) if args.tune else Tuned(UNTUNED)
     print(f"{kind}: held-out loss {before:.3f} before, {after:.3f} after {len(history.losses)} steps.")
     if args.tune:

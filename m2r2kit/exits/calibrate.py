@@ -1,12 +1,19 @@
 """A threshold with a promise: learn then test.
 
-The share of a text's tokens that differ from the whole model's is at most the asked risk, on average over
-texts, unless the calibration texts were a sample that comes up once in 1 / (1 - confidence) times. Thresholds
-are tested from the safest down, each with a p-value that holds for any loss between 0 and 1, and the last one
-before a test fails is taken (Angelopoulos et al. 2021, arXiv 2110.01052; CALM, arXiv 2207.07061, section 3).
+What is promised: after the same words, the share of tokens that differ from the whole model's is at most the
+asked risk, on average over texts, unless the calibration texts were a sample that comes up once in
+1 / (1 - confidence) times. Thresholds are tested from the safest down, each with a p-value that holds for any
+loss between 0 and 1, and the last one before a test fails is taken (Angelopoulos et al. 2021, arXiv
+2110.01052; CALM, arXiv 2207.07061, section 3).
+
+The loss is measured token by token along the model's own texts, so the promise says nothing about a printed
+answer as a whole: there one token that differs changes the words after it, and most of the rest may differ
+too. How much of freely decoded answers differs is measured as well (`Promise.free`).
 """
 
 import math
+from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 
@@ -40,7 +47,9 @@ def binomial_below(k: int, n: int, p: float) -> float:
 
 def texts_needed(risk: float, confidence: float) -> int:
     """Texts without which not even a gate that never errs could be promised to keep the risk."""
-    return math.ceil(math.log(1 - confidence) / math.log(1 - risk))
+    return math.ceil(
+        min(math.log1p(-confidence) / math.log1p(-risk), 1e15)
+    )  # beyond it there are never enough
 
 
 def check(risk: float, confidence: float, texts: int) -> None:
@@ -53,6 +62,63 @@ def check(risk: float, confidence: float, texts: int) -> None:
             f"{texts} texts are too few to promise a risk of {risk} with a confidence of {confidence}; "
             f"calibrate with at least {least}."
         )
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What is known of a threshold.
+
+    Attributes:
+        threshold: the score from which a token leaves; None if no threshold keeps the risk.
+        risk: share of tokens that differ after the same words, at most; None: nothing is promised.
+        confidence: of the promise.
+        free: share of the tokens that differed in freely decoded answers of `tokens` tokens; None if it was
+            not measured.
+    """
+
+    threshold: float | None
+    risk: float | None = None
+    confidence: float | None = None
+    free: float | None = None
+    tokens: int | None = None
+
+    def __str__(self) -> str:
+        if self.threshold is None:
+            return "no threshold keeps the risk: all blocks for every token"
+        if self.risk is None:
+            said = f"threshold {self.threshold:g}, nothing promised"
+        else:
+            said = (
+                f"after the same words at most {percent(self.risk)} of the tokens differ from the whole "
+                f"model's, with a confidence of {percent(self.confidence)}"
+            )
+        if self.free is not None:
+            said += f"; of answers of {self.tokens} tokens {self.free:.0%} of the tokens differed"
+        return said
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with all its digits: rounded, 0.995 would become a certainty."""
+    exact = f"{Decimal(repr(share)) * 100:f}"
+    return (exact.rstrip("0").rstrip(".") if "." in exact else exact) + "%"
+
+
+def promised(known: dict | None, risk: float, confidence: float) -> Promise:
+    """The lowest threshold that keeps a risk, by what `m2r2kit calibrate` noted: `thresholds`, the `means` of
+    the loss at each over so many `texts`, and if measured `free`, the share that differs in answers of
+    `free_tokens` tokens.
+
+    Raises:
+        UserError: nothing was noted, or such a promise cannot be given.
+    """
+    if known is None:
+        raise UserError("These exits were never calibrated; run `m2r2kit calibrate`, or give a --threshold.")
+    thresholds, means = known["thresholds"], known["means"]
+    found = calibrate(thresholds, means, known["texts"], risk, confidence)
+    if found is None:
+        return Promise(None, risk, confidence)
+    free = known["free"][thresholds.index(found)] if "free" in known else None
+    return Promise(found, risk, confidence, free, known.get("free_tokens"))
 
 
 def calibrate(thresholds, means, texts: int, risk: float, confidence: float) -> float | None:

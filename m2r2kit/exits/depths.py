@@ -152,7 +152,7 @@ class MixtureOfDepths(nn.Module):
 
 def of_end(backbone: Backbone, h, batch: TeacherBatch, settings: DistilConfig, rng) -> mx.array:
     """KL from the whole model at some tokens."""
-    return divergence(backbone, h, batch.states[backbone.depth], rng, positions=settings.positions)
+    return divergence(backbone, h, batch.states[backbone.depth], settings, rng)
 
 
 def along(backbone: Backbone, model, texts: Texts, threshold: float = 0.5) -> Outcome:

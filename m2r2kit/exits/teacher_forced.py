@@ -2,15 +2,15 @@
 
 The texts are the whole model's own (prompt and greedy answer). Each answer's tokens pass the exits
 as they would in decoding, and what a token leaves in the blocks that it skips is what later tokens
-find there; only the token that follows is the given one. All rows run through all blocks, so this
-shows quality and depth, and no time; `decode.py` has the time.
+find there; only the token that follows is the given one, or in `differing` the one that comes out.
+All rows run through all blocks, so this shows quality and depth, and no time; `decode.py` has the time.
 
 Where tokens wait for the next deep pass, all blocks have their true states; only a reader that looks
 at keys of blocks that a token has not yet been through finds the fill's there.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -57,6 +57,7 @@ class Outcome:
         nats: cross-entropy of that token.
         blocks: run for it, where that is not the exit's to say.
         vain: heads read at exits where it did not leave, of gates that need them only with hope.
+        tokens: the token given at each position.
     """
 
     gated: np.ndarray
@@ -65,6 +66,7 @@ class Outcome:
     nats: np.ndarray
     blocks: np.ndarray | None = None
     vain: np.ndarray | int = 0
+    tokens: np.ndarray | None = None
 
     @property
     def agreement(self) -> float:
@@ -91,7 +93,7 @@ class ForcedPass:
         self.traced = Traced(self._step, entries, range(entries))
 
     def _step(self, entries, token, gated, before, progress, chance, answer, threshold, caught):
-        """One token of each row: (exit's number, what the head reads, right, nats, heads read in vain,
+        """One token of each row: (exit's number, what the head reads, token given, nats, heads read in vain,
         caught); `caught` (reads, B) are the positions before which the blocks that a reader looks at have
         been run."""
         backbone, reader = self.backbone, self.reader
@@ -127,9 +129,9 @@ class ForcedPass:
         )
         read = mx.where(left, taken, h)
         logits = backbone.head(read)
-        right = mx.argmax(logits, axis=-1) == answer
+        given = mx.argmax(logits, axis=-1).astype(mx.int32)
         chosen = mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
-        return number[..., 0], read, right, mx.logsumexp(logits, axis=-1) - chosen, vain[..., 0], caught
+        return number[..., 0], read, given, mx.logsumexp(logits, axis=-1) - chosen, vain[..., 0], caught
 
     def _known(self, entries, caught) -> list:
         """What a reader finds while tokens wait: true keys and values before `caught`, the fill's behind."""
@@ -148,6 +150,7 @@ class ForcedPass:
         seed: int = 0,
         longest: int = 128,
         report: Callable | None = None,
+        follow: bool = True,
     ) -> Outcome:
         """Run along texts.
 
@@ -156,6 +159,8 @@ class ForcedPass:
                 those that are not in use.
             seed: of what a gate tosses.
             longest: length of an answer at which a schedule has come to its end.
+            follow: whether the next token is the text's; if not it is the one given here, as in decoding, and
+                the answer goes its own way.
         """
         levels = mx.array(np.broadcast_to(np.float32(threshold), len(self.reader.exits)))
         B, T = texts.tokens.shape
@@ -170,12 +175,12 @@ class ForcedPass:
             cache += [self.backbone.new_cache(T, B)[l] for l in self.reader.reads]
             for entry in cache[N:]:
                 entry.offset = first  # never looked at before it: all is caught there
-        out = []
+        out, token = [], tokens[:, first : first + 1]
         for t in range(first, T - 1):
             progress = np.clip((t - texts.first) / longest, 0, 1).astype(np.float32)[:, None, None]
-            number, before, right, nats, vain, caught = self.traced(
+            number, before, given, nats, vain, caught = self.traced(
                 cache,
-                tokens[:, t : t + 1],
+                token,
                 mx.array(gated[:, t, None, None]),
                 before,
                 mx.array(progress),
@@ -184,14 +189,34 @@ class ForcedPass:
                 levels,
                 caught,
             )
-            mx.eval(number, before, right, nats, vain, caught, [(c.keys, c.values) for c in cache])
-            out.append([np.array(x)[:, 0] for x in (number, right, nats, vain)])
+            token = tokens[:, t + 1 : t + 2]
+            if not follow:
+                token = mx.where(mx.array(t >= texts.first)[:, None], given, token)
+            mx.eval(number, before, token, nats, vain, caught, [(c.keys, c.values) for c in cache])
+            out.append([np.array(x)[:, 0] for x in (number, given, nats, vain)])
             if report:
                 report(B)
-        exit, right, nats, vain = (
+        exit, given, nats, vain = (
             np.pad(np.stack([row[i] for row in out], axis=1), [(0, 0), (first, 0)]) for i in range(4)
         )
-        return Outcome(gated, exit, right.astype(bool), nats, vain=vain)
+        right = gated & (given == texts.tokens[:, 1:])
+        return Outcome(gated, exit, right, nats, vain=vain, tokens=given)
+
+
+def differing(forced: ForcedPass, texts: Texts, threshold: float | Sequence[float]) -> np.ndarray:
+    """Decode the answers of texts freely, each token after those given before it, and compare them with the
+    whole model's: the share of positions at which the two differ, (B,). An answer that ends before the other
+    differs from there on."""
+    most = int((texts.end - texts.first).max())
+    open_ended = replace(texts, end=np.minimum(texts.first + most, texts.tokens.shape[1] - 1))
+    out, eos, shares = forced(open_ended, threshold, follow=False), forced.backbone.eos, []
+    for row, (first, end) in enumerate(zip(texts.first, texts.end, strict=True)):
+        own, other = texts.tokens[row, first + 1 : end + 1], out.tokens[row, first : open_ended.end[row]]
+        stops = np.flatnonzero(np.isin(other, list(eos)))
+        other = other[: stops[0] + 1] if len(stops) else other
+        both = min(len(own), len(other))
+        shares.append(1 - (own[:both] == other[:both]).sum() / max(len(own), len(other)))
+    return np.array(shares)
 
 
 def texts_of(backbone: Backbone, prompts: list[list[int]], max_tokens: int) -> Texts:

@@ -91,7 +91,7 @@ def holes(reader, batch: TeacherBatch, fill, rng: np.random.Generator, share: fl
     return out
 
 
-def exits_loss(reader, batch: TeacherBatch, settings: DistilConfig, fill, rng) -> mx.array:
+def exits_loss(reader, batch: TeacherBatch, settings: DistilConfig, rng, fill=None) -> mx.array:
     """KL from the whole model at every exit; with a fill, on a batch with holes. One number."""
     backbone = reader_backbone(reader)
     final = batch.states[backbone.depth]
@@ -100,7 +100,7 @@ def exits_loss(reader, batch: TeacherBatch, settings: DistilConfig, fill, rng) -
     total = 0.0
     for j in range(len(reader.exits)):
         state = reader.over(j, batch, cache, before)
-        total = total + divergence(backbone, state, final, rng, positions=settings.positions)
+        total = total + divergence(backbone, state, final, settings, rng)
     if isinstance(fill, LinearFill):
         total = total + deep_loss(reader, batch, settings, fill, cut, rng)
     return total
@@ -114,7 +114,7 @@ def deep_loss(reader, batch: TeacherBatch, settings: DistilConfig, fill, cut: Ho
     for l in range(reader.starts[0], backbone.depth):
         h = backbone.blocks[l](mx.where(cut.gone(l, reader.starts), cut.states(l), h), "causal")
     through = np.flatnonzero(np.array(cut.number == len(reader.exits)).reshape(-1))
-    return divergence(backbone, h, final, rng, positions=settings.positions, among=through)
+    return divergence(backbone, h, final, settings, rng, among=through)
 
 
 def reader_backbone(reader) -> Backbone:
@@ -131,14 +131,14 @@ def seen_in(reader, batch: TeacherBatch, cache, before, head) -> Seen:
     return seen
 
 
-def gate_loss(gate: Arla, reader, batch: TeacherBatch, fill, rng) -> mx.array:
+def gate_loss(gate: Arla, reader, batch: TeacherBatch, settings: DistilConfig, rng, fill) -> mx.array:
     """Binary cross-entropy of both looks of `Arla` against "the head is right here", over all exits, at some
     positions; one number. Drawn anew each time: these, how many tokens have left (few leave holes where
     tokens wait), and which of the exits are in use, so that any may be left out in decoding."""
     backbone, T = reader_backbone(reader), batch.tokens.shape[1]
     cut = holes(reader, batch, fill, rng, LEFT * rng.random())
     seen = seen_in(reader, batch, cut.cache, cut.before, backbone.head)
-    some = mx.array(rng.choice(T, min(T, DistilConfig.positions), replace=False))
+    some = mx.array(rng.choice(T, min(T, settings.positions), replace=False))
     for known in (seen.starts, seen.states):
         known.update({j: state[:, some] for j, state in known.items()})
     answer = mx.argmax(backbone.head(batch.states[backbone.depth][:, some]), axis=-1)

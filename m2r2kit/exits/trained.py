@@ -20,8 +20,8 @@ from ..model.backbone import Backbone
 from ..model.folder import trained_folder
 from ..stream import checkpoints
 from ..stream import train as distillation
-from ..stream.distil import DistilConfig, TeacherBatch, distil, teacher_batch
-from ..stream.stream import AcceleratedStream, StreamConfig
+from ..stream.distil import DistilConfig, TeacherBatch, distil, own_loss, teacher_batch
+from ..stream.stream import AcceleratedStream, StreamConfig, intervals
 from .arla import SEES, Arla, ArlaConfig
 from .depths import DepthsConfig, MixtureOfDepths, Shallow, ShallowConfig
 from .fill import LinearFill, fit_linear
@@ -39,7 +39,7 @@ class ExitsConfig:
 
     Attributes:
         reader: `m2r2`, `lens` or `bare`.
-        exits: blocks after which a token may leave; by default chosen for the pocket model of 24 blocks.
+        exits: blocks after which a token may leave; by default those of the pocket model of 24 blocks.
         fill_rank: numbers through which the fill's map goes.
         latent: latent numbers of ARLA.
         sees: residuals that ARLA looks at (`arla.ArlaConfig`).
@@ -84,11 +84,18 @@ class Exits(nn.Module):
             UserError: its first interval is another, or these exits read no stream.
         """
         own = self.reader.stream if "stream" in self.reader else None
-        wanted = own and replace(own.config, exits=own.config.exits[:1], span=stream.config.span)
-        if own is None or stream.config != wanted:
+        if own is None:
+            raise UserError(f"Exits of kind {self.config.reader} read no stream; only m2r2 begins with one.")
+        (a, b), (first, last) = intervals(own.config)[0], intervals(stream.config)[0]
+        if (a, b) != (first, last):
             raise UserError(
-                f"These exits cannot begin with that stream ({stream.config}); train one with "
-                f"`m2r2kit train stream --exit {self.config.exits[0]}` and no other settings, for kind m2r2."
+                f"These exits cannot begin with that stream: their first interval is blocks {a}..{b}, "
+                f"the stream's {first}..{last}; use exit 1 for both, or leave --start out."
+            )
+        if stream.config != replace(own.config, exits=own.config.exits[:1], span=stream.config.span):
+            raise UserError(
+                f"These exits cannot begin with that stream: it has other settings ({stream.config}); "
+                f"train one with `m2r2kit train stream --exit {b}` and no other settings."
             )
         own.fast[0].update(stream.fast[0].trainable_parameters())
         own.carry.update(stream.carry.trainable_parameters())
@@ -117,7 +124,7 @@ class Exits(nn.Module):
         for ready in begun:
             ready.freeze()  # it has learnt for longer than what is beside it will
         if self.config.reader != "bare":
-            part(self.reader, lambda m, x, rng: exits_loss(m, x, settings, None, rng), SHARES[0], 1)
+            part(self.reader, exits_loss, SHARES[0], 1)
         for ready in begun:
             ready.unfreeze()
         depths, blocks = self.needs()
@@ -129,13 +136,15 @@ class Exits(nn.Module):
             self.reader, texts, self._backbone.depth, self._backbone.width, self.config.fill_rank
         )
         both, rate = Pair(self.reader, self.fill), 0.1 if self.started else 0.5
-        part(both, lambda m, x, rng: exits_loss(m.reader, x, settings, m.fill, rng), SHARES[1], rate)
+        part(both, lambda m, *x: exits_loss(m.reader, *x, m.fill), SHARES[1], rate)
         if "gate" in self:
             part(self.gate, self.router_loss, SHARES[2], 1)
 
-    def router_loss(self, gate: Arla, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
-        """What the router is trained by, everything else frozen."""
-        return gate_loss(gate, self.reader, batch, self.fill, rng)
+    def router_loss(
+        self, gate: Arla, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator
+    ) -> mx.array:
+        """Loss of the router, with everything else frozen."""
+        return gate_loss(gate, self.reader, batch, settings, rng, self.fill)
 
     def needs(self) -> tuple[set[int], set[int]]:
         """Depths of the states and blocks of the keys that a teacher batch must hold."""
@@ -154,13 +163,19 @@ class Pair(nn.Module):
 MODULES = {DepthsConfig: MixtureOfDepths, ShallowConfig: Shallow, ExitsConfig: Exits}
 
 
-def settings_of(kind: str, exits: tuple[int, ...] | None = None):
-    """The settings of a kind, its exits or number of blocks as asked for."""
+def settings_of(kind: str, exits: tuple[int, ...] = ExitsConfig.exits):
+    """The settings of a kind, with these exits, or for `shallow` the first as its number of blocks."""
     if kind == "mixture-of-depths":
         return DepthsConfig()
-    if kind == "shallow":
-        return ShallowConfig(exits[0]) if exits else ShallowConfig()
-    return replace(ExitsConfig(reader=kind), **({"exits": exits} if exits else {}))
+    return ShallowConfig(exits[0]) if kind == "shallow" else ExitsConfig(reader=kind, exits=exits)
+
+
+def default_exits(kind: str, depth: int) -> tuple[int, ...]:
+    """The exits of a model of `depth` blocks if none are asked for: at the same relative depths as those of
+    the pocket model (`ExitsConfig.exits`); for `shallow` the number of its blocks."""
+    pocket, blocks = (ShallowConfig().blocks,) if kind == "shallow" else ExitsConfig().exits, 24
+    scaled = {min(max(1, round(exit * depth / blocks)), depth - 1) for exit in pocket}
+    return tuple(sorted(scaled))
 
 
 def new(backbone: Backbone, kind: str, exits: tuple[int, ...] | None = None, seed: int = 0) -> nn.Module:
@@ -170,7 +185,7 @@ def new(backbone: Backbone, kind: str, exits: tuple[int, ...] | None = None, see
         UserError: exits that this model cannot have.
     """
     mx.random.seed(seed)
-    config = settings_of(kind, exits)
+    config = settings_of(kind, exits or default_exits(kind, backbone.depth))
     return MODULES[type(config)](backbone, config)
 
 
@@ -197,7 +212,7 @@ def train(
     elif isinstance(module, Exits):
         module.train_on(batches, rows[:FIT_ROWS], settings, report, seconds)
     else:
-        distil(module, lambda m, x, rng: m.loss(x, settings, rng), batches, settings, report, seconds)
+        distil(module, own_loss, batches, settings, report, seconds)
     return time.perf_counter() - begun
 
 

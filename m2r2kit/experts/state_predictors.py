@@ -15,8 +15,7 @@ import numpy as np
 
 from ..common import UserError
 from ..model.backbone import Backbone
-from ..stream.fast_block import SharedKV, seen
-from ..stream.stream import AcceleratedStream, StreamConfig, intervals, reads_near, tau
+from ..stream.stream import AcceleratedStream, StreamConfig, intervals, tau
 from .predictors import Predictor
 
 
@@ -186,21 +185,12 @@ class StreamPredictor(StatePredictor):
         if l not in self._turns:
             return p, []
         turn, stream = self._turns[l], self._stream
-        block, near, deep = stream.block(l), None, None
         if turn.first and self._begins_at_u(l):
-            p = block.after_attention(u)
-            return p, self._by_u(l, u, turn) + [p] * len(turn.by_p)
-        if turn.first:
-            p = h
-            if stream.config.carry and l == 0:
-                p = p + stream.carry(before).astype(p.dtype)
-        if stream.config.deep:
-            position = entries[l].offset - 1
-            keys, values, deep_mask = seen(entries[block.read], position)
-            deep = (keys, values, position, deep_mask)
-        if reads_near(stream.config):
-            near = SharedKV(entries[l], 1), mask
-        p = block(p, near, deep)
+            p = stream.block(l).after_attention(u)
+        else:
+            position = entries[l].offset - 1  # of this token, which the cache holds already
+            p = stream.begin(l, h, before) if turn.first else p
+            p = stream.advance(l, p, entries, position, position, mask)
         return p, self._by_u(l, u, turn) + [p] * len(turn.by_p)
 
     def _by_u(self, l: int, u: mx.array, turn: Turn) -> list[mx.array]:

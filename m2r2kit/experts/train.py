@@ -17,8 +17,8 @@ import numpy as np
 
 from ..model.backbone import Backbone
 from ..model.mlxlm import create_attention_mask
-from ..stream.distil import DistilConfig, History, KeptKV, cosine, distance, distil
-from ..stream.stream import AcceleratedStream, StreamConfig, intervals, tau
+from ..stream.distil import DistilConfig, History, KeptKV, distance, distil, off_target, targets_of
+from ..stream.stream import AcceleratedStream, StreamConfig, intervals
 from . import moe
 from .state_predictors import DirectMap, StreamPredictor, router
 
@@ -84,7 +84,7 @@ def predictor_of(module) -> StreamPredictor | DirectMap:
     return StreamPredictor(module) if isinstance(module, AcceleratedStream) else module
 
 
-def loss(module, batch: RouterTeacherBatch, settings: DistilConfig) -> mx.array:
+def loss(module, batch: RouterTeacherBatch, settings: DistilConfig, rng=None) -> mx.array:
     """One number, as in the head of this file; pairs that nothing trained stands for are left out."""
     predictor, total, pairs = predictor_of(module), 0.0, 0
     backbone = predictor._backbone
@@ -106,9 +106,7 @@ def misalignment(predictor: StreamPredictor, batch: RouterTeacherBatch) -> mx.ar
     N, config, apart = predictor._backbone.depth, predictor._stream.config, []
     for a, b in intervals(config):
         p = predictor.path(batch.states, batch.after, batch.cache, a, b)
-        for l in range(a + 1, b + 1):
-            right = batch.states[tau(l, a, b, N, config.rate)]
-            apart.append(1 - cosine(p[l - a], mx.stop_gradient(right)).mean())
+        apart += off_target(p, targets_of(batch.states, a, b, N, config.rate))
     return mx.stack(apart).mean()
 
 
@@ -120,7 +118,7 @@ def train(
     seconds: float = math.inf,
 ) -> History:
     """Train a stream or a direct map in place."""
-    return distil(module, lambda m, batch, rng: loss(m, batch, settings), batches, settings, report, seconds)
+    return distil(module, loss, batches, settings, report, seconds)
 
 
 def recall(

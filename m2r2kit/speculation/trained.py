@@ -16,7 +16,7 @@ import numpy as np
 from ..common import UserError
 from ..model.backbone import Backbone
 from ..stream import checkpoints
-from ..stream.distil import DistilConfig, History, TeacherBatch, distil
+from ..stream.distil import DistilConfig, History, TeacherBatch, distil, own_loss
 from .drafters.base import Drafter
 from .drafters.deed import Deed, DeedConfig, DeedExits
 from .drafters.draft_model import DraftModel, DraftModelConfig, TwoModels
@@ -57,13 +57,13 @@ def train(
     seconds: float = math.inf,
 ) -> History:
     """Distil a peer from the model, with the optimiser and the rows of the accelerated stream."""
-    return distil(module, lambda m, batch, rng: m.loss(batch, rng), batches, settings, report, seconds)
+    return distil(module, own_loss, batches, settings, report, seconds)
 
 
-def mean_loss(module: nn.Module, batches: list[TeacherBatch]) -> float:
-    """Its mean loss on teacher batches, as in training."""
+def mean_loss(module: nn.Module, batches: list[TeacherBatch], settings: DistilConfig) -> float:
+    """Its mean loss on teacher batches, as in training, in nats."""
     rng = np.random.default_rng(0)
-    return float(np.mean([module.loss(batch, rng).item() for batch in batches]))
+    return float(np.mean([module.loss(batch, settings, rng).item() for batch in batches]))
 
 
 def drafter(backbone: Backbone, kind: str, module: nn.Module) -> Drafter:

@@ -196,12 +196,14 @@ def _use(value) -> bool:
 
 
 def _calibration(value) -> bool:
-    """What each threshold risks, by way of filling skipped blocks."""
+    """What each threshold risks after the same words, and if measured how much of freely decoded answers
+    differs; by way of filling skipped blocks."""
     return isinstance(value, dict) and all(
         isinstance(known, dict)
         and _count(known["texts"])
-        and len(known["thresholds"]) == len(known["means"])
-        and all(map(_share, [*known["thresholds"], *known["means"]]))
+        and len(known["thresholds"]) == len(known["means"]) == len(known.get("free", known["means"]))
+        and all(map(_share, [*known["thresholds"], *known["means"], *known.get("free", [])]))
+        and _count(known.get("free_tokens", 0))
         for known in value.values()
     )
 

@@ -22,9 +22,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from ..common import UserError
 from ..model.backbone import Backbone
 from ..model.cpu import parallel
-from ..model.cpu.fast_math import fast_exp
+from ..model.cpu.fast_math import row_exp
 from .stream import AcceleratedStream, intervals, shifted, tau
 
 
@@ -93,7 +94,7 @@ def needs(stream: AcceleratedStream) -> tuple[set[int], set[int]]:
 # --- losses ---------------------------------------------------------------------------------
 
 
-exp = mx.compile(fast_exp)  # outside a compiled step it would be twenty passes over the logits
+exp = mx.compile(row_exp)  # outside a compiled step it would be twenty passes over the logits
 
 
 @mx.custom_function
@@ -101,7 +102,7 @@ def distance(student, teacher):
     """KL(softmax teacher || softmax student) of logits (n, V), without the teacher's entropy; (n,)."""
     t = exp(teacher)
     mean = (t * student).sum(-1) / t.sum(-1)
-    return mx.log(exp(student).sum(-1)) - mean
+    return mx.log(exp(student).sum(-1)) + student.max(-1) - mean
 
 
 @distance.vjp
@@ -115,22 +116,21 @@ def divergence(
     backbone: Backbone,
     guess: mx.array,
     final: mx.array,
+    settings: DistilConfig,
     rng: np.random.Generator,
     read: Callable | None = None,
-    positions: int | None = None,
     among: np.ndarray | None = None,
 ) -> mx.array:
-    """Mean KL from the model's distribution to another's, without the model's entropy: what the stream and
-    every peer are trained with, at some tokens, drawn anew each time.
+    """Mean KL from the model's distribution to another's, without the model's entropy: the loss of the
+    stream and of every baseline, at `settings.positions` tokens a row, drawn anew each time.
 
     Args:
         guess: states (B, T, D') that are to say what the model's last states say.
         final: the model's states h_N there, (B, T, D).
         read: logits of such a guess; by default the model's norm and head.
-        positions: so many tokens for each row; by default `DistilConfig.positions`.
         among: the tokens to draw from, as numbers 0..B T - 1; by default all.
     """
-    count = (DistilConfig.positions if positions is None else positions) * final.shape[0]
+    count = settings.positions * final.shape[0]
     guess, final = (x.reshape(-1, x.shape[-1]) for x in (guess, final))
     among = np.arange(len(final)) if among is None else among
     some = mx.array(rng.choice(among, min(count, len(among)), replace=False))
@@ -141,6 +141,16 @@ def divergence(
 def cosine(x: mx.array, y: mx.array) -> mx.array:
     """Cosine of the last axis."""
     return (x * y).sum(-1) * mx.rsqrt((x * x).sum(-1) * (y * y).sum(-1) + 1e-12)
+
+
+def targets_of(states, a: int, b: int, depth: int, rate: float | None) -> list[mx.array]:
+    """h_tau(l) for l = a + 1 .. b: the states that p_l approximates."""
+    return [states[tau(l, a, b, depth, rate)] for l in range(a + 1, b + 1)]
+
+
+def off_target(path: list[mx.array], targets: list[mx.array]) -> list[mx.array]:
+    """Mean of 1 - cos(p_l, h_tau(l)) for each l = a + 1 .. b of a path p_a .. p_b."""
+    return [(1 - cosine(p, t)).mean() for p, t in zip(path[1:], targets, strict=True)]
 
 
 def chain(stream: AcceleratedStream, batch: TeacherBatch, ahead: int, exit: int | None = None):
@@ -169,12 +179,11 @@ def stream_loss(
     depth, final = backbone.depth, batch.states[backbone.depth]
     total = 0.0
     for a, b in intervals(config):
-        targets = [batch.states[tau(l, a, b, depth, config.rate)] for l in range(a + 1, b + 1)]
+        targets = targets_of(batch.states, a, b, depth, config.rate)
         for j, p in enumerate(chain(stream, batch, settings.ahead, b)):
-            loss = divergence(backbone, p[-1], final, rng, positions=settings.positions)
+            loss = divergence(backbone, p[-1], final, settings, rng)
             if settings.align_weight:
-                off = sum((1 - cosine(q, t)).mean() for q, t in zip(p[1:], targets, strict=True))
-                loss = loss + settings.align_weight * off / (b - a)
+                loss = loss + settings.align_weight * sum(off_target(p, targets)) / (b - a)
             total = total + FADES**j * loss
     return total
 
@@ -190,6 +199,11 @@ class History:
     seconds: float = 0.0
 
 
+def own_loss(module: nn.Module, *asked) -> mx.array:
+    """`module.loss(batch, config, rng)`, for `distil`."""
+    return module.loss(*asked)
+
+
 def distil(
     module: nn.Module, loss, batches: list[TeacherBatch], config: DistilConfig, report=None, seconds=math.inf
 ) -> History:
@@ -199,12 +213,12 @@ def distil(
 
     Args:
         module: its trainable parameters change in place.
-        loss: (module, batch, rng) -> one number.
+        loss: (module, batch, config, rng) -> one number; `own_loss` for a module that has a `loss`.
         report: called with (step, loss) after each step.
         seconds: stop early after this long; the rate falls with time as with steps.
 
     Raises:
-        FloatingPointError: the loss became infinite or not a number.
+        UserError: the loss became infinite or not a number.
     """
     rng = np.random.default_rng(config.seed)
     optimizer = optim.AdamW(learning_rate=config.learning_rate, betas=[0.9, 0.98], weight_decay=0.0)
@@ -220,11 +234,14 @@ def distil(
         )
         order = order or list(rng.permutation(len(batches)))
         batch = batches[order.pop()]
-        value, gradients = gradient(module, batch, rng)
+        value, gradients = gradient(module, batch, config, rng)
         optimizer.update(module, parallel.average(gradients))
         mx.eval(value, module.parameters(), optimizer.state)
         if not math.isfinite(value.item()):
-            raise FloatingPointError(f"the loss is not a number at step {step}; lower the rate")
+            raise UserError(
+                f"Training diverged: the loss is not a number at step {step}; "
+                "use larger batches (--batch) or another --seed."
+            )
         history.losses.append(value.item())
         if report:
             report(step, value.item())

@@ -23,11 +23,16 @@ from ..model.compiled import attention, product
 
 
 class SharedKV:
-    """What a block takes for its cache when p passes it: reads the slow entry, writes nothing."""
+    """The layer cache that a block gets when p passes it: it reads the slow one and writes nothing.
 
-    def __init__(self, slow, rows: int):
+    Args:
+        slow: layer cache of the slow stream, which already holds the tokens of p.
+        positions: number of tokens of p: the newest of the slow stream.
+    """
+
+    def __init__(self, slow, positions: int):
         self.slow = slow
-        self.offset = slow.offset - rows  # positions of p's rows: the newest of the slow stream
+        self.offset = slow.offset - positions
 
     def update_and_fetch(self, keys, values):
         return self.slow.keys_and_values()
@@ -39,11 +44,20 @@ def one_token_mask(entry):
 
 
 def seen(entry, verified):
-    """Keys and values of a block at the first `verified` positions: (keys, values, mask).
+    """Keys and values of a layer cache at the first `verified` positions: (keys, values, mask).
 
-    Position 0 stands in while nothing is verified, as in training; there is none to stand in
-    before the very first token, and then keys and values are None.
+    Args:
+        verified: one number for a single new token, or (T,) or (B, T) for whole sequences, one a token; then
+            the mask is additive, (T, T) or (B, 1, T, T).
+
+    While nothing is verified a token sees position 0, because attention needs one; before the very first
+    token there is none, and keys and values are None.
     """
+    if getattr(verified, "ndim", 0):
+        keys, values = entry.keys_and_values()
+        limit = mx.maximum(verified, 1)[..., :, None]
+        mask = mx.where(mx.arange(keys.shape[2]) < limit, 0.0, -1e9)
+        return keys, values, mask if mask.ndim == 2 else mask[:, None]
     if isinstance(entry, FixedKV):
         return entry.keys, entry.values, mx.arange(entry.keys.shape[2]) < mx.maximum(verified, 1)
     count = min(max(verified, 1), entry.offset)

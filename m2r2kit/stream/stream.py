@@ -151,30 +151,48 @@ class AcceleratedStream(nn.Module):
             E - a + 1 arrays (B, T, D).
         """
         a, b = self.interval(exit or self.config.exits[0])
-        T = states[0].shape[1]
-        mask = "causal" if T > 1 else None
-        deep_mask = self._deep_mask(T, verified) if self.config.deep else None
-        p = [states[a]]
-        if self.config.carry and a == 0:
-            before = shifted(states[self._backbone.depth]) if before is None else before
-            p = [p[0] + self.carry(before).astype(p[0].dtype)]
+        T = states[a].shape[1]
+        verified = mx.arange(T) if verified is None else verified
+        if self.config.carry and before is None:
+            before = shifted(states[self._backbone.depth])
+        p = [self.begin(a, states[a], before)]
         for l in range(a, b):
-            block = self.block(l)
-            deep = (*cache[block.read].keys_and_values(), 0, deep_mask) if self.config.deep else None
-            near = (SharedKV(cache[l], T), mask) if reads_near(self.config) else None
-            p.append(block(p[-1], near, deep))
+            p.append(self.advance(l, p[-1], cache, verified, 0, "causal" if T > 1 else None))
         return p
 
-    @staticmethod
-    def _deep_mask(T: int, verified) -> mx.array:
-        """Additive mask (.., T, T): token t sees the positions below verified[t].
+    def begin(self, a: int, h: mx.array, before: mx.array | None) -> mx.array:
+        """p_a = h_a, the start of an interval; at block 0 plus what is carried from the token before.
 
-        A token with nothing verified before it sees position 0, as the pass needs one.
+        Args:
+            h: h_a, (B, T, D).
+            before: for `carry`, the last state of the token before each, (B, T, D); None means zeros.
         """
-        limit = mx.arange(T) if verified is None else verified
-        limit = mx.maximum(limit, 1)[..., :, None]
-        mask = mx.where(mx.arange(T) < limit, 0.0, -1e9)
-        return mask if mask.ndim == 2 else mask[:, None]
+        if not self.config.carry or before is None or a > 0:
+            return h
+        return h + self.carry(before).astype(h.dtype)
+
+    def advance(
+        self, l: int, p, cache, verified, position, mask=None, merged: dict | None = None
+    ) -> mx.array:
+        """p_l -> p_{l+1}, (B, T, D): the one step of the recurrence, for whole sequences in training and
+        for single tokens in decoding.
+
+        Args:
+            cache: layer caches of the slow stream; where p reads the keys of its own blocks (`reads_near`),
+                that of block l already holds the tokens of p.
+            verified: for each token, the number of positions whose deep keys it sees: one number, or (T,)
+                or (B, T) for whole sequences.
+            position: of the first token of p.
+            mask: of block l's own attention over its keys, as mlx-lm's blocks take it.
+            merged: results of `FastBlock.merged` by block, which take the blocks' places.
+        """
+        block, near, deep = self.block(l), None, None
+        if self.config.deep:
+            keys, values, deep_mask = seen(cache[block.read], verified)
+            deep = (keys, values, position, deep_mask)
+        if reads_near(self.config):
+            near = SharedKV(cache[l], p.shape[1]), mask
+        return block(p, near, deep, merged[l] if merged else None)
 
     def step(self, h, cache, verified: int, exit: int | None = None, before=None, position=None):
         """One new token through both streams: h_0 (1, 1, D) -> h at `slow_depth`, p_E, each (1, 1, D).
@@ -218,19 +236,12 @@ class AcceleratedStream(nn.Module):
             merged: what `FastBlock.merged` gave for the blocks, to be passed in their places.
         """
         a, b = self.interval(exit)
-        p = last = h
-        if before is not None and a == 0:
-            p = h + self.carry(before).astype(h.dtype)
+        last, p, mask = h, self.begin(a, h, before), None
         for l in range(a, b):
-            block, near, deep = self.block(l), None, None
-            if self.config.deep:
-                keys, values, deep_mask = seen(cache[block.read], verified)
-                deep = (keys, values, position, deep_mask)
             if reads_near(self.config):
                 last, mask = h, one_token_mask(cache[l])
                 h = self._backbone.run(h, cache, l, l + 1)  # lazy: of the last block only its keys
-                near = SharedKV(cache[l], 1), mask
-            p = block(p, near, deep, merged[l] if merged else None)
+            p = self.advance(l, p, cache, verified, position, mask, merged)
         return last, p
 
     def _compiled(self, kind: str, a: int, b: int) -> Traced:

@@ -59,9 +59,7 @@ def train_stream(
 ) -> Trained:
     """Train a stream (or go on with `module`) and measure it on rows that it has not seen, if any."""
     stream = module or AcceleratedStream(backbone, config)
-    history = distil(
-        stream, lambda m, x, rng: stream_loss(m, x, settings, rng), train, settings, report, seconds
-    )
+    history = distil(stream, stream_loss, train, settings, report, seconds)
     figures = alignment.of_stream(backbone, stream, held_out) if held_out else {}
     return Trained(stream, stream.parameter_count(), history.seconds, figures, history.losses)
 
@@ -78,7 +76,7 @@ def train_readout(
     """The same training for a readout of `readouts.py`; `Bare` is only measured."""
     from mlx.utils import tree_flatten
 
-    def loss(m, batch, rng):
+    def loss(m, batch, *_):
         student, teacher = (backbone.head(x) for x in (m(batch), batch.states[backbone.depth]))
         V = student.shape[-1]
         return distance(student.reshape(-1, V), teacher.reshape(-1, V)).mean()

@@ -9,7 +9,7 @@ import numpy as np
 from ...common import UserError
 from ...model.backbone import Backbone, crop
 from ...model.compiled import lean_pass
-from ...stream.distil import TeacherBatch, divergence
+from ...stream.distil import DistilConfig, TeacherBatch, divergence
 from ...stream.fast_block import SmallFFN
 from .base import Draft, Drafter, as_row, check_exit, confidence
 
@@ -57,12 +57,12 @@ class DeedExits(nn.Module):
         """What the model's head reads at exit j: h_E (B, T, D) -> (B, T, D)."""
         return h + self.adapters[j](h)
 
-    def loss(self, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
+    def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution of each next token, the mean of all exits (deep supervision)."""
         backbone, exits = self._backbone, self.config.exits
         final = batch.states[backbone.depth]
         guesses = [self(batch.states[exit], j) for j, exit in enumerate(exits)]
-        return sum(divergence(backbone, each, final, rng) for each in guesses) / len(exits)
+        return sum(divergence(backbone, each, final, settings, rng) for each in guesses) / len(exits)
 
 
 class Deed(Drafter):

@@ -11,7 +11,7 @@ from ...common import UserError
 from ...model.backbone import Backbone, crop
 from ...model.mlxlm import llama
 from ...model.small_llama import causal_bias, check, hf_config, hidden_states, new_parameters
-from ...stream.distil import TeacherBatch, divergence
+from ...stream.distil import DistilConfig, TeacherBatch, divergence
 from .base import Draft, Drafter
 
 
@@ -59,13 +59,15 @@ class DraftModel(nn.Module):
         """Depths of the model's states that the loss reads."""
         return {self._backbone.depth}
 
-    def loss(self, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
+    def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution of each next token."""
         bias = causal_bias(*batch.tokens.shape, self.config)
         p = self.llama.parameters()
         x = hidden_states(p, batch.tokens, bias, self.config)
         final = batch.states[self._backbone.depth]
-        return divergence(self._backbone, x, final, rng, lambda x: x @ p["model"]["embed_tokens"]["weight"].T)
+        return divergence(
+            self._backbone, x, final, settings, rng, lambda x: x @ p["model"]["embed_tokens"]["weight"].T
+        )
 
 
 class TwoModels(Drafter):

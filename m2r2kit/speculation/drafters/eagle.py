@@ -8,7 +8,7 @@ import numpy as np
 
 from ...model.backbone import Backbone
 from ...model.mlxlm import create_attention_mask
-from ...stream.distil import TeacherBatch, cosine, divergence
+from ...stream.distil import DistilConfig, TeacherBatch, cosine, divergence
 from .base import Draft, Drafter, as_row
 from .parts import OwnPass, new_block
 
@@ -51,13 +51,13 @@ class EagleBlock(nn.Module):
         x = [self.norm_token(self._backbone.embed(tokens)), self.norm_state(states)]
         return self.block(mx.concatenate(x, axis=-1) @ self.fuse, mask, cache)
 
-    def loss(self, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
+    def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution and 1 - cos to its state, from its states and from own guesses."""
         final = states = batch.states[self._backbone.depth]
         total = 0.0
         for ahead in range(1, self.config.unroll + 1):
             states, target = self(batch.tokens[:, ahead:], states[:, :-1]), final[:, ahead:]
-            total = total + divergence(self._backbone, states, target, rng)
+            total = total + divergence(self._backbone, states, target, settings, rng)
             total = total + self.config.align_weight * (1 - cosine(states, target)).mean()
         return total / self.config.unroll
 

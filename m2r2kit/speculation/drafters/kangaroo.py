@@ -8,7 +8,7 @@ import numpy as np
 
 from ...model.backbone import Backbone
 from ...model.mlxlm import create_attention_mask
-from ...stream.distil import TeacherBatch, divergence
+from ...stream.distil import DistilConfig, TeacherBatch, divergence
 from .base import Draft, Drafter, as_row, check_exit, confidence
 from .parts import OwnPass, new_block
 
@@ -50,10 +50,10 @@ class KangarooBlock(nn.Module):
         """h_E (B, T, D) -> what the head reads, normalised, (B, T, D)."""
         return self._backbone.norm(self.block(h, mask, cache)) * self.scale
 
-    def loss(self, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
+    def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
         """KL to the model's distribution of each next token."""
         backbone, guess = self._backbone, self(batch.states[self.config.exit])
-        return divergence(backbone, guess, batch.states[backbone.depth], rng, backbone.unembed)
+        return divergence(backbone, guess, batch.states[backbone.depth], settings, rng, backbone.unembed)
 
 
 class Kangaroo(Drafter):

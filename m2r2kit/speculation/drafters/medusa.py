@@ -8,7 +8,7 @@ import numpy as np
 
 from ...model.backbone import Backbone
 from ...model.compiled import lean_pass
-from ...stream.distil import TeacherBatch, divergence
+from ...stream.distil import DistilConfig, TeacherBatch, divergence
 from .base import Draft, Drafter
 
 
@@ -50,14 +50,14 @@ class MedusaHeads(nn.Module):
         x = self._backbone.norm(h)
         return (x + nn.silu(x @ self.matrices + self.biases)).reshape(1, -1, x.shape[-1])
 
-    def loss(self, batch: TeacherBatch, rng: np.random.Generator) -> mx.array:
+    def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
         """KL of each head to what the model says at its position, weighted."""
         h = batch.states[self._backbone.depth]
         x, total, weights = self._backbone.norm(h), 0.0, 0.0
         for k in range(self.config.heads):
             here, weight = x[:, : -k - 1], self.config.decay**k
             y = here + nn.silu(here @ self.matrices[k] + self.biases[k])
-            off = divergence(self._backbone, y, h[:, k + 1 :], rng, self._backbone.unembed)
+            off = divergence(self._backbone, y, h[:, k + 1 :], settings, rng, self._backbone.unembed)
             total = total + weight * off
             weights += weight
         return total / weights
