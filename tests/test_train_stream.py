@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 from m2r2kit.bench import records
 from m2r2kit.bench import tune as tuning
 from m2r2kit.bench.tune import Tuned
-from m2r2kit.cli import train_stream, tune
+from m2r2kit.cli import train_drafter, train_stream, training, tune
 from m2r2kit.common import UserError
 from m2r2kit.model.backbone import Backbone
 from m2r2kit.speculation import registry as methods
+from m2r2kit.speculation.drafters.medusa import MedusaConfig
 from m2r2kit.stream import checkpoints
 from m2r2kit.stream.stream import StreamConfig, load_stream
 from m2r2kit.text import prompts, rows
@@ -45,9 +46,12 @@ def untuned(monkeypatch):
     monkeypatch.setattr(train_stream, "tune_stream", lambda *found: ({"drafts": 3, "threshold": 0.2}, 1.0))
 
 
+LONG = {"max_position_embeddings": 512}
+
+
 def arguments(out, **changes):
     values = {
-        "model": str(tiny.folder("llama", max_position_embeddings=512)), "out": out, "form": "block",
+        "model": str(tiny.folder("llama", **LONG)), "out": out, "form": "block",
         "exit": 2, "rate": None, "rank": 4, "ffn_width": None, "deep": None, "rows": 16, "compare": False,
         "steps": 3, "minutes": None, "corpus": out, "seed": 0, "start": None, "processes": 1, "carry": False,
         "near": True, "batch": 8, "tune": True, "record": True,
@@ -84,10 +88,12 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_training(
     assert (tmp_path / "out" / "stream.json").exists()
 
 
-def test_an_interrupted_training_goes_on(tmp_path, written, untuned, monkeypatch, capsys):
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A training that is interrupted after its second step."""
     distil = train_stream.distillation.distil
 
-    def interrupted(module, loss, batches, settings, report, seconds):
+    def until_the_second(module, loss, batches, settings, report, seconds):
         def stop(step, value):
             report(step, value)
             if step == 1:
@@ -95,15 +101,77 @@ def test_an_interrupted_training_goes_on(tmp_path, written, untuned, monkeypatch
 
         return distil(module, loss, batches, settings, stop, seconds)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_stream.distillation, "distil", interrupted)
-        assert train_stream.run(arguments(tmp_path)) == 1
+    def run(asked):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_stream.distillation, "distil", until_the_second)
+            assert train_stream.run(asked) == 1
+
+    return run
+
+
+def test_an_interrupted_training_goes_on(tmp_path, written, untuned, interrupted, capsys):
+    interrupted(arguments(tmp_path))
     assert "saved after 2 steps" in capsys.readouterr().out and not written
     with pytest.raises(UserError, match="unfinished stream with other settings"):
         train_stream.run(arguments(tmp_path, rank=8))
     assert train_stream.run(arguments(tmp_path)) == 0
     assert "Going on after 2 steps." in capsys.readouterr().out
     assert not (tmp_path / "unfinished").exists() and len(written) == 1
+
+
+def test_seconds_of_an_interrupted_training_add_up(tmp_path, written, untuned, interrupted):
+    interrupted(arguments(tmp_path))
+    unfinished = json.loads((tmp_path / "unfinished" / "stream.json").read_text())
+    assert 0 < unfinished["train_seconds"] < 300
+    checkpoints.note(tmp_path / "unfinished", "stream", train_seconds=1000.0)
+    assert train_stream.run(arguments(tmp_path)) == 0
+    facts = json.loads((tmp_path / "stream.json").read_text())
+    assert 1000 <= facts["train_seconds"] < 1300 and facts["steps"] == 3
+    interrupted(arguments(tmp_path))
+    checkpoints.note(tmp_path / "unfinished", "stream", train_seconds=1000.0)
+    assert train_stream.run(arguments(tmp_path, minutes=10)) == 0  # which are over
+    assert json.loads((tmp_path / "stream.json").read_text())["steps"] == 2
+
+
+def test_an_interrupted_training_goes_on_with_nothing_else(tmp_path, written, interrupted, monkeypatch):
+    interrupted(arguments(tmp_path))
+    for changes, said in (
+        ({"rows": 24}, "has rows 16 and not 24"),
+        ({"seed": 1}, "has seed 0 and not 1"),
+        ({"batch": 4}, "has batch 8 and not 4"),
+        ({"steps": 5}, "has steps 3 and not 5"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train_stream.run(arguments(tmp_path, **changes))
+    documents = rows.documents
+    monkeypatch.setattr(rows, "documents", lambda folder: documents(folder)[:300])
+    with pytest.raises(UserError, match="has other text; repeat its command"):
+        train_stream.run(arguments(tmp_path))
+    assert (tmp_path / "unfinished" / "stream.json").exists() and not written
+
+
+def test_an_interrupted_tuning_keeps_what_was_trained(tmp_path, written, monkeypatch):
+    def stop(*found):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_stream, "tune_stream", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_stream.run(arguments(tmp_path))
+    assert weights(tmp_path) and not (tmp_path / "unfinished").exists()
+    monkeypatch.setattr(train_drafter, "tune_peer", stop)
+    asked = arguments(tmp_path / "medusa", kind=["medusa"], model=str(tiny.folder("llama", **LONG)))
+    with pytest.raises(KeyboardInterrupt):
+        train_drafter.run(asked)
+    assert checkpoints.trained(tmp_path / "medusa", "drafter", MedusaConfig)["train_steps"] == 3
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_training(tmp_path, written, monkeypatch):
+    monkeypatch.setattr(train_stream, "for_training", lambda model: pytest.fail("it went on"))
+    monkeypatch.setattr(train_drafter, "for_training", lambda model: pytest.fail("it went on"))
+    (tmp_path / "file").write_text("in the way")
+    for run, more in ((train_stream.run, {}), (train_drafter.run, {"kind": ["eagle"]})):
+        with pytest.raises(UserError, match="cannot be written: a part of its path is a file"):
+            run(arguments(tmp_path / "file", **more))
 
 
 def test_a_stream_may_begin_with_that_of_another_model(tmp_path, written, untuned):
@@ -190,12 +258,19 @@ def test_text_is_written_once(written, monkeypatch, tmp_path):
         kept.write_bytes(file.read_bytes()[:99])  # cut short
     again = rows.text(view, tmp_path, 16, 0)
     assert len(made) == 3 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    (file,) = [f for f in (tmp_path / "cache").iterdir() if f.stat().st_size > 99]
+    monkeypatch.setattr(rows, "write", lambda *asked: first)
+    sound = file.read_bytes()
+    for place in range(0, len(sound), len(sound) // 60):  # made again whatever is damaged
+        file.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+        again = rows.text(view, tmp_path, 16, 0)
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not list((tmp_path / "cache").glob("*.*.npz"))  # nothing half-written
 
 
 def test_untuned_streams_and_peers_say_so(written, monkeypatch, tmp_path):
     assert train_stream.run(arguments(tmp_path / "stream", tune=False)) == 0
     facts = json.loads((tmp_path / "stream" / "stream.json").read_text())
-    assert facts["drafts"] == train_stream.UNTUNED and "threshold" not in facts
+    assert facts["drafts"] == training.UNTUNED and "threshold" not in facts
     (_, record) = written[-1]
     assert "predicted_speedup" not in record["figures"] and record["settings"]["batch"] == 8

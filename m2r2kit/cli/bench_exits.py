@@ -96,7 +96,7 @@ def run(args) -> int:
         "prompts": len(asked.prompts),
         "tokens": int(texts.gated.sum()),
         "max_tokens": args.max_tokens,
-        "parameters": {name: trained.numbers(each.module) for name, each in methods.items()},
+        "parameters": {name: trained.parameter_counts(each.module) for name, each in methods.items()},
         "timed": args.timed,
         "repeats": args.repeats,
     }

@@ -1,22 +1,17 @@
-"""`m2r2kit train exits`: what lets tokens leave early, M2R2's and its peers', on the same rows."""
+"""`m2r2kit train exits`: what lets tokens leave early, M2R2's and its baselines', on the same rows."""
 
 import argparse
-import math
-from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ..common import UserError, check_writable
+from ..common import UserError
 from ..exits import trained
 from ..exits.registry import KINDS as EXIT_KINDS
 from ..model.backbone import Backbone
 from ..stream import checkpoints
-from ..stream.distil import DistilConfig
 from ..stream.stream import load_stream
 from ..text.rows import for_training, text
-from . import calibrate, shared
-from .result import check_result, keep, model_name
+from . import calibrate, shared, training
+from .result import check_result, keep
 from .values import counts, some_of
 
 ROUTED = ("m2r2", "lens")  # kinds that have a router
@@ -67,20 +62,15 @@ def arguments(parser):
 def run(args) -> int:
     """Train, save and record each kind that is asked for."""
     check_result(args, "exits-training", "exits-calibration")
-    if args.rows < args.batch:
-        raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
-    if args.out and len(args.kind) > 1:
-        raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
-    for kind in args.kind:
-        check_writable(folder_of(kind, args) / "exits.json")
+    training.check(args, [folder_of(kind, args) / "exits.json" for kind in args.kind])
+    if args.start and args.kind != ["m2r2"]:
+        raise UserError("Only m2r2 begins with a stream; leave --start out, or ask for --kind m2r2.")
     backbone = for_training(args.model)
     if args.router_only:
         modules = {kind: saved(backbone, kind, args) for kind in args.kind}
     else:
         modules = {kind: trained.new(backbone, kind, args.exits, args.seed) for kind in args.kind}
     if args.start:
-        if args.kind != ["m2r2"]:
-            raise UserError("Only m2r2 begins with a stream; leave --start out, or ask for --kind m2r2.")
         modules["m2r2"].begin_with(load_stream(backbone, args.start))
     rows, _ = text(backbone, args.corpus, args.rows, args.seed)
     fresh = calibrate.held_out_texts(backbone, args.corpus, args.seed) if args.calibrate else None
@@ -109,35 +99,24 @@ def saved(backbone: Backbone, kind: str, args):
 
 def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> None:
     """Train, save and record one kind."""
-    distil = DistilConfig(steps=args.steps or trained.STEPS, seed=args.seed)
-    losses: list[float] = []
-    with tqdm(total=distil.steps, unit="step", desc=kind) as bar:
-
-        def report(step, loss):
-            losses.append(loss)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-
-        limit = 60 * args.minutes if args.minutes else math.inf
-        seconds = trained.train(backbone, module, rows, distil, args.batch, report, limit, args.router_only)
-    facts = {"steps": len(losses), "train_seconds": round(seconds)}
+    distil = training.settings(args, trained.STEPS)
+    with training.progress(distil.steps, kind) as report:
+        history = trained.train(
+            backbone, module, rows, distil, args.batch, report, training.limit(args), args.router_only
+        )
+    losses = history.losses
+    facts = {"steps": len(losses), "train_seconds": round(history.seconds)}
     if args.router_only:  # beside what the rest of it took
         before = checkpoints.read_settings(out, "exits", type(module.config))[1]
         facts = {f"router_{name}": value for name, value in facts.items()}
         facts |= {name: before[name] for name in ("steps", "train_seconds") if name in before}
     trained.save(module, backbone, out, **facts)
-    figures = facts | {"parameters": trained.numbers(module), "loss": sum(losses[-20:]) / len(losses[-20:])}
-    settings = {
-        "kind": kind,
-        "model": model_name(args.model),
-        "model_sha256": backbone.sha256,
-        "rows": args.rows,
-        "batch": args.batch,
-        **asdict(module.config),
-        **asdict(distil),
-        "start": str(args.start) if args.start else None,
-        "router_only": args.router_only,
-    }
+    counts = trained.parameter_counts(module)
+    figures = facts | {"parameters": counts, "loss": sum(losses[-20:]) / len(losses[-20:])}
+    start = str(args.start) if args.start else None
+    settings = training.described(
+        args, backbone, module.config, distil, kind=kind, start=start, router_only=args.router_only
+    )
     keep(args, "exits-training", settings, figures)
     print(f"{kind}: {len(losses)} steps. Saved in {out}.", flush=True)
     if fresh is not None and isinstance(module, trained.Exits):

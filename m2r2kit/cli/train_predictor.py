@@ -1,23 +1,19 @@
 """`m2r2kit train predictor`: what names experts ahead of time, trained on the same rows, and compared."""
 
-import math
-from dataclasses import asdict
-
 import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..common import UserError, check_writable
+from ..common import UserError
 from ..experts import train as learn
 from ..experts import trained
 from ..experts.registry import TRAINED
 from ..experts.state_predictors import DirectMap
 from ..model.backbone import Backbone
 from ..stream import checkpoints
-from ..stream.distil import DistilConfig
 from ..text.rows import for_training, text
-from . import shared
-from .result import check_result, keep, model_name
+from . import shared, training
+from .result import check_result, keep
 from .values import count, counts, natural, number, some_of
 
 
@@ -59,10 +55,8 @@ def arguments(parser):
 def run(args) -> int:
     """Train, save and record each kind that is asked for."""
     check_result(args, "predictors")
-    if args.rows < args.batch:
-        raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
-    for kind in args.kind:
-        check_writable(trained.folder_of(args.model, kind) / f"{trained.file_of(kind)}.json")
+    files = [trained.folder_of(args.model, kind) / f"{trained.file_of(kind)}.json" for kind in args.kind]
+    training.check(args, files)
     backbone = for_training(args.model)
     if not backbone.is_moe:
         raise UserError(f"{args.model} is no mixture of experts; it has no experts to name.")
@@ -92,16 +86,10 @@ def taught(backbone: Backbone, rows: np.ndarray, batch: int) -> list[learn.Route
 def one(kind: str, module, backbone: Backbone, batches, judges, args) -> None:
     """Train one kind, save and record it."""
     predictor = learn.predictor_of(module)
-    settings = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
+    settings = training.settings(args)
     before = learn.by_distance(learn.recall(predictor, judges))
-    with tqdm(total=settings.steps, unit="step", desc=kind) as bar:
-
-        def report(step, loss):
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-
-        seconds = 60 * args.minutes if args.minutes else math.inf
-        history = learn.train(module, batches, settings, report, seconds)
+    with training.progress(settings.steps, kind) as report:
+        history = learn.train(module, batches, settings, report, training.limit(args))
     after = learn.by_distance(learn.recall(predictor, judges))
     folder, name = trained.folder_of(args.model, kind), trained.file_of(kind)
     facts = {"steps": len(history.losses), "train_seconds": round(history.seconds)}
@@ -110,12 +98,5 @@ def one(kind: str, module, backbone: Backbone, batches, judges, args) -> None:
     print(f"{kind}: held-out slot recall, by blocks: {said}. Saved in {folder}.", flush=True)
     parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
     figures = facts | {"parameters": parameters, "recall": after, "recall_before": before}
-    described = {
-        "kind": kind,
-        "model": model_name(args.model),
-        "model_sha256": backbone.sha256,
-        "rows": args.rows,
-        "batch": args.batch,
-    }
-    described |= asdict(module.config) | asdict(settings)
+    described = training.described(args, backbone, module.config, settings, kind=kind)
     keep(args, "predictors", described, figures)

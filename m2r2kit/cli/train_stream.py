@@ -1,16 +1,16 @@
 """`m2r2kit train stream`: the accelerated stream of a model, which itself stays as it is."""
 
 import argparse
-import math
+import hashlib
 import signal
-from dataclasses import asdict, replace
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from ..bench.tune import tune_stream
-from ..common import UserError, check_writable
+from ..common import UserError
 from ..model.backbone import Backbone
 from ..model.cpu import parallel
 from ..model.folder import trained_folder
@@ -20,11 +20,9 @@ from ..stream.distil import DistilConfig, TeacherBatch, needs
 from ..stream.registry import FORMS
 from ..stream.stream import AcceleratedStream, StreamConfig, check, tau
 from ..text.rows import for_training, text
-from . import shared
-from .result import check_result, keep, model_name
+from . import shared, training
+from .result import check_result, keep
 from .values import count, natural, number
-
-UNTUNED = 4  # drafts in a step where --no-tune leaves it to `m2r2kit tune`
 
 
 def arguments(parser):
@@ -90,69 +88,73 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Train, measure, tune the number of drafts, save and record; or `--compare`."""
+    """Train, measure, save, tune the number of drafts and record; or `--compare`."""
     check_result(args, "stream", "alignment")
     if args.processes > 1 and args.compare:
         raise UserError("--compare times each training, so it runs in one process; leave --processes out.")
+    out = Path(args.out) if args.out else trained_folder(args.model, "stream")
+    training.check(args, [] if args.compare else [out / "stream.json", out / "unfinished" / "stream.json"])
     if args.processes > 1 and not parallel.started():
         return parallel.launch(args.processes, args.words)
     group = parallel.group()
     if group.rank():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process saves, and ends the others
-    out = Path(args.out) if args.out else trained_folder(args.model, "stream")
-    if not args.compare:
-        check_writable(out / "stream.json")
     backbone = for_training(args.model)
     config = settings(args)
     check(backbone, config)
-    distil = DistilConfig(steps=args.steps or DistilConfig.steps, seed=args.seed)
+    distil = training.settings(args)
     seed = args.seed + 1000 * group.rank()  # each process reads rows of its own
-    if args.rows < args.batch:
-        raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
     if args.compare:
         train, held_out = text(backbone, args.corpus, args.rows, seed)
         return compare(backbone, config, train, held_out, distil, args)
 
-    mx.random.seed(args.seed)  # all processes begin with the same numbers
+    mx.random.seed(args.seed)  # all processes begin with the same parameters
     stream = AcceleratedStream(backbone, config)
-    if args.start:
-        begin_with(stream, args.start, config)
+    start = begin_with(stream, args.start, config) if args.start else None
+    asked = {name: getattr(args, name) for name in ("rows", "batch", "seed", "processes")}
+    asked |= {"steps": distil.steps, "start": start}
     unfinished = out / "unfinished"
-    done = resume(stream, unfinished, backbone, config)
-    if done:
-        print(f"Going on after {done} steps" + (", not from --start." if args.start else "."))
+    done = resume(stream, unfinished, backbone, config, asked)
+    if done["steps"]:
+        print(f"Going on after {done['steps']} steps" + (", not from --start." if args.start else "."))
     train, held_out = text(backbone, args.corpus, args.rows // group.size(), seed)
+    if not group.rank():
+        asked["text"] = hashlib.sha256(train.tobytes()).hexdigest()
+        same(done.get("asked", {}), asked, unfinished)
     depths, blocks = needs(stream)
     batches = distillation.teacher_batches(backbone, train, depths, blocks, args.batch)
     judges = [] if group.rank() else distillation.teacher_batches(backbone, held_out, depths, blocks)
-    seconds = 60 * args.minutes if args.minutes else math.inf
-    step = done
-    with tqdm(total=distil.steps, initial=done, unit="step", disable=group.rank() > 0) as bar:
+    step, begun, before = done["steps"], time.perf_counter(), done["train_seconds"]
+    gone_on = replace(distil, first_step=step, first_seconds=before)
+    with training.progress(distil.steps, first=step, silent=group.rank() > 0) as bar:
 
         def report(now, loss):
             nonlocal step
             step = now + 1
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update(step - bar.n)
+            bar(now, loss)
 
         try:
             trained = distillation.train_stream(
-                backbone, config, batches, judges, replace(distil, first_step=done), seconds, report, stream
+                backbone, config, batches, judges, gone_on, training.limit(args), report, stream
             )
         except KeyboardInterrupt:
-            checkpoints.save(stream, config, backbone.sha256, unfinished, "stream", steps=step)
+            took = round(before + time.perf_counter() - begun, 1)
+            facts = {"steps": step, "train_seconds": took, "asked": asked}
+            checkpoints.save(stream, config, backbone.sha256, unfinished, "stream", **facts)
             print(f"\nInterrupted; saved after {step} steps. The same command goes on from there.")
             return 1
     if group.rank():
         return 0
     print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
-    tuned, estimate = tune_stream(backbone, stream) if args.tune else ({"drafts": UNTUNED}, None)
-    facts = {"steps": step, "train_seconds": round(trained.seconds)} | tuned
-    checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)
+    facts = {"steps": step, "train_seconds": round(trained.seconds), "drafts": training.UNTUNED}
+    checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)  # tuning may be interrupted
     forget(unfinished)
     figures = trained.figures | facts | {"parameters": trained.parameters}
-    figures |= {"predicted_speedup": estimate} if args.tune else {}
-    keep(args, "stream", described(backbone, config, distil, args), figures)
+    if args.tune:
+        tuned, estimate = tune_stream(backbone, stream)
+        checkpoints.note(out, "stream", **tuned)
+        figures |= tuned | {"predicted_speedup": estimate}
+    keep(args, "stream", training.described(args, backbone, config, distil), figures)
     print(f"Saved in {out}.")
     return 0
 
@@ -172,22 +174,47 @@ def settings(args) -> StreamConfig:
     )
 
 
-def resume(stream: AcceleratedStream, folder: Path, backbone: Backbone, config: StreamConfig) -> int:
-    """Load what an interrupted run left; returns its steps, 0 if there is none."""
+def resume(
+    stream: AcceleratedStream, folder: Path, backbone: Backbone, config: StreamConfig, asked: dict
+) -> dict:
+    """Load what an interrupted run left.
+
+    Returns:
+        its `steps`, `train_seconds` and what was `asked` of it; zeros if there is none.
+
+    Raises:
+        UserError: it has other settings than those asked for now.
+    """
     if not (folder / "stream.json").exists():
-        return 0
+        return {"steps": 0, "train_seconds": 0.0}
     old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
     if old != config:
         raise UserError(
             f"{folder} holds an unfinished stream with other settings; delete it or use its settings."
         )
+    same(facts.get("asked", {}), asked, folder)
     checkpoints.load_weights(stream, facts, backbone.sha256, folder, "stream")
-    return facts["steps"]
+    return {"train_seconds": 0.0} | facts
 
 
-def begin_with(stream: AcceleratedStream, folder: Path, config: StreamConfig) -> None:
+def same(old: dict, new: dict, folder: Path) -> None:
+    """Refuse to go on with an unfinished training that was asked for something else."""
+    for name in old.keys() & new.keys():
+        if old[name] != new[name]:
+            what = "other text" if name == "text" else f"{name} {old[name]} and not {new[name]}"
+            raise UserError(
+                f"The unfinished training in {folder} has {what}; "
+                "repeat its command to go on, or delete that folder to begin anew."
+            )
+
+
+def begin_with(stream: AcceleratedStream, folder: Path, config: StreamConfig) -> str:
     """Start from another trained stream: of this model, or of one with the same shapes. One that
-    carries nothing from token to token may go on as one that does, as that begins with zeros."""
+    carries nothing from token to token may go on as one that does, as that begins with zeros.
+
+    Returns:
+        the SHA-256 of its weights.
+    """
     old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
     if old not in (config, replace(config, carry=False)):
         raise UserError(f"The stream in {folder} has other settings ({old}); ask for the same ones.")
@@ -197,6 +224,7 @@ def begin_with(stream: AcceleratedStream, folder: Path, config: StreamConfig) ->
     except UserError as error:
         raise UserError(f"{error} If it is whole, its model has other shapes than this one.") from error
     stream.update(start.trainable_parameters())
+    return facts["weights_sha256"]
 
 
 def forget(folder: Path) -> None:
@@ -232,18 +260,5 @@ def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: Dis
             f"{f['cross_entropy']:6.3f} {f['cosine_final']:7.3f}",
             flush=True,
         )
-    keep(args, "alignment", described(backbone, base, distil, args), {"rows": rows})
+    keep(args, "alignment", training.described(args, backbone, base, distil), {"rows": rows})
     return 0
-
-
-def described(backbone: Backbone, config: StreamConfig, distil: DistilConfig, args) -> dict:
-    """What a record says of how a stream was trained."""
-    model = model_name(args.model)
-    return {
-        "model": model,
-        "model_sha256": backbone.sha256,
-        "rows": args.rows,
-        "batch": args.batch,
-        **asdict(config),
-        **asdict(distil),
-    }

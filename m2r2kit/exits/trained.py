@@ -1,6 +1,6 @@
 """Everything that is trained for exits (`registry.KINDS`), made, trained, saved and loaded in one way.
 
-All learn from the same rows; `m2r2` and `lens` have as many numbers, and for as many steps. The first exit of
+All learn from the same rows for as many steps; `m2r2` and `lens` have as many parameters. The first exit of
 `m2r2` may begin with a trained stream (`Exits.begin_with`), which is then ahead of the others.
 """
 
@@ -20,7 +20,7 @@ from ..model.backbone import Backbone
 from ..model.folder import trained_folder
 from ..stream import checkpoints
 from ..stream import train as distillation
-from ..stream.distil import DistilConfig, TeacherBatch, distil, own_loss, teacher_batch
+from ..stream.distil import DistilConfig, History, TeacherBatch, distil, own_loss, teacher_batch
 from ..stream.stream import AcceleratedStream, StreamConfig, intervals
 from .arla import SEES, Arla, ArlaConfig
 from .depths import DepthsConfig, MixtureOfDepths, Shallow, ShallowConfig
@@ -40,8 +40,8 @@ class ExitsConfig:
     Attributes:
         reader: `m2r2`, `lens` or `bare`.
         exits: blocks after which a token may leave; by default those of the pocket model of 24 blocks.
-        fill_rank: numbers through which the fill's map goes.
-        latent: latent numbers of ARLA.
+        fill_rank: rank of the fill's map.
+        latent: width of ARLA's latents.
         sees: residuals that ARLA looks at (`arla.ArlaConfig`).
     """
 
@@ -108,16 +108,17 @@ class Exits(nn.Module):
         settings: DistilConfig,
         report: Callable | None = None,
         seconds: float = math.inf,
-    ) -> None:
-        """Readers, fill and router in turn; `rows` (n, T) are texts for the fill's first map."""
-        done, stream = 0, self.reader.stream if "stream" in self.reader else None
+    ) -> list[float]:
+        """Readers, fill and router in turn; `rows` (n, T) are texts for the fill's first map. Returns the
+        loss of each step."""
+        done, stream, losses = 0, self.reader.stream if "stream" in self.reader else None, []
 
         def part(module, loss, share, rate):
             nonlocal done
             steps = max(1, round(settings.steps * share))
             own = replace(settings, steps=steps, learning_rate=settings.learning_rate * rate)
             counted = report and (lambda step, value, before=done: report(before + step, value))
-            distil(module, loss, batches, own, counted, seconds * share)
+            losses.extend(distil(module, loss, batches, own, counted, seconds * share).losses)
             done += steps
 
         begun = [stream.fast[0], stream.carry] if self.started else []
@@ -139,6 +140,7 @@ class Exits(nn.Module):
         part(both, lambda m, *x: exits_loss(m.reader, *x, m.fill), SHARES[1], rate)
         if "gate" in self:
             part(self.gate, self.router_loss, SHARES[2], 1)
+        return losses
 
     def router_loss(
         self, gate: Arla, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator
@@ -198,22 +200,22 @@ def train(
     report: Callable | None = None,
     seconds: float = math.inf,
     router_only: bool = False,
-) -> float:
+) -> History:
     """Train a module on rows of text (n, T), in batches of `batch` rows, for the settings' steps or so many
-    seconds, whichever end first; returns the seconds it took. With `router_only` a new router takes the
-    place of the one of a trained `Exits`, and learns for all of the steps."""
+    seconds, whichever ends first. With `router_only` a new router takes the place of the one of a trained
+    `Exits`, and learns for all of the steps."""
     depths, blocks = module.needs() if isinstance(module, Exits) else ({backbone.depth}, set())
     batches = distillation.teacher_batches(backbone, rows, depths, blocks, batch)
     begun = time.perf_counter()
     if router_only:
         mx.random.seed(settings.seed)
         module.gate = module.new_gate()
-        distil(module.gate, module.router_loss, batches, settings, report, seconds)
+        losses = distil(module.gate, module.router_loss, batches, settings, report, seconds).losses
     elif isinstance(module, Exits):
-        module.train_on(batches, rows[:FIT_ROWS], settings, report, seconds)
+        losses = module.train_on(batches, rows[:FIT_ROWS], settings, report, seconds)
     else:
-        distil(module, own_loss, batches, settings, report, seconds)
-    return time.perf_counter() - begun
+        losses = distil(module, own_loss, batches, settings, report, seconds).losses
+    return History(losses, time.perf_counter() - begun)
 
 
 def folder(model: str | Path, exits: str | Path | None) -> Path:
@@ -221,8 +223,8 @@ def folder(model: str | Path, exits: str | Path | None) -> Path:
     return Path(exits) if exits else trained_folder(model, "exits")
 
 
-def numbers(module: nn.Module) -> dict[str, int]:
-    """Trained numbers of each part."""
+def parameter_counts(module: nn.Module) -> dict[str, int]:
+    """Number of trained parameters of each part."""
     parts = {p: module[p] for p in ("reader", "fill", "gate") if p in module} | {"all": module}
     return {p: sum(v.size for _, v in tree_flatten(m.trainable_parameters())) for p, m in parts.items()}
 

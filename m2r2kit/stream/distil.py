@@ -35,6 +35,7 @@ class DistilConfig:
 
     steps: int = 2000
     first_step: int = 0  # where an interrupted run goes on
+    first_seconds: float = 0.0  # that it had taken by then
     learning_rate: float = 4e-3  # the peak; AdamW
     warmup: int = 50
     align_weight: float = 0.1
@@ -215,7 +216,8 @@ def distil(
         module: its trainable parameters change in place.
         loss: (module, batch, config, rng) -> one number; `own_loss` for a module that has a `loss`.
         report: called with (step, loss) after each step.
-        seconds: stop early after this long; the rate falls with time as with steps.
+        seconds: stop early after this long, `first_seconds` included; the rate falls with time as with
+            steps.
 
     Raises:
         UserError: the loss became infinite or not a number.
@@ -224,7 +226,7 @@ def distil(
     optimizer = optim.AdamW(learning_rate=config.learning_rate, betas=[0.9, 0.98], weight_decay=0.0)
     optimizer.init(module.trainable_parameters())
     gradient = nn.value_and_grad(module, loss)
-    history, begun, order = History(), time.perf_counter(), []
+    history, begun, order = History(), time.perf_counter() - config.first_seconds, []
     for step in range(config.first_step, config.steps):
         done = max(step / config.steps, parallel.largest((time.perf_counter() - begun) / seconds))
         if done >= 1:
