@@ -6,9 +6,12 @@ Python that runs this (`notebook_client.py`).
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -50,6 +53,23 @@ def load(path: Path) -> nbformat.NotebookNode:
 # --- execution ----------------------------------------------------------------------------
 
 
+@contextmanager
+def _home(folder: str) -> Iterator[None]:
+    """Jupyter keeps files in the home folder: where none can be written, `folder` stands in for it."""
+    before = os.environ.get("HOME")
+    home = os.path.expanduser("~")
+    if os.path.isabs(home) and os.access(home, os.W_OK | os.X_OK):
+        yield
+        return
+    os.environ["HOME"] = folder
+    try:
+        yield
+    finally:
+        os.environ.pop("HOME")
+        if before is not None:
+            os.environ["HOME"] = before
+
+
 def execute(path: Path, values: dict | None = None, cell_seconds: int | None = None, bar=False):
     """Execute a copy of a notebook; returns (executed notebook or None, problems, seconds).
 
@@ -68,10 +88,14 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
 
     from .notebook_client import NAME, Heard
 
+    def number(count):
+        """Of a cell in the file: papermill runs one more, with the values, after the parameters."""
+        return max(1, count - bool(values))
+
     heard = Heard()
     begun = time.perf_counter()
     nb, failed = None, []
-    with tempfile.TemporaryDirectory(prefix="m2r2kit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="m2r2kit-") as folder, _home(folder):
         try:
             nb = papermill.execute_notebook(
                 str(path.resolve()),
@@ -86,12 +110,14 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
                 heard=heard,
             )
         except PapermillExecutionError as error:
-            failed = [f"cell {error.exec_count}: {error.ename}: {error.evalue}"]
+            failed = [f"cell {number(error.exec_count)}: {error.ename}: {error.evalue}"]
         except CellTimeoutError:
-            failed = [f"cell {heard.cell} took more than {cell_seconds} s"]
+            failed = [f"cell {number(heard.cell)} took more than {cell_seconds} s"]
             heard = Heard()  # the interrupt that ended it
         except DeadKernelError:
-            failed = [f"cell {heard.cell}: the kernel died, as where memory ends or a library crashes"]
+            failed = [
+                f"cell {number(heard.cell)}: the kernel died, as where memory ends or a library crashes"
+            ]
         except RuntimeError as error:
             if heard.cell:
                 raise

@@ -78,6 +78,9 @@ def notebook_kernel() -> Check:
 
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
+    except RuntimeError:
+        advice = "set HOME to a folder of your own (`python3 ci/kit.py lab` finds a stand-in)"
+        return Check("notebook kernel", "unknown, because Jupyter needs a home folder", False, advice)
     except NoSuchKernel:
         return Check("notebook kernel", "none", False, "run `python -m ipykernel install --sys-prefix`")
     program = spec.argv[0] if spec.argv else ""
