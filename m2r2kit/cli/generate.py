@@ -1,11 +1,14 @@
 """`m2r2kit generate`: answer prompts with any decoder of the kit; text streams as it is generated.
 
-drafting    a drafter proposes tokens, the model verifies them: the text is the model's own
-exits       tokens leave early, and a calibrated promise says how often they differ
-experts     a mixture's experts are read from disk: the text is the model's own
+    drafting    a drafter proposes tokens, the model verifies them: the text is the model's own
+    exits       tokens leave early, and a calibrated promise says how often they differ
+    experts     a mixture's experts are read from disk: the text is the model's own
+
+Whatever decodes, `driver.py` drives it and `printer.py` prints it.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -177,8 +180,16 @@ def _typed(texts: list[str]) -> Prompt:
     """The prompt of the command line, `-` read from standard input, and the turns that follow it."""
     if texts.count("-") > 1:
         raise UserError("Standard input holds one prompt; give --prompt - once.")
-    first, *more = (_standard_input() if text == "-" else text for text in texts)
+    first, *more = (_standard_input() if text == "-" else _as_utf8(text) for text in texts)
     return Prompt("prompt", first, more_turns=tuple(more))
+
+
+def _as_utf8(text: str) -> str:
+    """An argument in UTF-8, also where the locale says ASCII and Python has kept its bytes aside."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text  # other bytes, which encoding refuses in a sentence
 
 
 def _standard_input() -> str:
