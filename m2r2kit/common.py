@@ -208,7 +208,7 @@ def whole(target: str | Path, replace: bool = False) -> Iterator[Path]:
                 new.replace(real)
     except OSError as error:
         name = str(error.filename or "")
-        if name and TEMPORARY not in name and not Path(os.path.abspath(target)).is_relative_to(name):
+        if name and TEMPORARY not in name and not Path(os.path.realpath(target)).is_relative_to(name):
             raise
         raise unwritable(target, error) from error
     except RuntimeError as error:  # MLX says nothing of the cause

@@ -178,9 +178,31 @@ def test_a_config_without_a_size(folder):
 
 def test_a_family_that_is_not_served_is_named_before_its_weights_are_read(folder):
     (folder / "model.safetensors").write_bytes(b"not weights")
-    for family in ("mamba", "from_next_year"):
+    for family in ("mamba", "from_next_year", ["llama"]):
         change_config(folder, model_type=family)
         assert f"Models of type '{family}' are not served; use one of llama," in sentence(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_theta": "much"}, {"rope_scaling": {"rope_type": [1]}}, {"rms_norm_eps": "x"}, {"head_dim": 7}],
+)
+def test_a_config_of_impossible_values(folder, changes):
+    change_config(folder, **changes)
+    assert "config.json" in sentence(folder)
+
+
+def test_an_auto_map_of_another_form(folder):
+    for auto_map, said in (
+        ("evil.Evil", "needs code of its own (evil.Evil)"),
+        (7, "needs code of its own (7)"),
+    ):
+        change_config(folder, auto_map=auto_map)
+        assert said in sentence(folder)
+    change_config(folder, auto_map={"AutoConfig": None})
+    assert f"The tokenizer of {folder} cannot be read" in sentence(folder)
+    change_config(folder, auto_map=[])
+    Backbone.load(folder)
 
 
 def test_missing_weights(folder):

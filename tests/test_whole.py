@@ -123,7 +123,9 @@ def test_the_cause_is_named(tmp_path, write):
     assert "there is a folder of that name" in sentence(write, tmp_path / "folder")
     assert "the name is too long" in sentence(write, tmp_path / ("n" * 300))
     assert "the name is too long" in sentence(write, tmp_path / ("n" * 300) / "a")
-    assert everything(tmp_path) == {"file", "folder"}
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert "a part of its path is a file" in sentence(write, tmp_path / "link" / "a")
+    assert everything(tmp_path) == {"file", "folder", "link"}
 
 
 def test_a_file_that_can_hold_only_a_part_is_not_kept(tmp_path):

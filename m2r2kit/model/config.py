@@ -16,13 +16,14 @@ from .families import FAMILIES
 HARMLESS = """
     _* architectures auto_map model_type torch_dtype dtype name_or_path transformers_version *_version
     quantization quantization_config use_cache *_token_id initializer_range *_dropout *_pdrop *_loss_coef
-    router_jitter_noise gradient_checkpointing output_* return_dict* torchscript use_bfloat16 is_decoder
-    id2label label2id num_labels problem_type task_specific_params finetuning_task pretraining_tp unsloth_*
-    max_position_embeddings max_window_layers tokenizer_class mlx_*
-    max_length min_length max_new_tokens do_sample temperature top_k top_p typical_p repetition_penalty
-    length_penalty no_repeat_ngram_size num_beams num_return_sequences early_stopping diversity_penalty
-    encoder_no_repeat_ngram_size bad_words_ids num_beam_groups remove_invalid_values suppress_tokens
-    exponential_decay_length_penalty forced_* begin_suppress_tokens chunk_size_feed_forward prefix
+    router_jitter_noise gradient_checkpointing output_attentions output_hidden_states output_router_logits
+    return_dict* torchscript use_bfloat16 is_decoder id2label label2id num_labels problem_type
+    task_specific_params finetuning_task pretraining_tp unsloth_* max_position_embeddings
+    max_window_layers tokenizer_class max_length min_length max_new_tokens do_sample temperature top_k
+    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_beams num_return_sequences
+    early_stopping diversity_penalty encoder_no_repeat_ngram_size bad_words_ids num_beam_groups
+    remove_invalid_values suppress_tokens exponential_decay_length_penalty forced_* begin_suppress_tokens
+    chunk_size_feed_forward prefix
     attention_bias head_dim num_local_experts num_experts tie_word_embeddings *intermediate_size
 """.split()  # the last line: a wrong value is found when the weights are put in
 
@@ -43,9 +44,8 @@ def translate(config: dict) -> dict:
     if family.name == "qwen3_moe" and made.get("num_experts") is None:  # renamed by transformers 5
         made["num_experts"] = made.get("num_local_experts")
     if family.name in ("qwen3", "qwen3_moe") and made.get("head_dim") is None:
-        made["head_dim"] = (
-            128 if family.name == "qwen3" else made["hidden_size"] // made["num_attention_heads"]
-        )
+        even = made["hidden_size"] // made["num_attention_heads"]
+        made["head_dim"] = 128 if family.name == "qwen3" else even
     if family.name == "phi3":
         made.setdefault("max_position_embeddings", 4096)
     activation = made.pop("hidden_activation", None) or made.pop("hidden_act", None)
@@ -112,7 +112,8 @@ ROPE_KEYS = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
-        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        *("factor", "original_max_position_embeddings"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     ),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
@@ -196,6 +197,7 @@ def _complete(kind: str, rope: dict, config: dict) -> None:
 
 
 def unusable(kind: str, name: str) -> UserError:
+    """The sentence for a scaling without a number that it needs."""
     return UserError(
         f"The model's config.json scales positions by '{kind}' without a usable {name}; get the file again."
     )

@@ -74,7 +74,7 @@ UNSERVED = {
 
 def check_served(config: dict) -> None:
     """Refuse, in one sentence, a model that the kit's view cannot show (config: its config.json)."""
-    name = config.get("model_type", "")
+    name = str(config.get("model_type", ""))
     if name not in FAMILIES:
         why = f" ({UNSERVED[name]})" if name in UNSERVED else ""
         raise UserError(f"Models of type '{name}' are not served{why}; use one of {', '.join(DENSE + MOE)}.")

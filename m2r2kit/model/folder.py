@@ -105,19 +105,20 @@ def check_no_code(folder: Path, config: dict) -> None:
     its chat templates run in a sandbox."""
     if config.get("model_file"):
         raise UserError(f"{folder} needs code of its own ({config['model_file']}), which is not run here.")
-    classes = FAMILIES[config["model_type"]].classes
+    classes, auto_map = FAMILIES[config["model_type"]].classes, config.get("auto_map")
     for name, wanted in (("AutoConfig", "Config"), ("AutoModelForCausalLM", "ForCausalLM")):
-        code = (config.get("auto_map") or {}).get(name)
+        code = auto_map.get(name) if isinstance(auto_map, dict) else None
         if code and str(code).rsplit(".", 1)[-1] != classes + wanted:  # the same class is in mlx-lm
             raise UserError(f"{folder} needs code of its own ({code}), which is not run here.")
     file = folder / "tokenizer_config.json"
     settings = read_json(file) if file.exists() else {}
-    for code in (settings.get("auto_map"), config.get("auto_map")):
+    for code in (settings.get("auto_map"), auto_map):
         code = code.get("AutoTokenizer") if isinstance(code, dict) else code
         code = next((str(each) for each in code if each), None) if isinstance(code, list) else code
-        if not code:
-            continue
-        raise UserError(f"The tokenizer of {folder} needs code of its own ({code}), which is not run here.")
+        if code:
+            raise UserError(
+                f"The tokenizer of {folder} needs code of its own ({code}), which is not run here."
+            )
 
 
 def read_config(folder: Path) -> dict:

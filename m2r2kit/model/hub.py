@@ -41,12 +41,7 @@ def why(name: str, error: BaseException) -> str:
     kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
     status = next((s for each in chain if (s := _status(each))), None)
     for each in chain:
-        if isinstance(each, OSError) and each.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EROFS,
-        ):
+        if isinstance(each, OSError) and each.errno in DISK:
             return str(unwritable(f"The download of {name} into {constants.HF_HUB_CACHE}", each))
     if isinstance(error, errors.HFValidationError):
         return f"There is no folder {name}, and it is no name of a repository; give a folder or ORG/NAME."

@@ -89,7 +89,7 @@ def read_model(folder: Path) -> tuple[nn.Module, dict]:
 
     tensor_names(folder)  # refuses damaged headers, and tensors that are there twice
     config = read_config(folder)
-    translated = translate(config)
+    translated = _building(folder, translate)(config)
     changes = {name: value for name, value in translated.items() if config.get(name) != value}
     changes["tie_word_embeddings"] = config["tie_word_embeddings"]
 
@@ -97,7 +97,7 @@ def read_model(folder: Path) -> tuple[nn.Module, dict]:
         model, arguments = utils._get_classes(config)
         return _building(folder, model), SimpleNamespace(from_dict=_building(folder, arguments.from_dict))
 
-    with _exactly(folder) as source, _reading(folder):
+    with _reading(folder), _exactly(folder) as source:
         model, made = utils.load_model(source, lazy=True, model_config=changes, get_model_classes=classes)
     rest = {name: value for name, value in made.items() if name not in WINDOW}
     return model, rest | {name: config[name] for name in WINDOW if name in config}
@@ -133,6 +133,8 @@ def _building(folder: Path, make: Callable) -> Callable:
     def made(argument):
         try:
             return make(argument)
+        except UserError:
+            raise
         except Exception as error:  # a missing or impossible value shows in whatever is computed from it
             raise UserError(
                 f"{folder / 'config.json'} does not describe a model ({in_short(error)}); get it again."
