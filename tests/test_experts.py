@@ -188,7 +188,7 @@ def test_wrong_guesses_do_not_take_the_disk_from_right_ones():
         asked = residency.counts.reads
         decoder.settle()
         assert out.tokens == right()[1][:6] and r.reads < asked
-        assert any(request.rank == PARKED and not request.done for request in decoder.pending.values())
+        assert any(request.rank == PARKED and not request.done for request in decoder.reads.pending.values())
 
 
 def test_a_long_prompt_is_read_in_chunks(monkeypatch):

@@ -6,7 +6,8 @@
     residency.py, policies.py      which experts are in memory, and which one is evicted
     predictors.py                  which experts will be needed, predicted from ids ..
     state_predictors.py, train.py  .. and from states: routers, the stream, a map; how these are trained
-    moe.py, decode.py              a model that decodes so
+    moe.py, reads.py, decode.py    a model that decodes so
+    opening.py                     all of it at once, from a model and a store
     trace.py, simulate.py          the same counts without the model, and the time on another disk
     registry.py, trained.py        all of them by name, and from disk
 

@@ -1,13 +1,12 @@
-"""A mixture-of-experts model cut where its routers have spoken and its experts have not.
+"""A mixture-of-experts model cut between each router and its experts.
 
     segment    [experts of the block before] .. attention, router      -> which experts, what weights
-    .. the experts are brought into slots ..
+    .. the experts are read into slots ..
     segment    [these experts] .. the next attention, router           -> ..
 
-Each segment is one compiled pass (`fixed_cache.Traced`) from one router's decision to the next. Where
-all experts are in slots already, nothing has to be brought and one segment spans all blocks. The families
-differ in how they route; their own code is asked, with something else in the place of the experts, so nothing
-of it is written here a second time.
+Each segment is one compiled pass (`cache.Traced`) from one router's decision to the next. If all experts are
+in slots already, nothing has to be read and one segment spans all blocks. Families differ in how they route:
+their own code runs, with something else in place of the experts, so none of it is repeated here.
 """
 
 from collections.abc import Iterator
@@ -39,8 +38,8 @@ def attend(backbone: Backbone, l: int, h: mx.array, mask, entry) -> mx.array:
 def route(backbone: Backbone, l: int, u: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """What block l's router decides: (x (T, D) for the experts, their ids (T, k), weights (T, k)).
 
-    The block's own FFN is run with unit vectors for what its experts would give. As it adds them up by
-    weight, the weights come out.
+    The block's own FFN runs with unit vectors as the outputs of its experts. It sums them by weight, so its
+    output is the weights.
     """
     block, parts = backbone.blocks[l], backbone.parts
     ffn, x = block[parts.ffn], block[parts.ffn_norm](u)
@@ -62,7 +61,7 @@ _UNITS: dict[tuple, mx.array] = {}
 
 
 def unit_vectors(k: int, width: int, dtype: mx.Dtype) -> mx.array:
-    """e_1 .. e_k, (k, width); made once, so that it is a constant in a compiled pass."""
+    """e_1 .. e_k, (k, width); made once, so that compiled passes take it for a constant."""
     if (k, width, dtype) not in _UNITS:
         _UNITS[k, width, dtype] = mx.eye(k, width, dtype=dtype)
         mx.eval(_UNITS[k, width, dtype])
@@ -70,12 +69,12 @@ def unit_vectors(k: int, width: int, dtype: mx.Dtype) -> mx.array:
 
 
 def combine(u: mx.array, y: mx.array, weights: mx.array) -> mx.array:
-    """h_{l+1}: u_l and what the experts gave, y (T, k, D), by weight; (1, T, D)."""
+    """h_{l+1}: u_l plus the experts' outputs y (T, k, D) by weight; (1, T, D)."""
     return u + (y * weights[..., None]).sum(axis=-2).reshape(u.shape)
 
 
 def dense(backbone: Backbone, l: int, u: mx.array) -> mx.array:
-    """The same of a block without experts."""
+    """h_{l+1} of a block that runs as it is: one without experts, or with them in memory."""
     block, parts = backbone.blocks[l], backbone.parts
     return u + block[parts.ffn](block[parts.ffn_norm](u))
 
@@ -83,8 +82,8 @@ def dense(backbone: Backbone, l: int, u: mx.array) -> mx.array:
 def through(
     backbone: Backbone, l: int, u: mx.array, switch: nn.Module, first: int
 ) -> tuple[mx.array, mx.array]:
-    """Block l from u_l on by its own code, with all its experts in slots from `first` on: h_{l+1}, and the
-    ids (1, k) that its router chose; T = 1."""
+    """Block l from u_l on by its own code, with all its experts in slots from `first` on; T = 1. Returns
+    h_{l+1}, and the ids (1, k) that its router chose."""
     noted = []
 
     def experts(x, ids):
@@ -114,15 +113,15 @@ def new_cache(backbone: Backbone, room: int) -> list:
 
 @dataclass
 class Decision:
-    """Where a token stands when block l's router has spoken (`l` None: it is through all blocks).
+    """A token's state when block l's router has decided; `l` is None at the end of the pass.
 
     Attributes:
-        u: the state after block l's attention, (1, 1, D); at the end h_N.
-        x, ids, weights: as `route` gives them, T = 1; at the end `ids` (blocks, k) of the blocks that were
+        u: the hidden state after block l's attention, (1, 1, D); at the end h_N.
+        x, ids, weights: as `route` returns them, T = 1; at the end `ids` (blocks, k) of the blocks that were
             passed without a stop, if any were.
         p: what the predictor hands on.
-        named: each time the predictor was asked in the segment: the block with experts whose decision
-            came next, the targets, and their experts (targets, width).
+        named: for each prediction in the segment: the block with experts that decides next, the targets, and
+            their predicted experts (targets, width).
         logits: at the end, (1, 1, V).
     """
 
@@ -136,7 +135,7 @@ class Decision:
     logits: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
-        """All that has to be computed before the experts can be brought."""
+        """All that has to be computed before the experts can be read."""
         given = (self.u, self.x, self.ids, self.weights, self.p, self.logits)
         return [a for a in given if a is not None] + [experts for *_, experts in self.named]
 
@@ -145,9 +144,9 @@ class TokenPass:
     """The segments of a token's pass.
 
     Args:
-        switches: for each block with experts, what computes from slots (`slots.Bank.switch`).
-        predictor: that looks at states; None where nothing does.
-        first: where all experts are in slots and stay, the slot of each block's first one: no stops then.
+        switches: for each block with experts, the module that computes from slots (`slots.Bank.switch`).
+        predictor: one that looks at states, or None.
+        first: if all experts are in slots and stay, the slot of each block's first one; then no block stops.
     """
 
     def __init__(
@@ -160,7 +159,7 @@ class TokenPass:
         self.backbone, self.switches, self.predictor = backbone, switches, predictor
         self.first = first or {}
         if predictor is not None:
-            mx.eval(predictor.parameters())  # or the compiled passes would make them anew each time
+            mx.eval(predictor.parameters())  # or compiled passes would compute them each time
         self.stops = [*(l for l in sorted(switches) if l not in self.first), None]
         self.segments: list[Traced] = []
         self.targets: list[list[tuple[int, list[int]]]] = []  # of each segment: as in `Decision.named`
@@ -211,8 +210,8 @@ class TokenPass:
         return body
 
     def run(self, x: mx.array, cache: list, before: mx.array) -> Iterator[Decision]:
-        """The decisions of the pass of a token x (1, 1), the last one with the logits. Send in the slots of
-        the chosen experts, (k,), for each decision but the last."""
+        """The decisions in the pass of a token x (1, 1); the last has the logits. For each decision but the
+        last, send the slots of the chosen experts, (k,)."""
         more = ()
         for stop, segment, targets in zip(self.stops, self.segments, self.targets):
             out = segment(cache, x, before, *more)

@@ -149,7 +149,7 @@ class Reader:
     def cancel(self, request: Request) -> None:
         """A record is not needed any more; when this returns it has landed or never will."""
         with self._changed:
-            while request.state == LANDING:
+            while request.state == LANDING and not self._failed:
                 self._changed.wait()
             if request.state != DONE:
                 request.state = CANCELLED
