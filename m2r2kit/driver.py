@@ -46,6 +46,7 @@ class Decoder:
 
     backbone: Backbone
     work: object | None = None
+    _run: object | None = None  # the result of the text that it decodes now
 
     def begin(self, prompt: list[int], capacity: int) -> None:
         """Forget the last text, and read all of a prompt but its last token.
@@ -125,7 +126,8 @@ def drive(
             for decoders that emit one token a step and compute nothing ahead.
 
     Raises:
-        UserError: an empty or over-long prompt, or no token asked for.
+        UserError: an empty or over-long prompt, or no token asked for; another text was begun with this
+            decoder before this one was finished.
     """
     if max_tokens < 1:
         raise UserError(f"At least one token must be asked for; got {max_tokens}.")
@@ -133,11 +135,14 @@ def drive(
     limit, eos = min(max_tokens, backbone.room_after(prompt)), backbone.eos
     begun = time.perf_counter()
     try:
+        decoder._run = out
         decoder.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
         out.prefill_seconds, out.experts = time.perf_counter() - begun, decoder.work
         pending, tokens = prompt[-1], out.tokens
         with decoder.threads():
             while out.stopped is None:
+                if decoder._run is not out:
+                    raise UserError("This decoder has begun another text; finish one before the next.")
                 step = decoder.step(pending, limit - len(tokens))
                 new, accepted = step.tokens, step.accepted
                 tokens += new
