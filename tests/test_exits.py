@@ -259,7 +259,7 @@ def test_every_kind_learns_and_comes_back_from_disk(kind, tmp_path):
             trained.load(view, tmp_path, others[kind])
 
 
-# --- peers without exits ----------------------------------------------------------------------
+# --- baselines without exits ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mixture-of-depths", "shallow"])

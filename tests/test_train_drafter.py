@@ -12,7 +12,7 @@ from m2r2kit.cli import train_drafter, tune
 from m2r2kit.common import UserError
 from m2r2kit.speculation import generate
 from m2r2kit.speculation import registry as methods
-from m2r2kit.speculation import trained as peers
+from m2r2kit.speculation import trained as baselines
 
 MODEL = {"max_position_embeddings": 512}
 
@@ -26,7 +26,7 @@ def arguments(out, **changes):
     return SimpleNamespace(**(values | changes))
 
 
-@pytest.mark.parametrize("kind", peers.KINDS)
+@pytest.mark.parametrize("kind", baselines.KINDS)
 def test_a_peer_is_trained_saved_recorded_and_found(kind, tmp_path, written, monkeypatch):  # noqa: F811
     monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(3, 0.0, 1.0))
     assert train_drafter.run(arguments(tmp_path / kind, kind=[kind])) == 0
@@ -49,10 +49,10 @@ def test_drafts_are_tuned_on_the_tuning_prompts(tmp_path, written):  # noqa: F81
 @pytest.mark.parametrize("kind", ["kangaroo", "deed"])
 def test_a_threshold_of_confidence_is_tuned_too(kind, monkeypatch):
     view, worth = tiny.backbone("llama", **MODEL), {0.2: 1.1, 0.4: 1.5, 0.6: 1.4, 0.8: 0.9}
-    module = peers.new(view, kind, exit=1)
+    module = baselines.new(view, kind, exit=1)
     tuned = {t: Tuned(4, 0.0, worth[t]) for t in worth}
     monkeypatch.setattr(tuning, "tune", lambda *found: tuned[module.config.threshold])
-    assert tuning.tune_peer(view, kind, module).estimate == 1.5
+    assert tuning.tune_baseline(view, kind, module).estimate == 1.5
     assert module.config.threshold == 0.4
 
 
@@ -68,7 +68,7 @@ def test_trained_peers_are_tuned_again_with_the_stream(tmp_path, written, monkey
     assert tune.run(SimpleNamespace(model=model, stream=tmp_path / "stream", drafters=tmp_path)) == 0
     (_, (place, facts)) = told
     assert place == (tmp_path / "kangaroo", "drafter") and facts["drafts"] == 6
-    assert facts["config"]["threshold"] == tuning.PEER_THRESHOLDS[0]
+    assert facts["config"]["threshold"] == tuning.BASELINE_THRESHOLDS[0]
 
 
 def test_too_little_text_is_refused(tmp_path):

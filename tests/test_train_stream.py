@@ -158,7 +158,7 @@ def test_an_interrupted_tuning_keeps_what_was_trained(tmp_path, written, monkeyp
     with pytest.raises(KeyboardInterrupt):
         train_stream.run(arguments(tmp_path))
     assert weights(tmp_path) and not (tmp_path / "unfinished").exists()
-    monkeypatch.setattr(train_drafter, "tune_peer", stop)
+    monkeypatch.setattr(train_drafter, "tune_baseline", stop)
     asked = arguments(tmp_path / "medusa", kind=["medusa"], model=str(tiny.folder("llama", **LONG)))
     with pytest.raises(KeyboardInterrupt):
         train_drafter.run(asked)

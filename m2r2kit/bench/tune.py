@@ -13,14 +13,14 @@ from tqdm import tqdm
 from ..common import UserError
 from ..model.backbone import Backbone
 from ..speculation import M2R2, Drafter, generate
-from ..speculation import trained as peers
+from ..speculation import trained as baselines
 from ..speculation.drafters.m2r2_tree import M2R2Tree
 from ..stream.stream import AcceleratedStream
 from ..text import prompts
 from .speculation import step_costs
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.45)
-PEER_THRESHOLDS = (0.2, 0.4, 0.6, 0.8)  # of confidence in one token, where a kind has one
+BASELINE_THRESHOLDS = (0.2, 0.4, 0.6, 0.8)  # of confidence in one token, where a kind has one
 LEAVES = (0, 1, 2, 4)
 
 
@@ -105,13 +105,13 @@ def tune_stream(backbone: Backbone, stream: AcceleratedStream) -> tuple[dict, fl
     return facts | {"tree": shape}, chain.estimate
 
 
-def tune_peer(backbone: Backbone, kind: str, module) -> Tuned:
-    """The best number of drafts of a trained peer; of a kind with a threshold its module keeps the best."""
+def tune_baseline(backbone: Backbone, kind: str, module) -> Tuned:
+    """The best number of drafts of a trained baseline; if it has a threshold, its module keeps the best."""
     found = []
-    for threshold in PEER_THRESHOLDS if hasattr(module.config, "threshold") else [None]:
+    for threshold in BASELINE_THRESHOLDS if hasattr(module.config, "threshold") else [None]:
         if threshold is not None:
             module.config = replace(module.config, threshold=threshold)
-        found.append((tune(backbone, peers.drafter(backbone, kind, module)), module.config))
+        found.append((tune(backbone, baselines.drafter(backbone, kind, module)), module.config))
     tuned, module.config = max(found, key=lambda each: each[0].estimate)
     return tuned
 

@@ -36,7 +36,7 @@ def drafters(parser):
         "--drafters",
         type=Path,
         metavar="DIR",
-        help="the trained peers (default: 'drafters' in the model's folder; of a repository, in the cache)",
+        help="trained drafters (default: 'drafters' in the model's folder; of a repository, in the cache)",
     )
 
 

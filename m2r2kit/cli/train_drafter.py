@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from ..bench.tune import tune_peer
+from ..bench.tune import tune_baseline
 from ..model.backbone import Backbone
 from ..speculation import trained as baselines
 from ..speculation.registry import TRAINED as DRAFTERS
@@ -74,7 +74,7 @@ def one(backbone: Backbone, kind: str, module, batches, judges, out: Path, args)
     parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
     figures = {"parameters": parameters, "held_out_loss": after, "held_out_loss_before": before}
     if args.tune:
-        tuned = tune_peer(backbone, kind, module)  # it may change the threshold as well
+        tuned = tune_baseline(backbone, kind, module)  # it may change the threshold as well
         print(tuned)
         facts["drafts"] = tuned.drafts
         baselines.save(module, backbone, out, **facts)

@@ -245,7 +245,7 @@ def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: Dis
     batches: list[TeacherBatch] = distillation.teacher_batches(backbone, train, depths, blocks, args.batch)
     judges = distillation.teacher_batches(backbone, held_out, depths, blocks)
     rows = []
-    print(f"{'form':24} {'numbers':>9} {'seconds':>7} {'agreement':>9} {'nats':>6} {'cos h_N':>7}")
+    print(f"{'form':24} {'params':>9} {'seconds':>7} {'agreement':>9} {'nats':>6} {'cos h_N':>7}")
     for name, made in distillation.comparison(backbone, exit, base):
         if isinstance(made, StreamConfig):
             got = distillation.train_stream(backbone, made, batches, judges, distil)

@@ -1,11 +1,11 @@
-"""`m2r2kit tune`: how long drafts should be on this machine: a stream's, its tree's and the peers'."""
+"""`m2r2kit tune`: how long drafts should be on this machine: a stream's, its tree's and the baselines'."""
 
 from dataclasses import asdict
 
-from ..bench.tune import tune_peer, tune_stream
+from ..bench.tune import tune_baseline, tune_stream
 from ..common import check_writable
 from ..model.backbone import Backbone
-from ..speculation import trained as peers
+from ..speculation import trained as baselines
 from ..speculation.registry import drafters_folder, stream_folder
 from ..stream import checkpoints
 from ..stream.stream import load_stream
@@ -25,11 +25,11 @@ def run(args) -> int:
     backbone = Backbone.load(args.model)
     facts, _ = tune_stream(backbone, load_stream(backbone, folder))
     checkpoints.note(folder, "stream", **facts)
-    for kind in peers.KINDS:
+    for kind in baselines.KINDS:
         folder = drafters_folder(args.model, args.drafters) / kind
         if (folder / "drafter.json").exists():
-            module, _ = peers.load(backbone, kind, folder)
-            tuned = tune_peer(backbone, kind, module)
+            module, _ = baselines.load(backbone, kind, folder)
+            tuned = tune_baseline(backbone, kind, module)
             print(f"{kind}: {tuned}", flush=True)
             checkpoints.note(folder, "drafter", drafts=tuned.drafts, config=asdict(module.config))
     return 0

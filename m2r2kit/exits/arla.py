@@ -2,13 +2,13 @@
 
 The paper names it and gives no more; our reading is *accelerated residual latent attention*
 (`data/paper/choices.toml`). Every state on the way, those where an interval began and those read at its
-end, is projected to a few latent numbers; the newest attends to all of them; a small layer reads from
+end, is projected to a small latent vector; the newest attends to all of them; a small layer reads from
 both how likely it is that the head is right here.
 
 Two looks. The first is cheap: no head is evaluated for it (with a vocabulary of 4,096 that has as many
 products as three blocks of the pocket model, the router a tenth of one). Where it finds a token likely
 enough, the head is read, as it has to be where a token leaves, and what the head says is weighed with the
-trajectory. So a head is read in vain only where the second look takes back what the first one hoped.
+trajectory. So the head is wasted only when the second score rejects what the first accepted.
 """
 
 import copy
@@ -29,7 +29,7 @@ class ArlaConfig:
 
     Attributes:
         exits: how many exits it knows.
-        latent: latent numbers of a state.
+        latent: width of a state's latent vector.
         sees: which residuals: `states`, what is read at the exits, and `starts`, the slow ones from
             which that was made.
         hope: share of the threshold that the first look asks for, where a second one follows; set by hand,
@@ -43,7 +43,7 @@ class ArlaConfig:
 
 
 class Arla(Gate):
-    """The router: (exit's number j, what is seen) -> probability of being right, (B, T, 1)."""
+    """The router: (exit's index j, what is seen) -> probability of being right, (B, T, 1)."""
 
     weighs = looks = True
 
@@ -63,7 +63,7 @@ class Arla(Gate):
         self.said = mx.zeros((config.exits, 3))  # weights of what the head says, and a constant
 
     def latents(self, j: int, seen: Seen) -> list[mx.array]:
-        """The latent numbers of exit j, one (B, T, L) for each kind of residual that is seen."""
+        """The latent vectors of exit j, one (B, T, L) for each kind of residual that is seen."""
         return [
             norm(getattr(seen, kind)[j]) @ down[j] + self.place[j, i]
             for i, (kind, norm, down) in enumerate(zip(self.config.sees, self.norms, self.down, strict=True))

@@ -34,7 +34,7 @@ class ExitDecoder(Decoder):
         gate: of `gates.py`, or ARLA.
         fill: of `fill.py`.
         waits: whether skipped tokens run with the next one that goes deep.
-        use: numbers of the exits to be tried, rising; by default all. Others cost nothing.
+        use: indices of the exits to be tried, rising; by default all. Others cost nothing.
 
     Attributes:
         threshold: score from which a token leaves, one for all exits or one for each; `NEVER` at first. It

@@ -1,4 +1,4 @@
-"""Decoding with the peers of `depths.py`: first blocks only, or routers that let a token pass by blocks.
+"""Decoding with the baselines of `depths.py`: first blocks only, or routers that let a token pass by blocks.
 
 A router decides on the state at its block, so the pass stops there and goes on with the part that it chose:
 

@@ -1,6 +1,6 @@
-"""Two peers that change the depth without exits: fewer blocks for all, and blocks that skip tokens.
+"""Two baselines that change the depth without exits: fewer blocks for all, and blocks that skip tokens.
 
-| peer | what runs |
+| baseline | what runs |
 |---|---|
 | `Shallow` | the first blocks only, each with a change of its matrices, and the head |
 | `MixtureOfDepths` | all blocks, but a router before every second one lets tokens pass by it |

@@ -26,7 +26,7 @@ FILLS = ("copy", "p", "linear")
 
 
 class Fill(nn.Module):
-    """(exit's number j, slow state there, what was read there, last state of the token before), each state
+    """(exit's index j, slow state there, what was read there, last state of the token before), each state
     (B, T, D) -> a function: block l -> the state that stands for h_l there. This one is `copy` or `p`;
     nothing to train."""
 
@@ -44,7 +44,7 @@ class Fill(nn.Module):
 
 class LinearFill(Fill):
     """c_jl norm(h) + norm([h, p, before]) U_j V_jl: some of the state where a token left, and what all three
-    say of the rest of h_l, squeezed through `rank` numbers.
+    say of the rest of h_l, through a bottleneck of width `rank`.
 
     Only the direction matters, as every block begins with a norm.
     """

@@ -27,8 +27,8 @@ class Seen:
     """What is known of one token of each of B sequences when it stands at an exit.
 
     Attributes:
-        starts: the slow states from which it was read, by exit's number, (B, 1, D) each.
-        states: what was read there, by exit's number, (B, 1, D) each.
+        starts: the slow states from which it was read, by exit index, (B, 1, D) each.
+        states: what was read there, by exit index, (B, 1, D) each.
         used: which of the exits anyone may leave at, bool (J,); None: those that have a state.
         head: state -> logits (B, 1, V).
         progress: share of the longest text that lies before the token, (B, 1, 1).
@@ -56,7 +56,7 @@ def rising(threshold: float, starts: tuple[int, ...]) -> list[float]:
 
 
 class Gate(nn.Module):
-    """(exit's number, what is seen) -> score (B, 1, 1); a token leaves where it reaches the threshold."""
+    """(exit's index, what is seen) -> score (B, 1, 1); a token leaves where it reaches the threshold."""
 
     probes = False  # whether it needs the head's logits at each exit that it looks at
     monotone = False  # whether no token goes deeper than one before it: nobody looks into the blocks it skips

@@ -1,6 +1,6 @@
 """What decoding with exits costs, counted whole: blocks, readers, gates, heads and fills.
 
-Counted are products of a weight and a number (MACs), one token at a time; attention's own products with
+Counted are multiply-accumulates (MACs), one token at a time; attention's own products with
 keys and values are left out, as they depend on the text's length and are few here.
 """
 
@@ -60,7 +60,7 @@ def by_exit(backbone: Backbone, reader, gate, fill, waits: bool = False, use=Non
     Args:
         waits: skipped tokens run along with a later pass: they cost all blocks, and filling what the
             reader looks at.
-        use: numbers of the exits that are tried; by default all.
+        use: indices of the exits that are tried; by default all.
     """
     block, head, N, J = block_macs(backbone), head_macs(backbone), backbone.depth, len(reader.exits)
     out = []
@@ -79,7 +79,7 @@ def by_exit(backbone: Backbone, reader, gate, fill, waits: bool = False, use=Non
 
 
 def mean(works: list[Work], exits: np.ndarray, vain: float = 0.0) -> Work:
-    """Of an average token; `exits` are the numbers of the exits taken, `vain` the MACs of heads that were
+    """Of an average token; `exits` are the indices of the exits taken, `vain` the MACs of heads that were
     read at exits where the average token then stayed."""
     share = np.bincount(exits, minlength=len(works)) / len(exits)
     parts = ("blocks", "readers", "gates", "heads", "fill")

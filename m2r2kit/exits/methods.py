@@ -46,8 +46,8 @@ class Method:
 
     Attributes:
         module: what was trained for it.
-        thresholds: those of its curve, one point each; of a static exit, the exits' numbers.
-        use: numbers of the exits that are tried, None for all.
+        thresholds: those of its curve, one point each; of a static exit, the exits' indices.
+        use: indices of the exits that are tried, None for all.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Method:
         return [a if j in self.used(threshold) else math.inf for j, a in enumerate(asked)]
 
     def used(self, threshold: float) -> tuple[int, ...]:
-        """Numbers of the exits that are tried: of a static exit that one, which the threshold names."""
+        """Indices of the exits that are tried: of a static exit that one, which the threshold names."""
         if isinstance(self.gate, Static):
             return (int(threshold),)
         return tuple(range(len(self.reader.exits))) if self.use is None else self.use

@@ -81,7 +81,7 @@ class ForcedPass:
         gate: of `gates.py`, or ARLA.
         fill: of `fill.py`.
         waits: whether skipped tokens run along with the next one that goes deep (`decode.py`).
-        use: numbers of the exits that may be tried, all by default; others are not even computed.
+        use: indices of the exits that may be tried, all by default; others are not even computed.
     """
 
     def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits: bool = False, use=None):
@@ -93,9 +93,9 @@ class ForcedPass:
         self.traced = Traced(self._step, entries, range(entries))
 
     def _step(self, entries, token, gated, before, progress, chance, answer, threshold, caught):
-        """One token of each row: (exit's number, what the head reads, token given, nats, heads read in vain,
-        caught); `caught` (reads, B) are the positions before which the blocks that a reader looks at have
-        been run."""
+        """One token of each row: (exit's index, what the head reads, token given, nats, wasted head
+        evaluations, caught); `caught` (reads, B) are the positions before which the blocks that a reader
+        looks at have been run."""
         backbone, reader = self.backbone, self.reader
         position = entries[0].offset
         known = self._known(entries, caught) if self.waits else entries

@@ -1,4 +1,4 @@
-"""The peers that need training: made, trained, saved and loaded in one way.
+"""The baselines that need training: made, trained, saved and loaded in one way.
 
 Each is a small module beside the frozen model, with `loss(batch)` and the `depths` of the states
 that its loss reads, and a drafter that decodes with it.
@@ -27,7 +27,7 @@ from .drafters.medusa import Medusa, MedusaConfig, MedusaHeads
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of peer: its settings, its module (backbone, settings), its drafter (backbone, module)."""
+    """One kind of baseline: its settings, its module (backbone, settings), its drafter (backbone, module)."""
 
     settings: type
     module: type[nn.Module]
@@ -44,7 +44,7 @@ KINDS = {
 
 
 def new(backbone: Backbone, kind: str, exit: int | None = None, seed: int = 0) -> nn.Module:
-    """An untrained peer, in the shape for a model; some kinds have an `exit`."""
+    """An untrained baseline, in the shape for a model; some kinds have an `exit`."""
     mx.random.seed(seed)
     return KINDS[kind].module(backbone, KINDS[kind].settings.for_model(backbone, exit))
 
@@ -56,7 +56,7 @@ def train(
     report: Callable | None = None,
     seconds: float = math.inf,
 ) -> History:
-    """Distil a peer from the model, with the optimiser and the rows of the accelerated stream."""
+    """Distil a baseline from the model, with the optimiser and the rows of the accelerated stream."""
     return distil(module, own_loss, batches, settings, report, seconds)
 
 
@@ -67,17 +67,17 @@ def mean_loss(module: nn.Module, batches: list[TeacherBatch], settings: DistilCo
 
 
 def drafter(backbone: Backbone, kind: str, module: nn.Module) -> Drafter:
-    """Who drafts with a peer; made after training, for it keeps compiled passes."""
+    """Who drafts with a baseline; made after training, for it keeps compiled passes."""
     return KINDS[kind].drafter(backbone, module)
 
 
 def save(module: nn.Module, backbone: Backbone, folder: str | Path, **facts) -> None:
-    """Write a peer, bound to its model."""
+    """Write a baseline, bound to its model."""
     checkpoints.save(module, module.config, backbone.sha256, folder, "drafter", **facts)
 
 
 def load(backbone: Backbone, kind: str, folder: str | Path) -> tuple[nn.Module, dict]:
-    """A saved peer, and everything that its JSON says.
+    """A saved baseline, and everything that its JSON says.
 
     Raises:
         UserError: there is none, it is of another kind, damaged, or belongs to another model.

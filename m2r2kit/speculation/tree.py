@@ -95,9 +95,9 @@ def verify_tree(backbone: Backbone, tree: Tree, pending: int, cache: list) -> tu
         UserError: the tree reaches behind the model's context.
     """
     start = cache[0].offset
-    if (room := backbone.context - start - 1) < tree.depth:
+    if (capacity := backbone.context - start - 1) < tree.depth:
         raise UserError(
-            f"A tree of depth {tree.depth} does not fit into the context, which has {room} tokens left; "
+            f"A tree of depth {tree.depth} does not fit into the context, which has {capacity} tokens left; "
             "draft fewer."
         )
     tokens, positions, mask = tree.rows(pending, start)

@@ -86,7 +86,7 @@ def note(folder: str | Path, name: str, **facts) -> None:
 
 
 def trained(folder: str | Path, name: str, config_type: type) -> dict:
-    """What training a saved module took: `parameters` (how many numbers it changed), `train_steps` and
+    """What training a saved module took: `parameters` (how many), `train_steps` and
     `train_seconds`, each None where nobody noted it.
 
     Raises:

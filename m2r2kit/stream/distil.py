@@ -1,8 +1,8 @@
 """Distil a small module against the frozen model: the model is its own teacher.
 
-The teacher is asked once for each window of text (its states, keys and values are kept in
-memory), and the small module then learns from the same windows for several rounds: a
-forward pass through all blocks costs far more than one step of what is trained.
+Each window of text takes one teacher forward, whose states, keys and values stay in memory as a teacher
+batch; the small module then learns from the same batches for several rounds, because a forward through
+all blocks costs far more than one step of training.
 
 Loss, for each exit E (notebook 02):
 
@@ -60,7 +60,7 @@ class KeptKV:
 
 @dataclass
 class TeacherBatch:
-    """What the teacher says of one batch of windows (B, T)."""
+    """States, keys and values of the frozen model on one batch of windows (B, T)."""
 
     tokens: mx.array  # (B, T)
     states: dict[int, mx.array]  # slow states by depth, each (B, T, D)
@@ -70,7 +70,7 @@ class TeacherBatch:
 def teacher_batch(
     backbone: Backbone, windows: np.ndarray, depths: set[int], blocks: set[int]
 ) -> TeacherBatch:
-    """Run the frozen model over windows (B, T) and keep the states and keys that are asked for."""
+    """One teacher forward over windows (B, T): the states at `depths`, the keys and values of `blocks`."""
     tokens = mx.array(windows)
     cache = backbone.new_cache()
     states = backbone.states(tokens, cache)
@@ -81,7 +81,7 @@ def teacher_batch(
 
 
 def needs(stream: AcceleratedStream) -> tuple[set[int], set[int]]:
-    """Depths of the states, and blocks of the keys, that training a stream asks the teacher for."""
+    """Depths of the states and blocks of the keys that a teacher batch must hold to train a stream."""
     depth, config = stream._backbone.depth, stream.config
     depths, blocks = {depth}, set()
     for a, b in intervals(config):
@@ -129,7 +129,7 @@ def divergence(
         guess: states (B, T, D') that are to say what the model's last states say.
         final: the model's states h_N there, (B, T, D).
         read: logits of such a guess; by default the model's norm and head.
-        among: the tokens to draw from, as numbers 0..B T - 1; by default all.
+        among: the tokens to draw from, as indices 0..B T - 1; by default all.
     """
     count = settings.positions * final.shape[0]
     guess, final = (x.reshape(-1, x.shape[-1]) for x in (guess, final))

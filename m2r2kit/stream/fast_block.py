@@ -38,12 +38,12 @@ class SharedKV:
         return self.slow.keys_and_values()
 
 
-def one_token_mask(entry):
+def one_token_mask(layer_cache):
     """What one new token may look at: everything, or of a cache of fixed size what is filled."""
-    return entry.make_mask(1) if isinstance(entry, FixedKV) else None
+    return layer_cache.make_mask(1) if isinstance(layer_cache, FixedKV) else None
 
 
-def seen(entry, verified):
+def seen(layer_cache, verified):
     """Keys and values of a layer cache at the first `verified` positions: (keys, values, mask).
 
     Args:
@@ -54,16 +54,17 @@ def seen(entry, verified):
     token there is none, and keys and values are None.
     """
     if getattr(verified, "ndim", 0):
-        keys, values = entry.keys_and_values()
+        keys, values = layer_cache.keys_and_values()
         limit = mx.maximum(verified, 1)[..., :, None]
         mask = mx.where(mx.arange(keys.shape[2]) < limit, 0.0, -1e9)
         return keys, values, mask if mask.ndim == 2 else mask[:, None]
-    if isinstance(entry, FixedKV):
-        return entry.keys, entry.values, mx.arange(entry.keys.shape[2]) < mx.maximum(verified, 1)
-    count = min(max(verified, 1), entry.offset)
+    if isinstance(layer_cache, FixedKV):
+        keys, values = layer_cache.keys, layer_cache.values
+        return keys, values, mx.arange(keys.shape[2]) < mx.maximum(verified, 1)
+    count = min(max(verified, 1), layer_cache.offset)
     if count == 0:
         return None, None, None
-    return entry.keys[..., :count, :], entry.values[..., :count, :], None
+    return layer_cache.keys[..., :count, :], layer_cache.values[..., :count, :], None
 
 
 # --- changes of frozen matrices -------------------------------------------------------------
@@ -113,11 +114,11 @@ class Merged(nn.Module):
         return y if self._bias is None else y + self._bias
 
 
-SMALL_BLOCK = 1 << 20  # numbers that may be kept a second time, to save operations
+SMALL_BLOCK = 1 << 20  # parameters of a block that may be kept a second time, to save operations
 
 
 def is_small(block: nn.Module) -> bool:
-    """Whether a block's matrices may be merged with their changes: few numbers, all in float32, on a CPU."""
+    """Whether a block's matrices may be merged with their changes: small, in float32, on a CPU."""
     weights = [w for _, w in tree_flatten(block.parameters())]
     quantized = any(isinstance(m, nn.QuantizedLinear) for m in block.modules())
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -241,8 +242,8 @@ class FastBlock(nn.Module):
         return Changed(matrix, self.deltas[name]) if name in self.deltas else matrix
 
     def merged(self) -> nn.Module | None:
-        """What p passes in decoding, as it is now, in as few operations as a block of this size
-        allows; anew after training."""
+        """The base block with its current changes merged, for decoding; None if that saves nothing. Make it
+        anew after training."""
         if self._part not in ("block", "ffn") or not is_small(self._unchanged):
             return None
         return changed(self._unchanged, lambda matrix, name: Merged(matrix, self.deltas.get(name)))
@@ -276,12 +277,12 @@ class FastBlock(nn.Module):
 
     @property
     def begins_at_u(self) -> bool:
-        """Whether p, where it begins as h_l, passes nothing but the block's own attention: then that is u_l,
-        the slow stream's state after it, and need not be computed again."""
+        """True if p's attention output at the start of an interval equals the base model's u_l and can be
+        reused."""
         return self._part == "attention" and not self.deltas and self.read is None
 
     def macs(self) -> int:
-        """Products of a weight and a number for one token."""
+        """Multiply-accumulates for one token."""
         parts = self.ffn.down.size + self.ffn.up.size if "ffn" in self else 0
         parts += self.deep.q.size + self.deep.o.size if "deep" in self else 0
         return parts + (matrix_sizes(self._unchanged) if self._part else 0)
@@ -292,7 +293,7 @@ class FastBlock(nn.Module):
 
 
 def matrix_sizes(module: nn.Module) -> int:
-    """Numbers in a module's matrices: as many products as it takes for one token."""
+    """Number of weights in a module's matrices: the products for one token."""
     return sum(w.size for _, w in tree_flatten(module.parameters()) if w.ndim == 2)
 
 

@@ -1,4 +1,4 @@
-"""What else could be read at an exit, with as many trained numbers as the stream has.
+"""What else could be read at an exit, with as many parameters as the stream.
 
 | readout | what it reads | kin |
 |---|---|---|

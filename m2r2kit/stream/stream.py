@@ -39,15 +39,14 @@ class StreamConfig:
             p starts again as h.
         span: blocks of each interval, the last ones before its exit; None: all since the exit before.
         rate: R; None means that p reaches the end of the model at every exit. 1 is the control.
-        rank: rank of the change of each base matrix; None is a full one, which in decoding costs
-            nothing where it is merged; 0 leaves them all as they are.
+        rank: rank of the change of each base matrix; None is full rank, which costs nothing in decoding
+            where it is merged; 0 changes nothing.
         ffn_width: width of the fast block's own FFN; 0 switches it off, and None is the form's
             own: none for `block`, 4 D for the others.
-        deep: p attends to the slow keys and values of the block at this share of the way from a to N
-            (0.25 with a = 0: block N / 4), of all tokens that the model has already verified; 0: it does not.
-        near: the form `block` also attends to those of its own block l, drafted tokens included,
-            as it does in any case where `deep` is 0, and as the form `attention` always does. Where
-            p does not, a draft needs nothing of the slow stream but what the model has verified.
+        deep: relative depth (0 to 1, from a to N) of the block whose KV cache p also reads, verified tokens
+            only; 0 disables it.
+        near: also attend to block l's own KV, drafted tokens included. Always on if `deep` is 0 or the form
+            is `attention`. Without it a draft needs only what the model has verified.
         carry: p also begins with the last state of the token before it (`fast_blocks.Carry`).
     """
 
@@ -111,7 +110,7 @@ class AcceleratedStream(nn.Module):
         object.__setattr__(self, "_blocks", blocks)
 
     def parameter_count(self) -> int:
-        """Numbers that training changes."""
+        """Number of trainable parameters."""
         from mlx.utils import tree_flatten
 
         return sum(v.size for _, v in tree_flatten(self.trainable_parameters()))
@@ -130,8 +129,8 @@ class AcceleratedStream(nn.Module):
         return self._blocks[l]
 
     def slow_depth(self, exit: int) -> int:
-        """How deep a draft at an exit takes the slow stream: to where p starts from it, or where p reads
-        the keys of its own blocks, to the last of them, in which only these keys are computed."""
+        """Number of slow blocks that a draft at an exit runs; verification resumes there. Where p reads
+        the keys of its own blocks, the last of them computes only these keys."""
         a, b = self.interval(exit)
         return b - 1 if reads_near(self.config) else a
 

@@ -68,8 +68,8 @@ class Drafter:
     learns: int | None = None
     threshold = 0.0
 
-    def begin(self, prompt: list[int], room: int) -> None:
-        """Forget the last text; this one has room for `room` tokens at first."""
+    def begin(self, prompt: list[int], capacity: int) -> None:
+        """Forget the last text; the caches start with a capacity of `capacity` tokens."""
 
     def learn(self, states: mx.array) -> None:
         """Slow states at the depth `learns` of the tokens that have just been verified, (1, T, D):
@@ -155,7 +155,7 @@ class M2R2(EarlyExit):
         self._last = None  # the model's last state, of the newest verified token
         self._before = None  # the last state of the token before: the model's, then the draft's own
 
-    def begin(self, prompt, room):
+    def begin(self, prompt, capacity):
         self._last = None
 
     def learn(self, states):

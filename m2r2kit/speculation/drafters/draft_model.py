@@ -82,8 +82,8 @@ class TwoModels(Drafter):
         mx.eval(module.parameters())
         self.small = Backbone(module.llama, backbone.tokenizer, module._hf, backbone.sha256)
 
-    def begin(self, prompt, room):
-        self.cache = self.small.new_cache(room)
+    def begin(self, prompt, capacity):
+        self.cache = self.small.new_cache(capacity)
 
     def __call__(self, text, drafts, sampler, cache):
         crop(self.cache, len(text) - 1)

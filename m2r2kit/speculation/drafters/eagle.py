@@ -79,8 +79,8 @@ class Eagle(Drafter):
 
         self.own = OwnPass(module, module.block.self_attn, body)
 
-    def begin(self, prompt, room):
-        self.own.begin(room)
+    def begin(self, prompt, capacity):
+        self.own.begin(capacity)
         self.states = None  # h_N of what was verified last
 
     def learn(self, states):

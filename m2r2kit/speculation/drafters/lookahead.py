@@ -33,7 +33,7 @@ class Lookahead(Drafter):
         self.context = backbone.context
         self.window, self.ngram, self.candidates = window, ngram, candidates
 
-    def begin(self, prompt, room):
+    def begin(self, prompt, capacity):
         self.pool: dict[int, list[tuple]] = {}
         for i in range(len(prompt) - self.ngram + 1):
             self.remember(prompt[i : i + self.ngram])
@@ -51,10 +51,10 @@ class Lookahead(Drafter):
     def __call__(self, text, drafts, sampler, cache):
         found = self.pool.get(text[-1], [])[::-1]
         chains = [list(rest[:drafts]) for rest in found]
-        room = self.context - len(text)  # of the cache, which shall not grow for rows beside the text
-        while len((tree := Tree.of_chains(chains)).tokens) > room:
+        capacity = self.context - len(text)  # the cache must not grow for positions beside the text
+        while len((tree := Tree.of_chains(chains)).tokens) > capacity:
             chains.pop()
-        if len(tree.tokens) + sum(map(len, self.levels)) > room:
+        if len(tree.tokens) + sum(map(len, self.levels)) > capacity:
             return tree  # what the window finds is for later, of which little is left
         wide, deep = len(self.levels[0]), len(self.levels)
         level, column = np.divmod(np.arange(deep * wide), wide)

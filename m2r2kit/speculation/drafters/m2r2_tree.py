@@ -58,8 +58,8 @@ class M2R2Tree(M2R2):
         depth = super().__call__(text, drafts, Sampler(), cache).depth
         crop(cache[: self.exit], len(text) - 1)  # the tree writes its own rows
         logits = np.asarray(mx.concatenate(self._logits[:depth]).astype(mx.float32))  # (K, V)
-        room = self.backbone.context - len(text) - len(logits)
-        return with_leaves(logits, max(0, min(self.leaves, room)))
+        capacity = self.backbone.context - len(text) - len(logits)
+        return with_leaves(logits, max(0, min(self.leaves, capacity)))
 
 
 def with_leaves(logits: np.ndarray, leaves: int) -> Tree:

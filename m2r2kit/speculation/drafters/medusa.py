@@ -82,7 +82,7 @@ class Medusa(Drafter):
 
         self.logits = mx.compile(logits)
 
-    def begin(self, prompt, room):
+    def begin(self, prompt, capacity):
         self.last = None
 
     def learn(self, states):

@@ -1,4 +1,4 @@
-"""What trained peers have of their own: a block, and a KV cache that is cut back with the text."""
+"""What trained baselines have of their own: a block, and a KV cache that is cut back with the text."""
 
 from collections.abc import Callable
 
@@ -54,10 +54,10 @@ class OwnPass:
         self.traced = Traced(lambda entries, *x: body(entries[0], *x), 1, range(1))
         self.cache: list[FixedKV] = []
 
-    def begin(self, room: int) -> None:
+    def begin(self, capacity: int) -> None:
         """An empty cache for a new text."""
         heads, width = self.shape
-        keys, values = (mx.zeros((1, heads, round_up(room), width)) for _ in range(2))
+        keys, values = (mx.zeros((1, heads, round_up(capacity), width)) for _ in range(2))
         self.cache = [FixedKV(keys, values)]
 
     @property

@@ -1,4 +1,4 @@
-"""Peers as drafters: whatever drafts, the text and the cache are those of plain decoding."""
+"""Baselines as drafters: whatever drafts, the text and the cache are those of plain decoding."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from m2r2kit.common import UserError
 from m2r2kit.model.backbone import crop
 from m2r2kit.speculation import EarlyExit, Sampler, generate
 from m2r2kit.speculation import decode as loop
-from m2r2kit.speculation import trained as peers
+from m2r2kit.speculation import trained as baselines
 from m2r2kit.speculation.drafters.draft_model import DraftModel, DraftModelConfig
 from m2r2kit.speculation.drafters.eagle import Eagle
 from m2r2kit.speculation.drafters.lookahead import Lookahead
@@ -40,14 +40,14 @@ def shake(w):
 
 
 def untrained(kind, **settings):
-    """A drafter of a peer whose every number was shaken, so that it drafts something of its own."""
+    """A drafter of a baseline whose every number was shaken, so that it drafts something of its own."""
 
     def make(view):
-        config = replace(peers.KINDS[kind].settings.for_model(view, exit=1), **settings)
+        config = replace(baselines.KINDS[kind].settings.for_model(view, exit=1), **settings)
         mx.random.seed(0)
-        module = peers.KINDS[kind].module(view, config)
+        module = baselines.KINDS[kind].module(view, config)
         module.update(tree_map(shake, module.trainable_parameters()))
-        return peers.drafter(view, kind, module)
+        return baselines.drafter(view, kind, module)
 
     make.__name__ = kind
     return make
@@ -58,8 +58,8 @@ def lookahead(view):
 
 
 SURE = {"kangaroo": {"threshold": 0.2}, "deed": {"threshold": 0.2}}  # of some tokens, with shaken weights
-MAKERS = [lookahead, prompt_lookup, *(untrained(kind, **SURE.get(kind, {})) for kind in peers.KINDS)]
-each_kind = pytest.mark.parametrize("kind", peers.KINDS)
+MAKERS = [lookahead, prompt_lookup, *(untrained(kind, **SURE.get(kind, {})) for kind in baselines.KINDS)]
+each_kind = pytest.mark.parametrize("kind", baselines.KINDS)
 each_drafter = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
@@ -130,7 +130,7 @@ def test_costs_of_a_step_can_be_measured(make):
 @pytest.mark.parametrize("family", ["gemma", "phi3", "olmo2", "qwen3_moe"])
 def test_other_families_have_peers_too(family):
     view = tiny.backbone(family)
-    for kind in peers.KINDS:
+    for kind in baselines.KINDS:
         check_equal(untrained(kind)(view), 3, view=view, max_tokens=8)
 
 
@@ -171,11 +171,13 @@ def test_memory_is_that_of_the_text(make):
 
 
 def all_right(kind):
-    """A maker of a peer that has learnt one text by heart: its drafts are often accepted."""
+    """A maker of a baseline that has learnt one text by heart: its drafts are often accepted."""
     view = tiny.backbone()
     module = new(view, kind)
-    peers.train(module, batches(view, module.depths), DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
-    return lambda view: peers.drafter(view, kind, module)
+    baselines.train(
+        module, batches(view, module.depths), DistilConfig(steps=150, warmup=10, learning_rate=1e-2)
+    )
+    return lambda view: baselines.drafter(view, kind, module)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "kangaroo"])
@@ -211,16 +213,16 @@ def batches(view, depths, length=24):
 
 
 def tokens_a_step(view, drafter, drafts=3) -> float:
-    """On the text of the batches, which is all that so small a peer can learn."""
+    """On the text of the batches, which is all that so small a baseline can learn."""
     outs = [generate(view, start, drafter, drafts, 22) for start in STARTS[:6].tolist()]
     return sum(len(out.tokens) for out in outs) / sum(out.steps for out in outs)
 
 
 def new(view, kind):
-    """A peer with room to learn; a tenth of a tiny model has next to none."""
+    """A baseline with room to learn; a tenth of a tiny model has next to none."""
     if kind == "draft-model":
         return DraftModel(view, DraftModelConfig(1, 32, 4, 2, 64, tiny.VOCABULARY, tiny.CONTEXT))
-    return peers.new(view, kind, exit=1)
+    return baselines.new(view, kind, exit=1)
 
 
 @each_kind
@@ -236,29 +238,29 @@ def test_training_lowers_the_loss_and_raises_acceptance(kind):
     view = tiny.backbone()
     module = new(view, kind)
     text = batches(view, module.depths)
-    loss = peers.mean_loss(module, text, DistilConfig())
-    tokens = tokens_a_step(view, peers.drafter(view, kind, module))
-    peers.train(module, text, DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
-    assert peers.mean_loss(module, text, DistilConfig()) < loss - 0.5
-    assert tokens_a_step(view, peers.drafter(view, kind, module)) > tokens + 0.15
+    loss = baselines.mean_loss(module, text, DistilConfig())
+    tokens = tokens_a_step(view, baselines.drafter(view, kind, module))
+    baselines.train(module, text, DistilConfig(steps=150, warmup=10, learning_rate=1e-2))
+    assert baselines.mean_loss(module, text, DistilConfig()) < loss - 0.5
+    assert tokens_a_step(view, baselines.drafter(view, kind, module)) > tokens + 0.15
 
 
 @each_kind
 def test_a_saved_peer_comes_back_to_its_own_model_only(kind, tmp_path):
     view = tiny.backbone()
-    module = peers.new(view, kind, exit=1)
-    peers.save(module, view, tmp_path, drafts=3)
-    loaded, facts = peers.load(view, kind, tmp_path)
+    module = baselines.new(view, kind, exit=1)
+    baselines.save(module, view, tmp_path, drafts=3)
+    loaded, facts = baselines.load(view, kind, tmp_path)
     assert facts["drafts"] == 3 and loaded.config == module.config
     saved, found = (dict(tree_flatten(m.trainable_parameters())) for m in (module, loaded))
     assert saved.keys() == found.keys()
     assert all(mx.allclose(found[name], saved[name], atol=1e-2) for name in saved)
     other = tiny.backbone("qwen3")
     with pytest.raises(UserError, match=f"trained for another model .*{other.sha256[:12]}") as refusal:
-        peers.load(other, kind, tmp_path)
+        baselines.load(other, kind, tmp_path)
     assert "\n" not in str(refusal.value)
     with pytest.raises(UserError, match="There is no trained drafter in"):
-        peers.load(view, kind, tmp_path / "nothing")
+        baselines.load(view, kind, tmp_path / "nothing")
 
 
 # --- the draft model ----------------------------------------------------------------------
@@ -266,7 +268,7 @@ def test_a_saved_peer_comes_back_to_its_own_model_only(kind, tmp_path):
 
 def test_a_draft_model_has_a_tenth_of_the_parameters():
     view = tiny.backbone("llama", vocab_size=512, num_hidden_layers=24)
-    models = view.model, peers.new(view, "draft-model")
+    models = view.model, baselines.new(view, "draft-model")
     large, small = (sum(w.size for _, w in tree_flatten(m.parameters())) for m in models)
     assert 0.05 < small / large <= 0.1  # widths go in steps of 8
 
@@ -297,10 +299,10 @@ def test_kangaroo_stops_where_it_is_not_sure():
 def test_deed_drafts_at_its_first_or_at_its_last_exit(threshold, exit):
     """Before training its exits read what a bare early exit reads."""
     view = tiny.backbone()
-    module = peers.new(view, "deed", exit=1)
+    module = baselines.new(view, "deed", exit=1)
     assert module.config.exits == (1, 2, 3)
     module.config = replace(module.config, threshold=threshold)
-    deed = peers.drafter(view, "deed", module)
+    deed = baselines.drafter(view, "deed", module)
     found, cache = drafted(deed, AGAIN)
     assert found == drafted(EarlyExit(view, exit), AGAIN)[0]
     assert [c.offset for c in cache] == [len(AGAIN) + 4] + [len(AGAIN) - 1] * 3
@@ -309,12 +311,12 @@ def test_deed_drafts_at_its_first_or_at_its_last_exit(threshold, exit):
 def test_deed_computes_deeper_states_of_tokens_that_left_early():
     """Each draft is what its exit says after a fresh pass over the text: none attends to a gap."""
     view, exits = tiny.backbone(), set()
-    module = peers.new(view, "deed", exit=1)
+    module = baselines.new(view, "deed", exit=1)
     for threshold in (0.3, 0.5, 0.7):
         module.config = replace(module.config, threshold=threshold)
         for text in PROMPTS[1:]:
             tokens = list(text)
-            for token in drafted(peers.drafter(view, "deed", module), text)[0]:
+            for token in drafted(baselines.drafter(view, "deed", module), text)[0]:
                 h = view.states(mx.array([tokens]))
                 for exit in (1, 2, 3):
                     p = mx.softmax(view.head(h[exit])[0, -1])
@@ -329,7 +331,7 @@ def test_deed_computes_deeper_states_of_tokens_that_left_early():
 def test_exits_that_a_model_does_not_have_are_refused():
     for kind in ("kangaroo", "deed"):
         with pytest.raises(UserError, match="The exit must lie between 1 and 3; got 9"):
-            peers.new(tiny.backbone(), kind, exit=9)
+            baselines.new(tiny.backbone(), kind, exit=9)
 
 
 # --- prompt lookup ------------------------------------------------------------------------
