@@ -199,8 +199,8 @@ def resume(
 
 def same(old: dict, new: dict, folder: Path) -> None:
     """Refuse to go on with an unfinished training that was asked for something else."""
-    for name in old.keys() & new.keys():
-        if old[name] != new[name]:
+    for name in new:
+        if name in old and old[name] != new[name]:
             what = "other text" if name == "text" else f"{name} {old[name]} and not {new[name]}"
             raise UserError(
                 f"The unfinished training in {folder} has {what}; "

@@ -212,6 +212,7 @@ MOST_DRAFTS = 1024
 FACTS = {  # what commands note in a JSON, and whether a value can be that
     "steps": _count,
     "train_seconds": _seconds,
+    "asked": lambda value: isinstance(value, dict),
     "router_steps": _count,
     "router_train_seconds": _seconds,
     "drafts": _drafts,
