@@ -346,3 +346,10 @@ def test_the_loss_is_finite_for_logits_of_any_size(size):
     wanted, right = mx.value_and_grad(plain)(student)
     assert abs(value.item() - wanted.item()) <= 1e-4 * max(1.0, abs(wanted.item()))
     assert mx.abs(gradient - right).max().item() < 1e-3
+
+
+def test_a_later_interval_asks_for_none_but_its_own_states():
+    view, stream, tokens = tiny.backbone(), tiny.stream(exits=(1, 3), carry=True), tiny.prompt(LENGTH)
+    states, cache = slow(view, tokens)
+    path = stream({1: states[1]}, cache, exit=3)
+    assert mx.array_equal(path[-1], stream(states, cache, exit=3)[-1])

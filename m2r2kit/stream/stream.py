@@ -152,7 +152,7 @@ class AcceleratedStream(nn.Module):
         a, b = self.interval(exit or self.config.exits[0])
         T = states[a].shape[1]
         verified = mx.arange(T) if verified is None else verified
-        if self.config.carry and before is None:
+        if self.config.carry and a == 0 and before is None:
             before = shifted(states[self._backbone.depth])
         p = [self.begin(a, states[a], before)]
         for l in range(a, b):
