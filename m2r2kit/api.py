@@ -66,6 +66,7 @@ def load(
     experts: str | Path | None = None,
     budget: int | float | str = 0.5,
     predictor: str = "next-router",
+    adapter: str | Path | None = None,
     **reading,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model, as `mlx_lm.load` does; a mixture's experts may stay on disk.
@@ -79,6 +80,7 @@ def load(
         budget: memory for experts, as bytes or a share of all: `64e6`, `"64MB"`, `0.25`, `"25%"`.
         predictor: who predicts experts ahead of time, so that their reads are over when they are needed:
             `next-router`, `m2r2` (arXiv 2502.02040) and others of `m2r2kit generate --help`.
+        adapter: folder of a LoRA adapter that `mlx_lm.lora` wrote for this model.
         reading: further settings of the store: `policy`, `distance`, `width`, `stream`, `reads`, `threads`,
             `link`, as the options of `m2r2kit generate`.
 
@@ -91,8 +93,10 @@ def load(
     if experts is None:
         if reading:
             raise UserError(f"{sorted(reading)[0]} is a setting of experts on disk; give their store too.")
-        backbone, decoder = Backbone.load(path_or_repo), None
+        backbone, decoder = Backbone.load(path_or_repo, adapter=adapter), None
     else:
+        if adapter is not None:
+            raise UserError("Experts on disk are those of the model alone; leave out the adapter.")
         decoder = open_experts(path_or_repo, experts, budget=budget, predictor=predictor, **reading)
         backbone = decoder.backbone
     backbone.model.__dict__[KEPT] = View(backbone, decoder)

@@ -189,6 +189,10 @@ def test_other_models_and_settings_are_refused(stream_folder, tmp_path):
         m2.train_stream(other, tokenizer, exits=(99,))
     with pytest.raises(UserError, match="give their store too"):
         m2.load(folder(), policy="lru")
+    with pytest.raises(UserError, match="leave out the adapter"):
+        m2.load(tiny_experts.model(), experts=tiny_experts.store().folder, adapter=tmp_path)
+    with pytest.raises(UserError, match="adapter"):
+        m2.load(folder(), adapter=tmp_path)
     with pytest.raises(UserError, match="no size"):
         m2.load(tiny_experts.model(), experts=tiny_experts.store().folder, budget="much")
     with pytest.raises(UserError, match="A model is what"):

@@ -144,8 +144,8 @@ def run(args) -> int:
                 sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed, args.min_p)
                 out = answer(way, ids, sampler, args)
                 if args.json:
-                    print(json.dumps(as_json(id, backbone, out, way)))
-                said += [backbone.decode(out.tokens)]
+                    print(json.dumps({"id": id, "tokens": out.tokens, "text": out.text, **way.figures(out)}))
+                said.append(out.text)
                 sys.stdout.flush()
         if args.trace:
             way.decoder.trace.save(args.trace)
@@ -155,22 +155,17 @@ def run(args) -> int:
 def answer(way: Way, ids: list[int], sampler: Sampler, args) -> Generation:
     """One answer; without `--json` it is printed as it comes."""
     api.draw(way.decoder, sampler)
-    out = Generation()
-    if args.json and not args.stop:
-        return driver.generate(way.decoder, ids, args.max_tokens)
-    show = None if args.json else Printer(way.exits)
+    if args.json and not args.stop:  # no text has to be ready before the end
+        out = driver.generate(way.decoder, ids, args.max_tokens)
+        out.text = way.decoder.backbone.decode(out.tokens)
+        return out
+    out, show = Generation(), None if args.json else Printer(way.exits)
     for segment in driver.stream(way.decoder, ids, args.max_tokens, args.stop, out):
         if show:
             show(segment)
     if show:
         show.end(way.summary(out))
     return out
-
-
-def as_json(id: str, backbone: Backbone, out: Generation, way: Way) -> dict:
-    """The object that `--json` prints of an answer."""
-    text = out.text if out.stopped == "stop" else backbone.decode(out.tokens)
-    return {"id": id, "tokens": out.tokens, "text": text, **way.figures(out)}
 
 
 # --- prompts --------------------------------------------------------------------------------
