@@ -101,7 +101,7 @@ class Sampler:
             return None
         from ..model.mlxlm import make_sampler
 
-        mx.random.seed(self.seed)
+        mx.random.seed(self.seed % 2**64)  # as many seeds as MLX has
         coldest = max(self.temperature, 1e-30)  # its inverse must be a float32
         top_k = self.top_k if self.top_k < vocabulary else 0
         top_p = self.top_p if self.top_p < 1 else 0.0  # 0 keeps all there
