@@ -127,7 +127,7 @@ def test_costs_of_a_step_can_be_measured(make):
     assert np.isfinite(c) and v > 0
 
 
-@pytest.mark.parametrize("family", ["gemma", "phi3", "olmo2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "phi3", "olmo2", "qwen3_moe"])
 def test_other_families_have_peers_too(family):
     view = tiny.backbone(family)
     for kind in baselines.KINDS:

@@ -30,7 +30,7 @@ SCALINGS = {
 }  # fmt: skip
 ALL = set(SCALINGS)
 COMPUTED = {family: ALL for family in FAMILIES}
-COMPUTED |= {"phi3": {"longrope"}, "gemma": set(), "qwen3_moe": set(), "mixtral": set()}
+COMPUTED |= {"phi3": {"longrope"}, "gemma": set(), "gemma2": set(), "qwen3_moe": set(), "mixtral": set()}
 
 
 def tokens(length=LENGTH):
@@ -201,6 +201,15 @@ def test_what_changes_the_function_is_refused(changes):
     assert str(refusal.value).count(". ") == 0
 
 
+def test_what_gemma2_needs_is_filled_in_as_transformers_does():
+    made = changed("gemma2", query_pre_attn_scalar=..., attn_logit_softcapping=...)
+    default = CONFIG_MAPPING["gemma2"]()
+    for name in ("query_pre_attn_scalar", "attn_logit_softcapping"):
+        assert made[name] == getattr(default, name)
+    with pytest.raises(UserError, match="sets attn_logit_softcapping to None"):
+        changed("gemma2", attn_logit_softcapping=None)
+
+
 @pytest.mark.parametrize("missing", ["factor", "low_freq_factor", "high_freq_factor"])
 def test_a_scaling_that_lacks_a_number(missing):
     scaling = {key: value for key, value in SCALINGS["llama3"].items() if key != missing}
@@ -226,7 +235,7 @@ def test_the_configs_of_transformers_itself_are_let_pass(family):
 # --- attention windows ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "gemma2"])
 def test_a_model_is_served_up_to_its_attention_window(family, tmp_path):
     kinds = ["full_attention", "sliding_attention"] * 2 if family in ("llama", "qwen2", "qwen3") else None
     folder = tiny.make_folder(
@@ -255,9 +264,7 @@ def test_windows_that_are_off_or_missing():
     assert window(full) is None
 
 
-@pytest.mark.parametrize(
-    ("family", "why"), [("gemma2", "caps"), ("gemma3", "slides"), ("gemma3_text", "slides")]
-)
+@pytest.mark.parametrize(("family", "why"), [("gemma3", "slides"), ("gemma3_text", "slides")])
 def test_families_that_are_not_served_say_why(family, why, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     with pytest.raises(UserError, match=rf"Models of type '{family}' are not served \(.*{why}.*; use one of"):

@@ -7,7 +7,7 @@ import tiny
 
 from m2r2kit.common import UserError
 from m2r2kit.model.backbone import Backbone, crop
-from m2r2kit.model.families import MOE
+from m2r2kit.model.families import DENSE, MOE
 from m2r2kit.stream.distil import chain, distance, needs, teacher_batch
 from m2r2kit.stream.stream import FORMS, AcceleratedStream, StreamConfig, intervals, shifted, tau
 
@@ -91,7 +91,7 @@ def test_an_untrained_adapter_stays_at_its_start(family):
         assert all(mx.array_equal(p, states[start]) for p in stream(states, cache, exit=exit))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma", "olmo2"])
+@pytest.mark.parametrize("family", DENSE)
 def test_an_untrained_block_walks_with_the_slow_stream(family):
     stream = tiny.stream(family, (2, 3), size=0, deep=0, ffn_width=0)
     states, cache = slow(tiny.backbone(family), tiny.prompt(LENGTH))
@@ -227,6 +227,9 @@ CASES = [
     ("olmo2", {"form": "block"}),
     ("olmo2", {"form": "attention"}),
     ("gemma", {"form": "attention"}),
+    ("gemma2", {"form": "attention"}),
+    ("gemma2", {"form": "block", "near": False}),
+    ("gemma2", {"form": "block"}),
     ("mixtral", {"form": "attention"}),
     ("qwen3_moe", {"form": "adapter"}),
 ]

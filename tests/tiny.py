@@ -29,7 +29,8 @@ SIZES = {
     "max_position_embeddings": CONTEXT, "rope_theta": 1000.0, "tie_word_embeddings": False,
     "eos_token_id": EOS, "pad_token_id": EOS,
 }  # fmt: skip
-EXPERTS = {
+MORE = {  # keys of some families
+    "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 25.0},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "qwen3_moe": {
         "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
@@ -41,7 +42,7 @@ EXPERTS = {
 
 def config_of(family: str, **changes) -> dict:
     """The config.json of a tiny model."""
-    return {"model_type": family, **SIZES, **EXPERTS.get(family, {}), **changes}
+    return {"model_type": family, **SIZES, **MORE.get(family, {}), **changes}
 
 
 def make_folder(family: str, folder: Path, seed: int = 0, **changes) -> Path:

@@ -68,7 +68,7 @@ class Shallow(nn.Module):
         """(last states (B, T, D), blocks run of each token (B, T))."""
         h = self._backbone.embed(tokens)
         for block in self.blocks:
-            h = block(h, "causal")
+            h = block(h, self._backbone.mask(h))
         return h, mx.full(tokens.shape, len(self.blocks))
 
     def macs(self, run: np.ndarray) -> np.ndarray:
@@ -120,7 +120,7 @@ class MixtureOfDepths(nn.Module):
         """(last states (B, T, D), blocks run of each token (B, T)); `shares` gets each router's mean."""
         h, run = self._backbone.embed(tokens), mx.zeros(tokens.shape)
         for l, block in enumerate(self.blocks):
-            score, new = self.score(l, h), block(h, "causal")
+            score, new = self.score(l, h), block(h, self._backbone.mask(h))
             if score is None:
                 h, run = new, run + 1
                 continue

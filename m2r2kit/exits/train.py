@@ -112,7 +112,8 @@ def deep_loss(reader, batch: TeacherBatch, settings: DistilConfig, fill, cut: Ho
     backbone = reader_backbone(reader)
     final, h = batch.states[backbone.depth], batch.states[reader.starts[0]]
     for l in range(reader.starts[0], backbone.depth):
-        h = backbone.blocks[l](mx.where(cut.gone(l, reader.starts), cut.states(l), h), "causal")
+        h = mx.where(cut.gone(l, reader.starts), cut.states(l), h)
+        h = backbone.blocks[l](h, backbone.mask(h))
     through = np.flatnonzero(np.array(cut.number == len(reader.exits)).reshape(-1))
     return divergence(backbone, h, final, settings, rng, among=through)
 

@@ -124,7 +124,7 @@ class Backbone:
     def embed(self, tokens: mx.array) -> mx.array:
         """h_0, what enters the first block: (B, T) token ids -> (B, T, D)."""
         h = self._view.model.embed_tokens(tokens)
-        return h * (self.width**0.5) if self.family == "gemma" else h
+        return h * (self.width**0.5) if self.family in ("gemma", "gemma2") else h
 
     def run(
         self, h: mx.array, cache: list | None = None, start: int = 0, stop: int | None = None
@@ -143,10 +143,15 @@ class Backbone:
 
     def _run(self, h, cache, start, stop):
         cache = [None] * self.depth if cache is None else cache
-        mask = create_attention_mask(h, cache[start])
+        mask = self.mask(h, cache[start])
         for block, c in zip(self.blocks[start:stop], cache[start:stop], strict=True):
             h = block(h, mask, cache=c)
         return h
+
+    def mask(self, h: mx.array, cache=None):
+        """What each position of h (B, T, D) may look at, as the blocks take it: those before it and itself,
+        after what a block's cache holds."""
+        return create_attention_mask(h, cache, return_array=self.family == "gemma2")
 
     def _pass(self, kind: str, start: int, stop: int) -> Traced:
         """A compiled pass through blocks start..stop-1: `run`, from states to states; `logits` and
@@ -182,7 +187,11 @@ class Backbone:
         """The head (H in the notebooks) on an already normalised state."""
         if "lm_head" in self._view:
             return self._view.lm_head(x)
-        return self._view.model.embed_tokens.as_linear(x)
+        logits = self._view.model.embed_tokens.as_linear(x)
+        if self.family == "gemma2":
+            cap = self.model.final_logit_softcapping
+            logits = mx.tanh(logits / cap) * cap
+        return logits
 
     def logits(self, tokens: mx.array, cache: list | None = None) -> mx.array:
         """The model's own logits, computed through this view: (B, T) -> (B, T, V)."""

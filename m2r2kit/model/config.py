@@ -27,7 +27,7 @@ HARMLESS = """
     attention_bias head_dim num_local_experts num_experts tie_word_embeddings *intermediate_size
 """.split()  # the last line: a wrong value is found when the weights are put in
 
-ACTIVATIONS = {"gemma": ("gelu", "gelu_pytorch_tanh")}  # all others: silu
+ACTIVATIONS = dict.fromkeys(("gemma", "gemma2"), ("gelu", "gelu_pytorch_tanh"))  # all others: silu
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -46,6 +46,11 @@ def translate(config: dict) -> dict:
     if family.name in ("qwen3", "qwen3_moe") and made.get("head_dim") is None:
         even = made["hidden_size"] // made["num_attention_heads"]
         made["head_dim"] = 128 if family.name == "qwen3" else even
+    if family.name == "gemma2":
+        made.setdefault("query_pre_attn_scalar", 256)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if made.setdefault(name, 50.0 if "attn" in name else 30.0) is None:
+                raise refused(name, None)
     if family.name == "phi3":
         made.setdefault("max_position_embeddings", 4096)
     activation = made.pop("hidden_activation", None) or made.pop("hidden_act", None)
@@ -92,7 +97,7 @@ def window(config: dict) -> int | None:
     rejected draft; so a model is served up to its window, within which both are the same.
     """
     family, width = config["model_type"], config.get("sliding_window")
-    if family == "mistral" and "sliding_window" not in config:
+    if family in ("mistral", "gemma2") and "sliding_window" not in config:
         width = 4096
     if family.startswith("qwen") and not config.get("use_sliding_window"):
         return None
@@ -105,7 +110,7 @@ def window(config: dict) -> int | None:
 # --- rotary positions -----------------------------------------------------------------------
 
 ANY_SCALING = ("linear", "dynamic", "llama3", "yarn", "longrope")
-SCALINGS = {"phi3": ("longrope",), "gemma": (), "qwen3_moe": (), "mixtral": ()}  # others: any
+SCALINGS = {"phi3": ("longrope",), "gemma": (), "gemma2": (), "qwen3_moe": (), "mixtral": ()}  # others: any
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),

@@ -10,7 +10,8 @@ from ..common import UserError
 class Parts:
     """Where a block keeps its parts, by mlx-lm's attribute names.
 
-    `norm_after` marks families (olmo2) that normalise what a sub-layer gives, not what it takes.
+    `norm_after` marks families (olmo2) that normalise what a sub-layer gives, not what it takes;
+    `attention_out` and `ffn_out` are the second norms of those (gemma2) that do both.
     """
 
     attention: str = "self_attn"
@@ -18,6 +19,8 @@ class Parts:
     ffn: str = "mlp"
     ffn_norm: str = "post_attention_layernorm"
     norm_after: bool = False
+    attention_out: str = ""
+    ffn_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Family:
 OLMO2 = Parts(
     attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm", norm_after=True
 )
+GEMMA2 = Parts(
+    ffn_norm="pre_feedforward_layernorm",
+    attention_out="post_attention_layernorm",
+    ffn_out="post_feedforward_layernorm",
+)
 FAMILIES = {
     family.name: family
     for family in (
@@ -55,6 +63,7 @@ FAMILIES = {
         Family("qwen3", "Qwen3"),
         Family("phi3", "Phi3"),
         Family("gemma", "Gemma"),
+        Family("gemma2", "Gemma2", parts=GEMMA2),
         Family("olmo2", "Olmo2", parts=OLMO2),
         Family("olmoe", "Olmoe", moe=True),
         Family("qwen3_moe", "Qwen3Moe", moe=True),
@@ -66,7 +75,6 @@ MOE = tuple(name for name, family in FAMILIES.items() if family.moe)
 
 # Families that are asked for often, and why they are not here.
 UNSERVED = {
-    "gemma2": "it caps its attention scores and logits",
     "gemma3": "its attention window slides after 512 or 1,024 tokens",
     "gemma3_text": "its attention window slides after 512 or 1,024 tokens",
 }

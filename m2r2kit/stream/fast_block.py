@@ -226,8 +226,10 @@ class FastBlock(nn.Module):
             self._part, base = "block", block
         elif config.form == "block":
             self._part, base, self._norm = "ffn", block[parts.ffn], block[parts.ffn_norm]
+            self._out = block[parts.ffn_out] if parts.ffn_out else None
         elif config.form == "attention":
             self._part, base, self._norm = "attention", block[parts.attention], block[parts.attention_norm]
+            self._out = block[parts.attention_out] if parts.attention_out else None
         if self._part:
             self.deltas = new_deltas(base, config.rank)
             self._unchanged, self._base = base, changed(base, self._with_delta)
@@ -288,8 +290,9 @@ class FastBlock(nn.Module):
         return parts + (matrix_sizes(self._unchanged) if self._part else 0)
 
     def _around(self, part, p):
-        """A part of the base block with its norm, before or after it as the family has it."""
-        return self._norm(part(p)) if self._norm_after else part(self._norm(p))
+        """A part of the base block with its norms, before it, after it or both as the family has them."""
+        y = self._norm(part(p)) if self._norm_after else part(self._norm(p))
+        return self._out(y) if self._out is not None else y
 
 
 def matrix_sizes(module: nn.Module) -> int:

@@ -150,13 +150,13 @@ class AcceleratedStream(nn.Module):
             E - a + 1 arrays (B, T, D).
         """
         a, b = self.interval(exit or self.config.exits[0])
-        T = states[a].shape[1]
+        T, mask = states[a].shape[1], self._backbone.mask(states[a])
         verified = mx.arange(T) if verified is None else verified
         if self.config.carry and a == 0 and before is None:
             before = shifted(states[self._backbone.depth])
         p = [self.begin(a, states[a], before)]
         for l in range(a, b):
-            p.append(self.advance(l, p[-1], cache, verified, 0, "causal" if T > 1 else None))
+            p.append(self.advance(l, p[-1], cache, verified, 0, mask))
         return p
 
     def begin(self, a: int, h: mx.array, before: mx.array | None) -> mx.array:
