@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..common import UserError, way_to
+from ..common import UserError, check_writable, way_to
 from ..experts import trained
 from ..pocket import widen as wider_moe
 from ..pocket.random_olmoe import LargeConfig, sized, write
@@ -39,6 +39,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
+    check_writable(args.out / "config.json")
     if not args.model and not (needed := MOE if args.widen else MODEL).exists():
         raise UserError(f"There is no model folder {needed}; {way_to(needed, 'restore it from git')}.")
     if args.widen:
