@@ -29,10 +29,10 @@ def has_experts(backbone: Backbone, l: int) -> bool:
     return "gate" in backbone.blocks[l][backbone.parts.ffn]
 
 
-def attend(backbone: Backbone, l: int, h: mx.array, mask, entry) -> mx.array:
-    """u_l: block l up to its FFN, (B, T, D) -> (B, T, D)."""
+def attend(backbone: Backbone, l: int, h: mx.array, mask, cache) -> mx.array:
+    """u_l: block l up to its FFN, (B, T, D) -> (B, T, D); `cache` is the block's layer cache."""
     block, parts = backbone.blocks[l], backbone.parts
-    return h + block[parts.attention](block[parts.attention_norm](h), mask, cache=entry)
+    return h + block[parts.attention](block[parts.attention_norm](h), mask, cache=cache)
 
 
 def route(backbone: Backbone, l: int, u: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -95,8 +95,8 @@ def through(
     return h, noted[0].reshape(1, -1)
 
 
-def new_cache(backbone: Backbone, room: int) -> list:
-    """`Backbone.new_cache` for a model whose experts are taken out: it asks the model for shapes only."""
+def new_cache(backbone: Backbone, capacity: int) -> list:
+    """`Backbone.new_cache` for a model without its experts, which are not needed to learn the shapes."""
 
     def no_experts(x, ids):
         return mx.zeros((*ids.shape, x.shape[-1]), x.dtype)
@@ -105,7 +105,7 @@ def new_cache(backbone: Backbone, room: int) -> list:
         for l, block in enumerate(backbone.blocks):
             if has_experts(backbone, l):
                 stack.enter_context(replaced(block[backbone.parts.ffn], EXPERTS, no_experts))
-        return backbone.new_cache(room)
+        return backbone.new_cache(capacity)
 
 
 # --- one token ------------------------------------------------------------------------------

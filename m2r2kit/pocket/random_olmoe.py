@@ -1,14 +1,14 @@
-"""An `olmoe` of random weights and any size: to try on it what a real one would need memory for.
+"""An `olmoe` of random weights and any size, to measure what a real one of that size needs.
 
-Written tensor by tensor, an expert at a time, so that making it takes little memory. Its text is noise.
-What is made real is how unevenly its experts are used. All states share a direction c: the embeddings
-have it, the residual stream keeps it, and a router has some liking for it in each expert's row:
+It is written tensor by tensor, an expert at a time, so making it takes little memory. Its text is noise. What
+is realistic is how unevenly its experts are used. All hidden states share a direction c: the embeddings have
+it, the residual stream keeps it, and each expert's row of a router has a component along it:
 
-    w_e = n_e + (skew ln p_e / x.c) c        n_e  random and without c, so that a token has its own choice
+    w_e = n_e + (skew ln p_e / x.c) c        n_e  random and orthogonal to c: differs by token
                                              p_e  1 / rank, the ranks shuffled in each block
-                                             x.c  what a normalised state has of c
+                                             x.c  the component of a normalised state along c
 
-so that an expert's logit is random by token and higher by skew ln p_e.
+So an expert's logit is random by token, plus skew ln p_e.
 """
 
 import json
@@ -22,13 +22,13 @@ import numpy as np
 from ..common import UserError
 from .new_model import new_model
 
-BRANCH = 0.12  # what a block's attention and experts each add to a state's energy, about
+BRANCH = 0.12  # about what a block's attention and its experts each add to the mean square of a state
 
 
 @dataclass(frozen=True)
 class LargeConfig:
-    """Settings. `width` is also that of an expert; `skew` 0.3 lets the busier half of a block's
-    experts do some four fifths of the work (three quarters are reported for OLMoE-1B-7B)."""
+    """Settings. `width` is also the width of an expert. With `skew` 0.3 the busier half of a block's experts
+    serves some four fifths of the accesses (three quarters are reported for OLMoE-1B-7B)."""
 
     width: int = 512
     experts: int = 128
@@ -50,10 +50,10 @@ class LargeConfig:
 
 
 def sized(nbytes: int, **settings) -> LargeConfig:
-    """The settings of a model of at least so many bytes: as many experts as that takes.
+    """The settings of a model of at least so many bytes: with as many experts as that takes.
 
     Raises:
-        UserError: it would have fewer experts than run for a token, or too many to be one model.
+        UserError: that would be fewer experts than run for a token, or more than 1024 a block.
     """
     none = LargeConfig(**settings, experts=0)
     each = none.blocks * (none.expert_bytes + 4 * none.width)  # and its router's row
@@ -114,8 +114,8 @@ def parts(name: str, shape: tuple[int, ...], config: LargeConfig, number: int) -
     """A tensor in pieces, float32: an expert at a time, all else at once."""
     rng, D = np.random.default_rng([config.seed, number]), config.width
     c = np.random.default_rng(config.seed).standard_normal(D).astype(np.float32)
-    c *= math.sqrt(D) / np.linalg.norm(c)  # as long as the random part of an embedding
-    if len(shape) == 3:  # `down` is larger, as SwiGLU's numbers are smaller
+    c *= math.sqrt(D) / np.linalg.norm(c)  # the norm of the random part of an embedding
+    if len(shape) == 3:  # `down` is larger, because SwiGLU's outputs are smaller
         scale = (2 if "down" in name else 1) / math.sqrt(D)
         for _ in range(shape[0]):
             yield rng.standard_normal(shape[1:], np.float32) * np.float32(scale)
@@ -131,9 +131,9 @@ def parts(name: str, shape: tuple[int, ...], config: LargeConfig, number: int) -
         w -= np.outer(w @ c, c) / np.float32(D)
     if "mlp.gate" in name:
         l = int(name.split(".")[2])
-        energy = 2 + (2 * l + 1) * BRANCH  # of a number of the state before it is normalised
-        liking = config.skew * np.log(1 / (1 + rng.permutation(shape[0])))
-        yield w / np.float32(math.sqrt(D)) + (liking[:, None] * c * math.sqrt(energy) / D).astype(np.float32)
+        energy = 2 + (2 * l + 1) * BRANCH  # mean square of the state before it is normalised
+        bias = config.skew * np.log(1 / (1 + rng.permutation(shape[0])))
+        yield w / np.float32(math.sqrt(D)) + (bias[:, None] * c * math.sqrt(energy) / D).astype(np.float32)
     else:
         yield w / np.float32(math.sqrt(D))
 
@@ -143,7 +143,7 @@ def write(config: LargeConfig, out: Path, tokenizer: Path, report: Callable | No
 
     Args:
         tokenizer: a model's folder, whose tokenizer is copied.
-        report: called with the bytes of each piece that was written.
+        report: called with the bytes of each piece as it is written.
 
     Raises:
         UserError: `out` exists, there is no such tokenizer, or the disk is too small or fails.
@@ -160,7 +160,7 @@ def write(config: LargeConfig, out: Path, tokenizer: Path, report: Callable | No
 
 
 def _header(config: LargeConfig) -> bytes:
-    """What a safetensors file begins with: its length, and where each tensor lies."""
+    """The header of the safetensors file: its length, and where each tensor lies."""
     found, offset = {"__metadata__": {"format": "mlx"}}, 0
     for name, shape in shapes(config):
         end = offset + 4 * math.prod(shape)
