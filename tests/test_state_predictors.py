@@ -38,7 +38,7 @@ def test_the_stream_untrained_names_what_the_next_router_names():
 class EntryRouter(NextRouter):
     """The next router on what enters a block, in the place of what leaves its attention."""
 
-    def ahead(self, l, h, u, p, entries, mask, before):
+    def ahead(self, l, h, u, p, cache, mask, before):
         return p, [h] * len(self.targets(l))
 
 

@@ -183,7 +183,7 @@ class TokenPass:
     def _body(self, last: int | None, stop: int | None):
         backbone, predictor = self.backbone, self.predictor
 
-        def body(entries, x, before, *more):
+        def body(cache, x, before, *more):
             p = None
             if last is None:
                 h = p = backbone.embed(x)
@@ -192,10 +192,10 @@ class TokenPass:
                 h = combine(x, self.switches[last](rows, slots), weights)
             u, named, passed = h, [], []
             for l in self._range(last, stop):
-                mask = entries[l].make_mask(1)
-                u = attend(backbone, l, h, mask, entries[l])
+                mask = cache[l].make_mask(1)
+                u = attend(backbone, l, h, mask, cache[l])
                 if predictor is not None:
-                    p, states = predictor.ahead(l, h, u, p, entries, mask, before)
+                    p, states = predictor.ahead(l, h, u, p, cache, mask, before)
                     if states:
                         named.append(predictor.named(l, states))
                 if l in self.first:

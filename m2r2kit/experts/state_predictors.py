@@ -1,9 +1,9 @@
-"""Which experts will be needed, said from residual states, inside the model's compiled pass.
+"""Which experts will be needed, predicted from hidden states, inside the model's compiled pass.
 
-    u_l     the state after block l's attention: what block l's own router reads
-    g_m     router of block m, applied to a state as block m would: gate_m(norm_m(.))
+    u_l     the hidden state after block l's attention, which block l's own router reads
+    g_m     block m's router on a state, as block m applies it: gate_m(norm_m(.))
 
-The next routers applied early to u, a direct low-rank map of equal size, and the accelerated stream.
+Three ways: the next routers applied early to u, a direct low-rank map, and the accelerated stream.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,11 @@ from .predictors import Predictor
 
 
 class StatePredictor(nn.Module, Predictor):
-    """Names experts from residual states, inside the compiled pass; and those of block 0 when a token comes,
-    as its router would from the embedding alone.
+    """Predicts experts from hidden states inside the compiled pass, and those of block 0 before it, by its
+    router on the embedding alone.
 
     Attributes:
-        width: how many experts it names.
-        permute: (E,) expert ids that stand in for those named: `shuffle`, a control; None is none.
+        width: how many experts it predicts for a block.
     """
 
     def __init__(self, backbone: Backbone, width: int | None):
@@ -37,38 +36,38 @@ class StatePredictor(nn.Module, Predictor):
         object.__setattr__(self, "_of", {})  # token -> experts of block 0
 
     def targets(self, l: int) -> list[int]:
-        """Blocks whose experts are named at block l."""
+        """Blocks whose experts are predicted at block l."""
         raise NotImplementedError
 
     @property
     def reads(self) -> list[int]:
-        """Blocks whose keys it looks at, apart from the one that runs."""
+        """Blocks whose KV cache it reads, apart from the one that runs."""
         return []
 
-    def ahead(self, l: int, h, u, p, entries, mask, before) -> tuple[mx.array, list[mx.array]]:
+    def ahead(self, l: int, h, u, p, cache, mask, before) -> tuple[mx.array, list[mx.array]]:
         """At block l: (what is handed on to block l + 1, a state for each target's router).
 
         Args:
             h: what enters block l, (1, 1, D); `u`: the state after its attention.
             p: what block l - 1 handed on; at block 0 it is h.
-            entries: the cache, in which block l holds this token already; `mask` is what its
-                attention looked at.
+            cache: the layer caches, of which block l's holds this token already; `mask` is that of its
+                attention.
             before: h_N of the token before, (1, 1, D).
         """
         raise NotImplementedError
 
     def named(self, l: int, states: list[mx.array]) -> mx.array:
-        """The targets' routers on these states: (targets, width) expert ids, best first."""
+        """The experts that the targets' routers choose for these states: (targets, width) ids, best first."""
         logits = [router(self._backbone, m, s) for m, s in zip(self.targets(l), states, strict=True)]
         return self._best(mx.concatenate(logits, axis=1)[0])
 
     def _best(self, logits: mx.array) -> mx.array:
-        """(.., E) -> the expert ids that are named, (.., width)."""
+        """The predicted experts: logits (.., E) -> ids (.., width)."""
         order = mx.argsort(-logits, axis=-1)[..., : self.width]
         return order if self._permute is None else self._permute[order]
 
     def of(self, token):
-        if self._with_experts[0] != 0:  # it begins with blocks that change the state before a router sees it
+        if self._with_experts[0] != 0:  # blocks without experts change the state before a router sees it
             return []
         if token not in self._of:
             logits = router(self._backbone, 0, self._backbone.embed(mx.array([[token]])))
@@ -76,7 +75,7 @@ class StatePredictor(nn.Module, Predictor):
         return [(0, self._of[token])]
 
     def shuffle(self, seed: int = 0) -> "StatePredictor":
-        """Name other experts, always the same in the place of the same: as busy, and never informed."""
+        """Predict permuted experts: a control that reads as much and knows nothing."""
         experts = self._backbone.config.get("num_experts") or self._backbone.config["num_local_experts"]
         self._permute = mx.array(np.random.default_rng(seed).permutation(experts))
         self._of.clear()
@@ -84,14 +83,14 @@ class StatePredictor(nn.Module, Predictor):
 
 
 def router(backbone: Backbone, m: int, state: mx.array) -> mx.array:
-    """g_m: the logits that block m's router would give a state, (1, T, D) -> (1, T, E)."""
+    """g_m: the logits of block m's router on a state, (1, T, D) -> (1, T, E)."""
     block, parts = backbone.blocks[m], backbone.parts
     return block[parts.ffn].gate(block[parts.ffn_norm](state))
 
 
 class NextRouter(StatePredictor):
-    """The routers of blocks to come on the state of now; no training. Distance 0 is the router on its
-    own input: it must be right always, and comes too late to help."""
+    """The routers of the next blocks on the current state; no training. Distance 0 is each router on its own
+    input: always right, and too late to help."""
 
     def __init__(self, backbone: Backbone, distance: int = 1, width: int | None = None):
         super().__init__(backbone, width)
@@ -105,22 +104,23 @@ class NextRouter(StatePredictor):
         return list(self._with_experts[first : i + self.distance + 1])
 
     def pairs(self) -> list[tuple[int, int]]:
-        """(l, m) where block m's experts are named at block l."""
+        """(l, m) where block m's experts are predicted at block l."""
         return [(l, m) for l in self._with_experts for m in self.targets(l)]
 
     def of(self, token):
         return super().of(token) if self.distance else []
 
-    def ahead(self, l, h, u, p, entries, mask, before):
+    def ahead(self, l, h, u, p, cache, mask, before):
         return p, [u] * len(self.targets(l))
 
 
-# --- the stream, and the map that stands against it -----------------------------------------
+# --- the stream, and the map that it is compared with ---------------------------------------
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What is named at one block of an interval: by u the blocks that p will not name, and by p_{l+1}."""
+    """The targets at one block of an interval: those predicted from u, which p does not reach in time, and
+    those predicted from p_{l+1}."""
 
     first: bool
     by_u: tuple[int, ...]
@@ -128,9 +128,9 @@ class Turn:
 
 
 def turns(config: StreamConfig, depth: int, with_experts: Sequence[int]) -> dict[int, Turn]:
-    """What a stream names at each block: p_{l+1}, known when block l's attention is through, stands for
-    h_tau(l+1), and names the experts of the blocks from there to where its next state stands. What no p has
-    named before it runs, u names at the beginning of an interval."""
+    """What a stream predicts at each block. p_{l+1}, known after block l's attention, stands for h_tau(l+1).
+    It predicts the experts of the blocks from there up to where its next state stands. Blocks that no p
+    reaches before they run are predicted from u at the beginning of an interval."""
     steps = [
         (l, a, tau(l + 1, a, b, depth, config.rate), tau(l, a, b, depth, config.rate))
         for a, b in intervals(config)
@@ -138,14 +138,14 @@ def turns(config: StreamConfig, depth: int, with_experts: Sequence[int]) -> dict
     ]
     found, named = {}, set()
     ends = [at for _, _, at, _ in steps[1:]]
-    ends += [2 * at - before for _, _, at, before in steps[-1:]]  # the last one: as far again
+    ends += [2 * at - before for _, _, at, before in steps[-1:]]  # the last one reaches as far again
     for (l, a, at, _), end in zip(steps, ends, strict=True):
         by_u = tuple(m for m in with_experts if l == a and l < m < at and m not in named)
         by_p = tuple(m for m in with_experts if at <= m < max(end, at + 1))
         named |= {*by_u, *by_p}
         found[l] = Turn(l == a, by_u, by_p)
     while found and not (found[max(found)].by_u or found[max(found)].by_p):
-        del found[max(found)]  # where nothing is left to name, p need not be computed
+        del found[max(found)]  # where nothing is left to predict, p need not be computed
     return found
 
 
@@ -154,8 +154,8 @@ class StreamPredictor(StatePredictor):
 
     Args:
         stream: of the form `attention` or `adapter`; its rate is the velocity, 1 the control.
-        opening: another, of rate 1 and with intervals of one block, for what no p of the faster one can name:
-            block 1, which comes before it has got anywhere. Without it the state that is there names it.
+        opening: another, of rate 1 and with intervals of one block, for block 1, which no p of the faster
+            stream reaches in time. Without it, block 1 is predicted from the state u.
 
     Raises:
         UserError: an opening that does not begin at the state after attention.
@@ -169,7 +169,7 @@ class StreamPredictor(StatePredictor):
         if opening is not None and not opening.block(0).begins_at_u:
             raise UserError("A stream that opens another must begin at the state after attention.")
         object.__setattr__(self, "_opening", opening)
-        # plain attributes, as MLX takes a module's dicts and modules for its own
+        # set past MLX, which would take them for parameters of this module
         object.__setattr__(self, "_stream", stream)
         object.__setattr__(self, "_turns", plan)
 
@@ -181,20 +181,20 @@ class StreamPredictor(StatePredictor):
     def reads(self):
         return sorted({f.read for f in self._stream.fast}) if self._stream.config.deep else []
 
-    def ahead(self, l, h, u, p, entries, mask, before):
+    def ahead(self, l, h, u, p, cache, mask, before):
         if l not in self._turns:
             return p, []
         turn, stream = self._turns[l], self._stream
         if turn.first and self._begins_at_u(l):
             p = stream.block(l).after_attention(u)
         else:
-            position = entries[l].offset - 1  # of this token, which the cache holds already
+            position = cache[l].offset - 1  # of this token, which the cache holds already
             p = stream.begin(l, h, before) if turn.first else p
-            p = stream.advance(l, p, entries, position, position, mask)
+            p = stream.advance(l, p, cache, position, position, mask)
         return p, self._by_u(l, u, turn) + [p] * len(turn.by_p)
 
     def _by_u(self, l: int, u: mx.array, turn: Turn) -> list[mx.array]:
-        """What names the blocks that no p does."""
+        """The states for the targets that no p reaches in time."""
         if turn.by_u and self._opening is not None and l == 0:
             u = self._opening.block(0).after_attention(u)
         return [u] * len(turn.by_u)
@@ -229,7 +229,7 @@ class StreamPredictor(StatePredictor):
 
 @dataclass(frozen=True)
 class DirectConfig:
-    """Settings of a `DirectMap`: exits and rate of the stream that it stands against, rank of its maps."""
+    """Settings of a `DirectMap`: exits and rate of the stream that it is compared with, rank of its maps."""
 
     exits: tuple[int, ...] = (1,)
     rate: float | None = None
@@ -237,9 +237,9 @@ class DirectConfig:
 
 
 class DirectMap(StatePredictor):
-    """A low-rank change of u_l for each pair of blocks of which a stream would name one at the other:
-    g_m(u_l + u_l A B), at the start the next router itself. The control: a map of equal size, and
-    nothing that runs."""
+    """A low-rank change of u_l for each pair (l, m) where a stream predicts block m at block l:
+    g_m(u_l + u_l A B). Untrained, it is the next router. It is the control of the stream: as many parameters,
+    and no recurrence."""
 
     def __init__(self, backbone: Backbone, config: DirectConfig, width: int | None = None):
         super().__init__(backbone, width)
@@ -254,7 +254,7 @@ class DirectMap(StatePredictor):
 
     @classmethod
     def like(cls, stream: AcceleratedStream) -> "DirectMap":
-        """One that names the same blocks at the same time, with about as many numbers to train."""
+        """One that predicts the same blocks at the same time, with about as many parameters."""
         config = stream.config
         one = cls(stream._backbone, DirectConfig(config.exits, config.rate, 1))
         each = 2 * stream._backbone.width * len(one.a)
@@ -266,11 +266,11 @@ class DirectMap(StatePredictor):
         return [*turn.by_u, *turn.by_p] if turn else []
 
     def changed(self, l: int, m: int, u: mx.array) -> mx.array:
-        """What stands for u_m: (.., D) -> (.., D)."""
+        """The state that stands for u_m: (.., D) -> (.., D)."""
         i = self._places[l, m]
         return u + (u @ self.a[i]) @ self.b[i]
 
-    def ahead(self, l, h, u, p, entries, mask, before):
+    def ahead(self, l, h, u, p, cache, mask, before):
         if l not in self._turns:
             return p, []
         return p, [self.changed(l, m, u) for m in self.targets(l)]

@@ -1,11 +1,11 @@
-"""Train what names experts: a stream or a direct map, to say what the routers of blocks to come will.
+"""Train predictors of experts: a stream or a direct map learns what the routers of later blocks will say.
 
     loss = mean over (l, m) of KL(softmax s g_m(u_m) || softmax s g_m(what stands for u_m at block l))
            + align_weight * (1 - cos(p_l, h_tau(l)))                            for a stream
 
-s makes a token's logits differ by `SPREAD` from one expert to another: routers that balance their load are
-nearly flat, and what counts is who comes first. The model, its routers included, is frozen. It needs all its
-experts in memory while it teaches.
+s scales a token's logits to a standard deviation of `SPREAD`: routers with balanced load are nearly flat, and
+what counts is the order of the experts. The model, its routers included, is frozen, and needs all its experts
+in memory for the teacher forward.
 """
 
 import math
@@ -49,7 +49,7 @@ def teacher_batch(backbone: Backbone, rows: np.ndarray) -> RouterTeacherBatch:
         mask = create_attention_mask(states[-1], cache[l])
         u = moe.attend(backbone, l, states[-1], mask, cache[l])
         after.append(u)
-        states.append(moe.dense(backbone, l, u))  # its experts are there: it runs as it is
+        states.append(moe.dense(backbone, l, u))  # its experts are in memory: it runs as it is
         if moe.has_experts(backbone, l):
             logits[l] = router(backbone, l, u)
     kept = [KeptKV(*map(mx.contiguous, c.keys_and_values())) for c in cache]
@@ -58,8 +58,8 @@ def teacher_batch(backbone: Backbone, rows: np.ndarray) -> RouterTeacherBatch:
 
 
 def default_exits(depth: int) -> tuple[int, ...]:
-    """Intervals of one block each, so that every p begins at what the model really knows: at a rate of 2 each
-    looks two blocks ahead."""
+    """Intervals of one block each, so that every p begins at the model's own state: at a rate of 2 each looks
+    two blocks ahead."""
     return tuple(range(1, max(2, depth)))
 
 
@@ -70,8 +70,8 @@ def new_stream(
     rank: int = 0,
     ffn_width: int = 320,
 ) -> AcceleratedStream:
-    """An untrained stream for naming experts: shared-KV attention and a small FFN in each block. Without a
-    change of the attention (`rank` 0), a p that begins at a block need not attend a second time there."""
+    """An untrained stream that predicts experts: shared-KV attention and a small FFN in each block. If the
+    attention is unchanged (`rank` 0), a p that begins at a block does not attend a second time there."""
     config = StreamConfig(
         "attention", exits or default_exits(backbone.depth), rate=rate, rank=rank, ffn_width=ffn_width,
         deep=0.0, carry=False,
@@ -80,12 +80,12 @@ def new_stream(
 
 
 def predictor_of(module) -> StreamPredictor | DirectMap:
-    """What names experts with a trained module."""
+    """The predictor that a trained module makes."""
     return StreamPredictor(module) if isinstance(module, AcceleratedStream) else module
 
 
 def loss(module, batch: RouterTeacherBatch, settings: DistilConfig, rng=None) -> mx.array:
-    """One number, as in the head of this file; pairs that nothing trained stands for are left out."""
+    """The loss above, a scalar; pairs (l, m) that u itself predicts train nothing and are left out."""
     predictor, total, pairs = predictor_of(module), 0.0, 0
     backbone = predictor._backbone
     for (l, m), state in predictor.over(batch.states, batch.after, batch.cache).items():
@@ -124,8 +124,8 @@ def train(
 def recall(
     predictor: StreamPredictor | DirectMap, batches: list[RouterTeacherBatch]
 ) -> dict[tuple[int, int], float]:
-    """Slot recall on held-out rows: (l, m) -> the share of block m's top-k that was named at block l; pairs
-    that nothing trained stands for are left out."""
+    """Recall on held-out rows: (l, m) -> the share of block m's top-k that is predicted at block l; pairs
+    that u itself predicts are left out."""
     backbone, found = predictor._backbone, {}
     k = backbone.config["num_experts_per_tok"]
     for batch in batches:
@@ -140,7 +140,7 @@ def recall(
 
 
 def by_distance(recalls: dict[tuple[int, int], float]) -> dict[int, float]:
-    """The mean recall of all pairs as many blocks apart."""
+    """Mean recall by the number of blocks between l and m."""
     found: dict[int, list[float]] = {}
     for (l, m), value in recalls.items():
         found.setdefault(m - l, []).append(value)
