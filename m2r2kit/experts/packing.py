@@ -158,7 +158,11 @@ def kept(model: str | Path) -> Store:
     out = cache_dir() / "experts" / f"{folder.name}-{weights_sha256(folder)[:12]}-{FORMAT}"
     if not out.exists():
         check_cache(out.parent)
-        pack(folder, out)
+        try:
+            pack(folder, out)
+        except UserError:
+            if not out.exists():  # otherwise another process has packed it meanwhile
+                raise
     return Store(out)
 
 
@@ -239,7 +243,7 @@ def _write(experts: dict, facts: dict, folder: Path, out: Path, report, seen: li
     }
     total, done = sum(sizes.values()), _finished(folder, facts, sizes)
     ours = {LOCK, PROGRESS, *map(file_name, done), *(file_name(l) + ".new" for l in sizes)}
-    for file in folder.iterdir():  # what an interrupted packing left, perhaps of another model
+    for file in list(folder.iterdir()):  # what an interrupted packing left, perhaps of another model
         if file.name not in ours:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     missing, free = sum(sizes[l] for l in sizes if l not in done), shutil.disk_usage(folder).free

@@ -12,9 +12,9 @@ What is checked:
 
 - the manifest against its own checksum when the store is opened, and against the model when it is used;
 - each record against its SHA-256 when it is first read through a `Store`, and by `pack --verify`;
-- each later read against a `quick_sum` taken at the first. It costs a fiftieth of the SHA-256 and changes
-  with any flipped bit and any lost or exchanged page. So a record that rots while the store is in use ends
-  the text with a sentence instead of changing it.
+- each later read against a `quick_sum` taken at the first. It runs at the speed of memory, and a flipped bit
+  or a lost or exchanged page escapes it once in 2^32 cases. So a record that rots while the store is in use
+  ends the text with a sentence instead of changing it.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class Manifest:
     """What a store holds.
 
     Attributes:
-        model_sha256: hash of the weight files that it was packed from (`load.weights_sha256`).
+        model_sha256: hash of the weight files that it was packed from (`hashes.weights_sha256`).
         family: the model's type.
         dtype: arithmetic of the model that these experts belong to, such as `float32`.
         blocks: indices of the blocks that have experts.
