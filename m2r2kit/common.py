@@ -5,16 +5,18 @@ import atexit
 import errno
 import json
 import os
+import pkgutil
 import re
 import resource
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # the project's folder, with `data/` and `notebooks/` in it
@@ -77,6 +79,33 @@ class Entry:
 def registry(*entries: Entry) -> dict[str, Entry]:
     """Entries by their names, in the order in which they are shown."""
     return {entry.name: entry for entry in entries}
+
+
+def on_demand(package: str, names: dict[str, str]) -> tuple[Callable, Callable]:
+    """A package's `__getattr__` and `__dir__`, which import its files when they are asked for.
+
+    So `from m2r2kit import experts` is all that a notebook imports, and it costs nothing until
+    `experts.Clock` or `experts.simulate` is read.
+
+    Args:
+        package: the package's `__name__`.
+        names: a file of the package -> the names that the package gives from it, with spaces between them.
+            Every file can be asked for by its own name as well.
+    """
+    home = {name: file for file, given in names.items() for name in given.split()}
+
+    def files() -> list[str]:
+        found = pkgutil.iter_modules(sys.modules[package].__path__)
+        return [module.name for module in found if not module.name.startswith("_")]
+
+    def get(name: str):
+        if name in home:
+            return getattr(import_module(f".{home[name]}", package), name)
+        if name in files():
+            return import_module(f".{name}", package)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *home, *files()})
 
 
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

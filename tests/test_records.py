@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import m2r2kit
 from m2r2kit.bench import claims, records, report
 from m2r2kit.common import UserError
 from m2r2kit.model.hashes import weights_sha256
@@ -319,3 +320,9 @@ def test_a_gpu_is_named(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Some GPU"})
     assert records.device() == "gpu: Some GPU"
+
+
+def test_a_notebook_says_what_it_runs_on():
+    kit, device = records.about().splitlines()
+    assert kit.startswith(f"m2r2kit {m2r2kit.__version__} | python 3.") and f"| numpy {np.__version__}" in kit
+    assert device == f"device: {records.device()} on {records.chip()}"

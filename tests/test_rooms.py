@@ -1,6 +1,8 @@
 """The house: which room may import which, read from the source; each public name is defined once."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from collections import defaultdict
@@ -44,7 +46,7 @@ def imports():
             base = list(parts[: len(parts) - node.level])
             full = base + (node.module.split(".") if node.module else [])
             for room in [full[0]] if full else [alias.name for alias in node.names]:
-                if room != parts[0]:
+                if room not in (parts[0], "__version__"):
                     yield str(path.relative_to(PACKAGE)), parts[0], room
 
 
@@ -93,3 +95,23 @@ def test_names_and_help_are_read_without_the_libraries(module):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert module in run.stdout
     assert not {"mlx.core", "mlx_lm", "numpy", "transformers"} & set(run.stdout.split())
+
+
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_opens_its_files_and_names_on_demand(room):
+    """Importing the room is light; a name that it gives is the file's own, and hides none of its files."""
+    code = f"import sys; from m2r2kit import {room} as m; assert not {{'mlx', 'numpy'}} & set(sys.modules); "
+    code += "print(*(name for name in dir(m) if name[0] != '_' and name != 'on_demand'))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    module = importlib.import_module(f"m2r2kit.{room}")
+    files = {path.stem for path in (PACKAGE / room).glob("[!_]*.py")}
+    files |= {path.parent.name for path in (PACKAGE / room).glob("*/__init__.py")}
+    assert files <= set(names.stdout.split())
+    for name in names.stdout.split():
+        found = getattr(module, name)
+        assert (name in files) == inspect.ismodule(found), name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        module.nothing  # noqa: B018

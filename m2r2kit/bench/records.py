@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from .. import __version__
 from ..common import IN_PROJECT, ROOT, UserError, cache_dir, parse_json
 
 # where the package alone is installed, nothing is written beside it
@@ -187,6 +188,12 @@ def machine() -> dict:
         "device": device(),
         "blas": runtime.prepare().kind,
     }
+
+
+def about() -> str:
+    """Two lines for the top of a notebook: the kit and what it computes with, the device and the chip."""
+    found = "".join(f" | {name} {version}" for name, version in versions().items())
+    return f"m2r2kit {__version__}{found}\ndevice: {device()} on {chip()}"
 
 
 def device() -> str:

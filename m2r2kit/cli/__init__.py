@@ -1,1 +1,5 @@
 """The command line."""
+
+from ..common import on_demand
+
+__getattr__, __dir__ = on_demand(__name__, {})

@@ -14,3 +14,24 @@
 A prediction changes when bytes arrive and never which expert runs: the tokens are those of the model with
 all its experts in memory.
 """
+
+from ..common import on_demand
+
+__getattr__, __dir__ = on_demand(
+    __name__,
+    {
+        "decode": "ExpertDecoder StreamedModel",
+        "moe": "route",
+        "opening": "open_experts",
+        "packing": "pack",
+        "predictors": "Oracle PreviousToken Random Recorded",
+        "reader": "Reader",
+        "registry": "policy predictor",
+        "residency": "Residency",
+        "simulate": "Clock replay",
+        "slots": "budget_of_share slots_of_budget",
+        "state_predictors": "NextRouter router",
+        "store": "Store",
+        "trace": "Pass Trace distances jaccard",
+    },
+)

@@ -1,1 +1,12 @@
 """What models read and generate: corpora, prompt files, self-generated text."""
+
+from ..common import on_demand
+
+__getattr__, __dir__ = on_demand(
+    __name__,
+    {
+        "corpus": "code_documents",
+        "prompts": "Prompt",
+        "rows": "WINDOW windows",
+    },
+)
