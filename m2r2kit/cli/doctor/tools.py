@@ -5,9 +5,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from pathlib import Path
 
+from ...model.cpu import threads
 from .check import Check
 
+SECONDS_TO_COMPILE = 300
 C_PROGRAM = "#include <math.h>\nfloat f(float x) { return expf(x); }\n"
 PROGRAM = """\
 #include <cmath>
@@ -38,7 +42,7 @@ def fused_kernels() -> Check:
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
         advice = "set TMPDIR to a folder of your own, so that MLX can keep the code that it compiles"
         return Check("fused kernels", f"{folder} belongs to another user", False, advice)
-    if damaged := [file.name for file in sorted(folder.glob("*.so")) if not is_whole_library(file)]:
+    if damaged := [file for file in folder.glob("*.so") if _is_old(file) and not is_whole_library(file)]:
         advice = f"delete {folder}, which MLX makes again"
         return Check("fused kernels", f"{len(damaged)} damaged in {folder}", False, advice)
     path = shutil.which("g++")
@@ -47,7 +51,17 @@ def fused_kernels() -> Check:
         return Check("fused kernels", "no g++", True, advice)
     if reason := _cannot_compile([path, "-std=c++17", "-x", "c++", "-"], PROGRAM):
         return Check("fused kernels", f"{path} does not compile: {reason}", False, _mend("g++"))
+    if reason := threads.unfused():
+        return Check("fused kernels", f"none: {reason}", True, "not needed, but with them decoding is faster")
     return Check("fused kernels", path, True)
+
+
+def _is_old(library: Path) -> bool:
+    """Whether nobody writes this file any more, as far as its date tells."""
+    try:
+        return time.time() - library.stat().st_mtime > SECONDS_TO_COMPILE
+    except OSError:
+        return False  # deleted meanwhile
 
 
 def _mend(packages: str) -> str:
@@ -79,8 +93,8 @@ def notebook_kernel() -> Check:
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
     except RuntimeError:
-        advice = "set HOME to a folder of your own (`python3 ci/kit.py lab` finds a stand-in)"
-        return Check("notebook kernel", "unknown, because Jupyter needs a home folder", False, advice)
+        advice = "`python3 ci/kit.py lab` finds a stand-in for it; Jupyter by itself does not"
+        return Check("notebook kernel", "unknown, because there is no home folder", True, advice)
     except NoSuchKernel:
         return Check("notebook kernel", "none", False, "run `python -m ipykernel install --sys-prefix`")
     program = spec.argv[0] if spec.argv else ""
