@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -221,9 +222,18 @@ def _make_empty(python):
             [python, "-m", "pip", "--python", VENV_PYTHON, "install", "pip"],
         ]
     for command in commands:
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if result.returncode != 0:
-            lines = result.stdout.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        # a group of its own: venv starts another Python, which would go on writing after an interrupt
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if process.returncode != 0:
+            lines = output.decode(errors="replace").strip().splitlines() or ["no reason given"]
             raise SetupError(f".venv could not be made: {lines[-1]}")
 
 
