@@ -34,7 +34,7 @@ VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 LOCK = os.path.join(ROOT, "requirements.lock")
 STAMP = os.path.join(VENV, "m2r2kit-stamp.json")
-INSTALLED = os.path.join(VENV, "lib", "python*", "site-packages", "*.dist-info")
+INSTALLED = os.path.join(glob.escape(VENV), "lib", "python*", "site-packages", "*.dist-info")
 LOG = os.path.join(VENV, "m2r2kit-setup.log")
 OLDEST, NEWEST = (3, 11), (3, 13)
 OLDEST_PIP = (21, 3)  # the first that installs a folder in editable mode without a setup.py
@@ -213,7 +213,18 @@ def _make(folder):
     print(f"Set-up took {time.monotonic() - started:.0f} s.", flush=True)
 
 
+def _remove():
+    """Rename `.venv`, then delete it: what is left when this is cut short never passes for the user's."""
+    for old in glob.glob(os.path.join(glob.escape(ROOT), ".m2r2kit-old-venv-*")):
+        shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(VENV):
+        old = os.path.join(ROOT, f".m2r2kit-old-venv-{os.getpid()}")
+        os.rename(VENV, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _make_empty(python):
+    _remove()
     if _runs([python, "-c", "import ensurepip"]):
         commands = [[python, "-m", "venv", "--clear", VENV]]
     else:  # another Python's pip can put a pip into it
@@ -246,6 +257,11 @@ def _sound():
     # pip writes INSTALLER when all other files of a package are there
     if not all(os.path.exists(os.path.join(folder, "INSTALLER")) for folder in glob.glob(INSTALLED)):
         return False
+    # the first package, pip, may be cut short before its own description is there
+    for folder in glob.glob(os.path.dirname(INSTALLED)):
+        described = glob.glob(os.path.join(glob.escape(folder), "pip-*.dist-info"))
+        if os.path.isdir(os.path.join(folder, "pip")) and not described:
+            return False
     # the command line that made it ends with its folder: a moved or copied .venv does not work
     made = _made_by()
     return made is not None and (not made or made.endswith(VENV))

@@ -198,6 +198,8 @@ def test_a_making_that_was_cut_short_is_made_again(other, tmp_path):
     (tmp_path / ".venv" / "m2r2kit-setup.log").write_text("")
     (tmp_path / ".venv" / "half").write_text("")  # our own: the log says so
     other._refuse_to_empty()
+    other._remove()
+    assert not (tmp_path / ".venv").exists() and list(tmp_path.glob(".m2r2kit-*")) == []
 
 
 def test_an_environment_without_pip_or_with_an_old_one_gets_another(other, tmp_path):
@@ -205,6 +207,12 @@ def test_an_environment_without_pip_or_with_an_old_one_gets_another(other, tmp_p
     old = next((tmp_path / ".venv" / "lib").glob("python*/site-packages")) / "pip"
     old.mkdir()
     (old / "__init__.py").write_text("__version__ = '20.0.2'\n")
+    assert not other._sound()  # cut short: it is not described yet
+    facts = {"METADATA": "Metadata-Version: 2.1\nName: pip\nVersion: 20.0.2\n", "INSTALLER": "pip\n"}
+    facts["RECORD"] = "".join(f"{name},,\n" for name in ("pip/__init__.py", "pip-20.0.2.dist-info/RECORD"))
+    (old.parent / "pip-20.0.2.dist-info").mkdir()
+    for name, text in facts.items():
+        (old.parent / "pip-20.0.2.dist-info" / name).write_text(text)
     assert other._sound()
     other._renew_pip()
     ask = "import pip; print(pip.__version__)"
