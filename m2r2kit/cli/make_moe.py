@@ -39,7 +39,8 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    check_writable(args.out / "config.json")
+    if not args.out.exists():  # otherwise it is refused below
+        check_writable(args.out)
     if not args.model and not (needed := MOE if args.widen else MODEL).exists():
         raise UserError(f"There is no model folder {needed}; {way_to(needed, 'restore it from git')}.")
     if args.widen:
