@@ -10,7 +10,7 @@ import mlx.core as mx
 from .. import driver
 from ..driver import Decoder, Emitted, Generation
 from ..model.backbone import Backbone
-from ..model.cache import Traced
+from ..model.cache import Traced, chunks
 from .depths import MixtureOfDepths, Shallow
 
 
@@ -63,8 +63,9 @@ class DepthDecoder(Decoder):
         """The prompt passes the whole changed model."""
         self._cache = self.backbone.new_cache(capacity)
         if len(prompt) > 1:
-            self._read(mx.array([prompt[:-1]]), self._cache, self.threshold)
-            mx.eval([(c.keys, c.values) for c in self._cache[: len(self.blocks)]])
+            for tokens in chunks(mx.array([prompt[:-1]])):
+                self._read(tokens, self._cache, self.threshold)
+                mx.eval([(c.keys, c.values) for c in self._cache[: len(self.blocks)]])
 
     def step(self, pending, left):
         new, run = self.token(pending, self._cache, self.threshold)
@@ -78,7 +79,7 @@ class DepthDecoder(Decoder):
         return driver.generate(self, prompt, max_tokens, given=given)
 
     def _read(self, tokens: mx.array, cache: list, threshold: float) -> None:
-        """A prompt (1, T), all its tokens at once."""
+        """A part (1, T) of a prompt, all its tokens at once."""
         h = self.backbone.embed(tokens)
         mask = cache[0].make_mask(tokens.shape[1])
         for l, block in enumerate(self.blocks):

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..common import UserError, in_short
-from .cache import FEW, FixedKV, Traced, is_fixed, round_up
+from .cache import FEW, FixedKV, Traced, chunks, is_fixed, round_up
 from .config import window
 from .cpu import threads
 from .families import FAMILIES, check_served
@@ -131,15 +131,22 @@ class Backbone:
     ) -> mx.array:
         """Blocks start..stop-1: h_start -> h_stop, (B, T, D) -> (B, T, D).
 
-        `cache` has one entry a block and grows by T positions in the blocks that run. With a
-        cache of fixed size (`new_cache`) a pass of few tokens is compiled.
+        `cache` has one layer cache a block and grows by T positions in the blocks that run. With a
+        cache of fixed size (`new_cache`) a pass of few positions is compiled; one of many is
+        computed in chunks, so that memory for attention grows with T and not with its square.
         """
         stop = self.depth if stop is None else stop
         if start == stop:
             return h
         if is_fixed(cache, start) and h.shape[1] <= FEW:
             return self._pass("run", start, stop)(cache, h)
-        return self._run(h, cache, start, stop)
+        parts = [h] if cache is None else chunks(h)
+        if len(parts) == 1:
+            return self._run(h, cache, start, stop)
+        for i, part in enumerate(parts):
+            parts[i] = self._run(part, cache, start, stop)
+            mx.eval(parts[i], [(c.keys, c.values) for c in cache[start:stop]])
+        return mx.concatenate(parts, axis=1)
 
     def _run(self, h, cache, start, stop):
         cache = [None] * self.depth if cache is None else cache

@@ -13,6 +13,7 @@ import mlx.core as mx
 from .compiled import lean_pass
 
 FEW = 16  # passes of up to so many tokens are compiled: one trace for each number and each room
+CHUNK = 512  # positions of a prompt that are computed at once
 FIRST_ROOM = 64  # of an answer at first, as every step reads all of it; it grows with a longer one
 STEP = 64  # positions are allocated in multiples of this
 
@@ -75,6 +76,11 @@ def is_fixed(cache: Sequence | None, block: int) -> bool:
 def round_up(positions: int) -> int:
     """The next multiple of `STEP`."""
     return -(-positions // STEP) * STEP
+
+
+def chunks(x: mx.array) -> list[mx.array]:
+    """A prompt (B, T, ..) in parts of at most `CHUNK` positions."""
+    return mx.split(x, range(CHUNK, x.shape[1], CHUNK), axis=1) if x.shape[1] > CHUNK else [x]
 
 
 class Traced:

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from ...common import UserError
 from ...model.backbone import Backbone, crop
+from ...model.cache import FEW
 from ...model.mlxlm import llama
 from ...model.small_llama import causal_bias, check, hf_config, hidden_states, new_parameters
 from ...stream.distil import DistilConfig, TeacherBatch, divergence
@@ -89,6 +90,9 @@ class TwoModels(Drafter):
         crop(self.cache, len(text) - 1)
         # what it has not read: the pending token, and after a full acceptance the draft before it
         draft, token = Draft(), mx.array([text[self.cache[0].offset :]])
+        if token.shape[1] > FEW:  # a prompt: logits of its last token only
+            self.small.run(self.small.embed(token[:, :-1]), self.cache)
+            token = token[:, -1:]
         for _ in range(drafts):
             token = draft.take(self.small.logits(token, self.cache)[:, -1:], sampler)
         return draft

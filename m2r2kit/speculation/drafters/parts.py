@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...model.backbone import Backbone, crop
-from ...model.cache import FEW, FixedKV, Traced, round_up
+from ...model.cache import FEW, FixedKV, Traced, chunks, round_up
 from ...model.mlxlm import llama
 from ...model.view import private
 from ...stream.fast_block import head_dim
@@ -44,7 +44,8 @@ class OwnPass:
     Args:
         module: whose weights the pass reads.
         attention: of the module, as mlx-lm's llama has it.
-        body: (entry, x (1, T, ..), *more) -> arrays; it takes `entry` for a block's cache.
+        body: (entry, x (1, T, ..), *more) -> arrays of the newest position; it takes `entry` for a block's
+            cache. `more` has T positions too.
     """
 
     def __init__(self, module: nn.Module, attention: nn.Module, body: Callable):
@@ -72,4 +73,7 @@ class OwnPass:
     def __call__(self, x: mx.array, *more: mx.array):
         if x.shape[1] <= FEW:
             return self.traced(self.cache, x, *more)
-        return self.body(self.cache[0], x, *more)
+        for part in zip(*map(chunks, (x, *more)), strict=True):
+            out = self.body(self.cache[0], *part)
+            mx.eval(out, self.cache[0].keys, self.cache[0].values)
+        return out  # of the newest positions
