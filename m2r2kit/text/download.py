@@ -20,6 +20,7 @@ import json
 import re
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def tldr_lines(content: bytes, least: int = 4000) -> bytes:
             if (match := re.fullmatch(r"(?:.*\bpages/)?([\w-]+)/([^/]+)\.md", name))
         }
         pages = {page: archive.read(name).decode() for page, name in sorted(names.items())}
-    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"not an archive of pages: {error}") from None
     pages = {
         page: re.sub(r"^> More information: .*\n", "", text, flags=re.M)
