@@ -5,7 +5,7 @@ import pytest
 import tiny
 from mlx_lm.generate import generate_step
 from speculation_checks import m2r2
-from test_peers import untrained
+from test_baselines import untrained
 
 from m2r2kit.model import cache as fixed_cache
 from m2r2kit.model.backbone import Backbone

@@ -41,7 +41,7 @@ class FixedKV:
             self.keys, self.values = mx.pad(self.keys, more), mx.pad(self.values, more)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write new positions; returns the whole arrays, so the caller must mask (`make_mask`)."""
+        """Write new positions; returns `keys_and_values`, which the caller must mask (`make_mask`)."""
         rows = keys.shape[2]
         if not self.traced:
             self.reserve(rows)
@@ -49,13 +49,13 @@ class FixedKV:
         self.keys = mx.slice_update(self.keys, keys, start, axes=(2,))
         self.values = mx.slice_update(self.values, values, start, axes=(2,))
         self.offset = self.offset + rows
-        return self.keys, self.values
+        return self.keys_and_values()
 
     def make_mask(self, rows: int, **_) -> mx.array:
-        """What `rows` new tokens may look at, before they are written: bool (rows, room)."""
-        if not self.traced:
-            self.reserve(rows)
-        return mx.arange(self.keys.shape[2]) <= self.offset + mx.arange(rows)[:, None]
+        """What `rows` new tokens may look at, before they are written: bool (rows, positions), of the
+        positions that `update_and_fetch` returns."""
+        positions = self.keys.shape[2] if self.traced else self.offset + rows
+        return mx.arange(positions) <= self.offset + mx.arange(rows)[:, None]
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """What is filled; inside a compiled function the whole arrays."""
