@@ -1,6 +1,6 @@
-"""Draw the measured figures in README.md from the newest records, and what a first command prints.
+"""Write the measured figures of README.md from the newest records, and the output of its first command.
 
-`python ci/readme_figures.py` rewrites what stands between the marks, and nothing else.
+`python ci/readme_figures.py` rewrites the text between the marks and nothing else.
 """
 
 import re
@@ -26,7 +26,7 @@ PAPER = "not verified"  # where no source gives the paper's value
 
 
 def figures() -> str:
-    """What stands between the marks: five results, each with the command that measures it."""
+    """The text between the marks: five results, each with the command that measures it."""
     rows = [row for row in (drafts(), exits(), experts(), large(), aligned()) if row]
     if not rows:
         return "Not measured yet.\n"
@@ -40,7 +40,7 @@ def figures() -> str:
 
 
 def made(record: dict) -> str:
-    """On what, when and by which command a record was made."""
+    """The command of a record, its date and its machine."""
     m = record["machine"]
     cores = f"{m['cores']} core{'s' * (m['cores'] != 1)}"
     return f"{record['command']}  # {record['date'][:10]}, {cores} of {m['chip'].replace('(R)', '')}"
@@ -60,7 +60,7 @@ def drafts() -> tuple | None:
     speed = {n: a["speedup_vs_plain"] for n, a in record["figures"]["arms"].items() if a["speedup_vs_plain"]}
     others = ", ".join(f"{n} {x['median']:.2f}x" for n, x in speed.items() if n not in ("plain", "m2r2"))
     return (
-        f"Drafting with M2R2, the same text, over plain decoding of {record['settings']['prompts']} prompts",
+        f"Speed-up of M2R2 drafting over plain decoding, same text, {record['settings']['prompts']} prompts",
         f"{span(speed['m2r2'])}; {others}",
         "2.8x",
         record,
@@ -68,7 +68,7 @@ def drafts() -> tuple | None:
 
 
 def exits() -> tuple | None:
-    """Leaving early: blocks that are not run."""
+    """Early exits: blocks that are not run."""
     if not claims.accepted("exits"):
         return None
     record = figures_exits.newest()
@@ -79,16 +79,16 @@ def exits() -> tuple | None:
         f"{name} {saved[name]['saved']:.0%}" for name in ("m2r2-oracle", "calm") if name in saved
     )
     return (
-        "Blocks saved by exits where 5 % of the tokens differ after the same words; time saved",
+        "Blocks skipped by early exits at 5 % disagreement with the model; speed-up",
         f"{mine['saved']:.0%} ({mine['from']:.0%} to {mine['to']:.0%}); {others}; {fastest['speedup']:.2f}x "
-        f"where {fastest['agreement']:.1%} agree",
+        f"at {fastest['agreement']:.1%} agreement",
         PAPER,
         record,
     )
 
 
 def experts() -> tuple | None:
-    """Experts from disk: where loading ahead gains most."""
+    """Experts on disk: the budget at which prefetching gains most."""
     found = [
         (budget["arms"]["m2r2"], budget, record)
         for record in figures_experts.sizes()
@@ -98,16 +98,16 @@ def experts() -> tuple | None:
         return None
     arm, budget, record = max(found, key=lambda x: x[0]["speedup_vs_on_demand"]["median"])
     return (
-        f"Reading experts ahead, the same text, over reading on demand ({budget['share']:.0%} in memory, "
-        f"{record['settings']['record_bytes'] / 1024:.0f} KiB an expert)",
-        f"{span(arm['speedup_vs_on_demand'])}; over LRU alone {arm['speedup_vs_lru']['median']:.2f}x",
+        f"Speed-up of prefetching over reading experts on demand, same text ("
+        f"{budget['share']:.0%} in memory, {record['settings']['record_bytes'] / 1024:.0f} KiB per expert)",
+        f"{span(arm['speedup_vs_on_demand'])}; over an LRU cache {arm['speedup_vs_lru']['median']:.2f}x",
         "2.9x",
         record,
     )
 
 
 def large() -> tuple | None:
-    """A mixture that does not fit the memory it is given."""
+    """A mixture larger than its memory budget."""
     record = records.latest("experts-large")
     if not record:
         return None
@@ -117,37 +117,42 @@ def large() -> tuple | None:
         for run in (f["streamed"], f["whole"])
     )
     return (
-        f"Memory of a mixture of {f['model_bytes'] / 1e9:.1f} GB with its experts on disk, "
-        f"{'the same text' if f['equal'] else 'ANOTHER TEXT'}",
-        f"{streamed}; in memory {whole}",
+        f"Peak memory of a {f['model_bytes'] / 1e9:.1f} GB mixture with its experts on disk, "
+        f"{'same text' if f['equal'] else 'DIFFERENT TEXT'}",
+        f"{streamed}; all in memory: {whole}",
         "-",
         record,
     )
 
 
 def aligned() -> tuple | None:
-    """What running ahead adds: agreement at the exit, and its controls."""
+    """Agreement with the model at the exit: the stream and its controls."""
     runs = claims.accepted("alignment")
     if not runs:
         return None
     rows = {r["form"]: r for r in runs[-1]["figures"]["rows"]}
-    shown = ("block", "R=1 block", "extra block", "bare")
+    shown = {
+        "block": "stream",
+        "R=1 block": "at rate 1",
+        "extra block": "one extra block",
+        "bare": "logit lens",
+    }
     return (
-        f"First choices at block {rows['block']['exit']} that are the model's, stream and controls",
-        ", ".join(f"{name} {rows[name]['agreement']:.0%}" for name in shown if name in rows),
+        f"Agreement with the model's next token after block {rows['block']['exit']}: stream and controls",
+        ", ".join(f"{label} {rows[name]['agreement']:.0%}" for name, label in shown.items() if name in rows),
         PAPER,
         runs[-1],
     )
 
 
 def draw(text: str) -> str:
-    """The text of a README with the figures of today's records."""
+    """A README's text with the figures of the newest records."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + figures() + END + rest.split(END)[1]
 
 
 def seen(text: str) -> str:
-    """The text of a README with what the first command in it prints, apart from the speed."""
+    """A README's text with the output of its first command, without the speed."""
     before, rest = text.split(SEEN)
     command = shlex.split(next(line for line in before.splitlines() if "m2r2kit generate --prompt" in line))
     run = subprocess.run(

@@ -1,7 +1,6 @@
 """`m2r2kit bench exits`: curves of quality against depth for every method, then the time of some points."""
 
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -13,14 +12,13 @@ from ..common import UserError
 from ..exits import trained
 from ..exits.methods import Method, method
 from ..exits.registry import METHODS
-from ..exits.registry import METHODS as EXIT_METHODS
 from ..exits.teacher_forced import texts_of
 from ..model.backbone import Backbone
 from ..speculation import generate
 from ..text import prompts as prompt_files
 from . import shared
 from .result import check_result, keep, model_name
-from .values import count, natural, some_of
+from .values import natural, some_of
 
 
 def arguments(parser):
@@ -28,26 +26,21 @@ def arguments(parser):
     shared.exits(parser)
     parser.add_argument(
         "--methods",
-        type=some_of(EXIT_METHODS),
+        type=some_of(METHODS),
         default=["m2r2", "m2r2-oracle", "calm"],
         metavar="A,B,..",
-        help=f"what to compare, of {', '.join(EXIT_METHODS)}, or all",
+        help=f"methods to compare, among {', '.join(METHODS)}, or all (default: m2r2,m2r2-oracle,calm)",
     )
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
-    )
-    parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
-    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    shared.prompts(parser)
+    shared.max_tokens(parser, 64)
     parser.add_argument(
         "--timed",
         type=natural,
         default=8,
         metavar="N",
-        help="prompts of each kind that are decoded by the clock; 0 for none (default: 8)",
+        help="prompts of each kind to time; 0 times none (default: 8)",
     )
-    parser.add_argument(
-        "--repeats", type=count, default=3, metavar="N", help="timed rounds of all methods (default: 3)"
-    )
+    shared.repeats(parser, 3)
     shared.result(parser)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,35 +14,28 @@ from ..model.backbone import Backbone
 from ..text import prompts as prompt_files
 from . import shared
 from .result import check_result, keep, model_name
-from .values import count, shares
+from .values import shares
 
 
 def arguments(parser):
     shared.model(parser)
-    parser.add_argument("--experts", type=Path, metavar="STORE", help="the packed experts of the model")
+    shared.store(parser)
     parser.add_argument(
         "--budgets",
         type=shares,
         default=[0.125, 0.25, 0.5],
         metavar="A,B,..",
-        help="shares of all experts that fit the memory (default: 12.5%%,25%%,50%%)",
+        help="shares of all experts to keep in memory (default: 12.5%%,25%%,50%%)",
     )
     shared.streaming(parser)
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
-    )
-    parser.add_argument(
-        "--limit", type=count, default=2, metavar="N", help="only the first N of each kind (default: 2)"
-    )
-    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
-    parser.add_argument(
-        "--repeats", type=count, default=5, metavar="N", help="timed rounds of all arms (default: 5)"
-    )
+    shared.prompts(parser, 2)
+    shared.max_tokens(parser, 64)
+    shared.repeats(parser, 5)
     parser.add_argument(
         "--resident",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare with the model wholly in memory; --no-resident where it does not fit",
+        help="also run the model with all experts in memory; --no-resident if it does not fit",
     )
     shared.result(parser)
     parser.add_argument(
@@ -51,7 +43,7 @@ def arguments(parser):
         nargs="?",
         const="all",
         metavar="MODEL",
-        help="compute what streaming would give a known model (default: all of them), without running it",
+        help="estimate streaming speed for a known model (default: all of them) without running it",
     )
 
 

@@ -1,7 +1,6 @@
 """`m2r2kit bench map`: the predicted speed-up of each exit with each number of drafts."""
 
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,7 +14,7 @@ from ..stream.stream import StreamConfig
 from ..text import prompts as prompt_files
 from . import shared
 from .result import check_result, keep, model_name
-from .values import count, counts, number
+from .values import counts, number
 
 
 def arguments(parser):
@@ -25,19 +24,19 @@ def arguments(parser):
         "--method",
         choices=("early-exit", "m2r2"),
         default="early-exit",
-        help="who drafts: the bare residual at any exit (default), or the stream at its own",
+        help="what drafts: the bare residual at any exit, or the stream at its own (default: early-exit)",
     )
     parser.add_argument(
-        "--exits", type=counts, metavar="E,F,..", help="after so many blocks (default: some, or the stream's)"
+        "--exits",
+        type=counts,
+        metavar="E,F,..",
+        help="exits to map, in blocks (default: eight depths for early-exit, the stream's exits for m2r2)",
     )
     parser.add_argument(
-        "--drafts", type=number(int, 2, 16), default=8, metavar="K", help="up to so many drafts (default: 8)"
+        "--drafts", type=number(int, 2, 16), default=8, metavar="K", help="longest draft (default: 8)"
     )
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one JSON object a line (default: all of data/prompts)"
-    )
-    parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
-    parser.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop here (default: 64)")
+    shared.prompts(parser)
+    shared.max_tokens(parser, 64)
     shared.result(parser)
 
 

@@ -1,48 +1,38 @@
 """`m2r2kit bench memory`: a model under a budget, in a process whose peak the system says."""
 
-from pathlib import Path
-
 from ..bench.memory import measure
 from ..experts.store import Store
 from ..model.folder import model_folder
 from . import shared
 from .result import check_result, keep, model_name
-from .values import budget, count, size
+from .values import size
 
 
 def arguments(parser):
     shared.model(parser)
-    parser.add_argument(
-        "--experts", type=Path, required=True, metavar="STORE", help="the packed experts of the model"
-    )
-    parser.add_argument(
-        "--budget",
-        type=budget,
-        default=0.1,
-        metavar="SIZE",
-        help="memory for experts: 64MB, 25%% (default: 10%%)",
-    )
+    shared.store(parser, required=True)
+    shared.memory(parser, 0.1)
     parser.add_argument(
         "--most",
         type=size,
         default=10**9,
         metavar="SIZE",
-        help="what the process may take in all, or the command fails (default: 1GB)",
+        help="fail if the peak memory of the process exceeds this (default: 1GB)",
     )
     parser.add_argument(
         "--predictor",
         choices=("nothing", "previous", "next-router"),
         default="next-router",
-        help="who names experts ahead of time (default: next-router)",
+        help="predicts the experts to prefetch (default: next-router)",
     )
     shared.disk(parser)
     parser.add_argument(
         "--prompt",
         default="The sea was calm, and the ship lay at anchor near the old harbour.",
         metavar="TEXT",
-        help="what to continue",
+        help="text to continue",
     )
-    parser.add_argument("--max-tokens", type=count, default=128, metavar="N", help="stop here (default: 128)")
+    shared.max_tokens(parser, 128)
     shared.result(parser)
 
 

@@ -1,7 +1,6 @@
 """`m2r2kit bench speculation`: the arms side by side, equality first, then time."""
 
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,30 +14,22 @@ from ..speculation.registry import DRAFTS, METHODS, drafters_folder, ready, stre
 from ..text import prompts as prompt_files
 from . import shared
 from .result import check_result, keep, model_name
-from .values import count, some_of
+from .values import some_of
 
 
 def arguments(parser):
     shared.model(parser)
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="one JSON object a line with 'id' and 'prompt', or MT-Bench, Koala or Self-Instruct as "
-        "published (default: all of data/prompts)",
-    )
+    shared.prompts(parser)
     parser.add_argument(
         "--methods",
         type=some_of(METHODS),
         default=list(METHODS)[:4],
         metavar="A,B,..",
-        help=f"what to compare, of {', '.join(METHODS)}, or all (default: the first four)",
+        help=f"methods to compare, among {', '.join(METHODS)}, or all (default: the first four); plain is "
+        "always included",
     )
     shared.drafting(parser)
-    parser.add_argument(
-        "--repeats", type=count, default=5, metavar="N", help="timed rounds of all methods (default: 5)"
-    )
-    parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts of each kind")
+    shared.repeats(parser, 5)
     shared.result(parser)
 
 

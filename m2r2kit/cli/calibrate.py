@@ -41,15 +41,9 @@ def arguments(parser):
         type=some_of(CALIBRATED),
         default=["m2r2"],
         metavar="A,B,..",
-        help=f"what to calibrate, of {', '.join(CALIBRATED)}, or all (default: m2r2)",
+        help=f"exits to calibrate, among {', '.join(CALIBRATED)}, or all (default: m2r2)",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where it was trained "
-        "(default: 'exits/KIND' in the model's folder; of a repository, in the cache)",
-    )
+    shared.trained(parser, "--out", "folder of the trained exits, which receives the result", "exits/KIND")
     shared.corpus(parser)
     shared.seed(parser)
     shared.record(parser)

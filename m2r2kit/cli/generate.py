@@ -30,13 +30,9 @@ from .values import counts, natural, number
 
 def arguments(parser):
     shared.model(parser)
+    parser.add_argument("--adapter", metavar="DIR", help="mlx_lm LoRA adapter for this model")
     parser.add_argument(
-        "--adapter",
-        metavar="DIR",
-        help="folder of a LoRA adapter of mlx_lm for this model",
-    )
-    parser.add_argument(
-        "--method", choices=(*METHODS, "exits"), help="how to decode (default: m2r2, with --experts plain)"
+        "--method", choices=(*METHODS, "exits"), help="decoding method (default: m2r2; plain with --experts)"
     )
     shared.drafting(parser)
     parser.add_argument(
@@ -44,74 +40,81 @@ def arguments(parser):
         type=number(float, 0),
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest token (default)",
+        help="sampling temperature; 0 decodes greedily (default: 0)",
     )
-    parser.add_argument("--top-k", type=natural, default=0, metavar="K", help="sample among the K likeliest")
+    parser.add_argument(
+        "--top-k", type=natural, default=0, metavar="K", help="sample from the K most likely tokens"
+    )
     parser.add_argument(
         "--top-p",
         type=number(float, 0, 1, above=True),
         default=1.0,
         metavar="P",
-        help="sample among the likeliest that hold this share of the probability",
+        help="sample from the most likely tokens whose probabilities sum to P",
     )
     parser.add_argument(
         "--min-p",
         type=number(float, 0, 1),
         default=0.0,
         metavar="P",
-        help="sample among tokens with at least this share of the likeliest one's probability",
+        help="sample from tokens at least P times as likely as the most likely one",
     )
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed of sampling (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="sampling seed (default: 0)")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="WORD", help="end before this word (may be repeated)"
+        "--stop", action="append", default=[], metavar="WORD", help="stop before this text; may be repeated"
     )
-    leaving(parser.add_argument_group("method exits", "tokens leave early, greedily, and some may differ"))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="what to answer; - reads it from standard input; repeated, the turns of one conversation",
+        help="prompt, or - to read it from standard input; repeat it for the turns of a conversation",
     )
     source.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="one JSON object a line, as for bench; of several turns the first",
+        help="prompts, in the formats of `m2r2kit bench`; answers the first turn of each",
     )
     parser.add_argument(
-        "--system", metavar="TEXT", help="what the model is told first, where its chat template allows it"
+        "--system", metavar="TEXT", help="system message, if the model's chat template has one"
     )
-    parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt without the chat template")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
+    exit_options(
+        parser.add_argument_group(
+            "early exits (--method exits)", "Decode greedily; some tokens may differ from the model's."
+        )
+    )
     shared.experts(parser)
 
 
-def leaving(parser):
-    """How `generate --method exits` decides."""
+def exit_options(parser):
+    """Options of `--method exits`."""
     shared.exits(parser)
     parser.add_argument(
         "--risk",
         type=float,
         default=0.05,
         metavar="R",
-        help="share of tokens that may differ from the model's after the same words (default: 0.05)",
+        help="bound on the share of tokens that differ from the model's after the same words (default: 0.05)",
     )
     parser.add_argument(
-        "--confidence", type=float, default=0.95, metavar="C", help="that the risk is kept (default: 0.95)"
+        "--confidence", type=float, default=0.95, metavar="C", help="confidence of that bound (default: 0.95)"
     )
     parser.add_argument(
         "--threshold",
         type=number(float, 0, 2),
         metavar="T",
-        help="leave from this probability on, whatever the risk; above 1 is nowhere",
+        help="exit from this score of the gate on, whatever the risk; above 1, never exit",
     )
-    parser.add_argument("--exits", type=counts, metavar="E,F,..", help="leave at these exits only")
+    parser.add_argument("--exits", type=counts, metavar="E,F,..", help="use only these exits")
     parser.add_argument(
         "--skipped",
         choices=("wait", "linear"),
         default="wait",
-        help="skipped blocks are made up for with the next token that goes deep, or filled (default: wait)",
+        help="KV cache of skipped blocks: wait computes it with the next token that runs them, linear "
+        "fills it by a linear map of the state (default: wait)",
     )
 
 
@@ -252,7 +255,7 @@ def _drafting(args) -> Way:
         n, right, drafted = len(out.tokens), sum(out.from_draft), sum(out.drafted)
         line = f"{n} tokens in {out.steps} steps, {n / out.seconds:.0f} tokens/s"
         if drafted:
-            line += f"; {right} of {drafted} drafts were right"
+            line += f"; {right} of {drafted} drafts accepted"
             line += " (underlined)" if sys.stdout.isatty() else ""
         return line
 

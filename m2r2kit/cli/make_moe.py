@@ -18,22 +18,25 @@ SIZE, WIDTH = 4_500_000_000, 512  # bytes, and width of an expert, if nothing el
 
 
 def arguments(parser):
-    parser.add_argument("out", type=Path, metavar="DIR", help="folder of the model")
-    parser.add_argument("--size", type=size, metavar="SIZE", help="at least so large (default: 4.5GB)")
+    parser.add_argument("out", type=Path, metavar="DIR", help="folder to write the model to")
+    parser.add_argument(
+        "--size", type=size, metavar="SIZE", help="minimum size of the weights (default: 4.5GB)"
+    )
     parser.add_argument(
         "--widen",
         type=number(int, 2),
         metavar="K",
-        help="instead of random weights: a trained model with experts K times as wide, which says the same",
+        help="no random weights: widen the experts of a trained model K times, with the same output",
     )
     parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="with --widen: which one (default: data/pocket-moe)"
+        "--model", type=Path, metavar="DIR", help="model to widen with --widen (default: data/pocket-moe)"
     )
     parser.add_argument(
         "--width",
         type=number(int, 8),
         metavar="D",
-        help="of the stream and of an expert, a multiple of 8; an expert has 12 D^2 bytes (default: 512)",
+        help="width of the residual stream and of the experts, a multiple of 8; an expert takes 12 D^2 bytes "
+        "(default: 512)",
     )
     shared.seed(parser)
 

@@ -12,10 +12,10 @@ from ..model.hashes import weights_sha256
 
 
 def arguments(parser):
-    parser.add_argument("model", metavar="MODEL", help="a mixture of experts that mlx_lm loads")
+    parser.add_argument("model", metavar="MODEL", help="mixture of experts that mlx_lm loads")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the store")
     parser.add_argument(
-        "--verify", action="store_true", help="read all of a store that is there, and compare checksums"
+        "--verify", action="store_true", help="read an existing store and compare all checksums"
     )
 
 

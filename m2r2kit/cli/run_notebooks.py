@@ -7,7 +7,7 @@ def arguments(parser):
     parser.add_argument(
         "action",
         choices=("run", "check", "build"),
-        help="run: execute copies; check: what CI asks; build: execute, clean and write back",
+        help="run: execute copies; check: all that CI checks; build: execute, clean and write back",
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="number (04), name or file of a notebook (default: all)"

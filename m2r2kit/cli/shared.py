@@ -1,14 +1,18 @@
-"""What several commands take: a model and what was trained for it, text to learn from."""
+"""Options that several commands share."""
 
 import argparse
 from pathlib import Path
 
 from ..common import ROOT
 from ..experts.registry import POLICIES, PREDICTORS
+from ..model.families import FAMILIES
 from .values import budget, count, natural, number, size
 
 MODEL = ROOT / "data" / "pocket-dense"
 MOE = ROOT / "data" / "pocket-moe"
+
+
+# --- models and trained modules -------------------------------------------------------------
 
 
 def model(parser):
@@ -16,117 +20,176 @@ def model(parser):
         "--model",
         default=str(MODEL),
         metavar="DIR_OR_REPO",
-        help="a model that mlx_lm loads: a folder, a LoRA adapter's folder, or a Hugging Face repository "
-        "(default: data/pocket-dense)",
+        help="model that mlx_lm loads: a folder, a LoRA adapter's folder or a Hugging Face repository "
+        f"(default: data/pocket-dense); families: {', '.join(FAMILIES)}",
+    )
+
+
+def trained(parser, option: str, what: str, name: str):
+    """A folder of trained modules; by default `name`, beside the weights of `--model`."""
+    parser.add_argument(
+        option,
+        type=Path,
+        metavar="DIR",
+        help=f"{what} (default: '{name}' in the model's folder; for a repository, in the cache folder)",
     )
 
 
 def stream(parser):
-    parser.add_argument(
-        "--stream",
-        type=Path,
-        metavar="DIR",
-        help="the trained accelerated stream "
-        "(default: 'stream' in the model's folder; of a repository, in the cache)",
-    )
+    trained(parser, "--stream", "trained accelerated stream", "stream")
 
 
 def drafters(parser):
-    parser.add_argument(
-        "--drafters",
-        type=Path,
-        metavar="DIR",
-        help="trained drafters (default: 'drafters' in the model's folder; of a repository, in the cache)",
-    )
+    trained(parser, "--drafters", "trained baseline drafters", "drafters")
+
+
+def exits(parser):
+    trained(parser, "--trained", "trained exits", "exits")
+
+
+# --- decoding -------------------------------------------------------------------------------
 
 
 def drafting(parser):
     stream(parser)
     drafters(parser)
     parser.add_argument(
-        "--draft",
-        type=natural,
-        metavar="K",
-        help="tokens drafted before each verification (default: as tuned)",
+        "--draft", type=natural, metavar="K", help="tokens drafted in each step (default: as tuned)"
     )
     parser.add_argument(
         "--exit",
         type=count,
         metavar="E",
-        help="block after which the method early-exit drafts (default: the stream's exit)",
+        help="block after which m2r2, m2r2-tree and early-exit draft (default: the stream's first exit)",
     )
-    parser.add_argument("--max-tokens", type=count, default=128, metavar="N", help="stop here (default: 128)")
+    max_tokens(parser, 128)
 
 
-def exits(parser):
+def max_tokens(parser, default: int):
     parser.add_argument(
-        "--trained",
-        type=Path,
-        metavar="DIR",
-        help="what was trained for exits "
-        "(default: 'exits' in the model's folder; of a repository, in the cache)",
+        "--max-tokens",
+        type=count,
+        default=default,
+        metavar="N",
+        help=f"maximum number of new tokens per answer (default: {default})",
     )
 
 
 def disk(parser):
-    """How records are read."""
+    """How experts are read."""
     parser.add_argument(
         "--reads",
         choices=("direct", "buffered"),
         default="direct",
-        help="past the page cache (default), or through it",
+        help="direct bypasses the page cache, buffered uses it (default: direct)",
     )
     parser.add_argument(
-        "--threads", type=number(int, 1, 64), default=2, metavar="N", help="that read at once (default: 2)"
+        "--threads", type=number(int, 1, 64), default=2, metavar="N", help="reader threads (default: 2)"
     )
 
 
 def streaming(parser):
-    """Where experts come from when they are not all in memory."""
+    """How experts are read, and how early."""
     disk(parser)
     parser.add_argument(
         "--link",
         type=size,
         metavar="BYTES",
-        help="simulate a disk of so many bytes a second, such as 200MB",
+        help="simulate a disk of this bandwidth, in bytes per second, such as 200MB",
     )
     parser.add_argument(
-        "--distance", type=count, default=2, metavar="G", help="blocks to look ahead (default: 2)"
+        "--distance", type=count, default=2, metavar="G", help="blocks to predict ahead (default: 2)"
     )
     parser.add_argument(
-        "--width", type=count, metavar="K", help="experts to name (default: as many as the model runs)"
+        "--width",
+        type=count,
+        metavar="K",
+        help="experts to predict per block (default: as many as the model runs)",
+    )
+
+
+def store(parser, **options):
+    parser.add_argument(
+        "--experts",
+        type=Path,
+        metavar="STORE",
+        help="the model's experts, as written by `m2r2kit pack`",
+        **options,
+    )
+
+
+def memory(parser, default: float):
+    parser.add_argument(
+        "--budget",
+        type=budget,
+        default=default,
+        metavar="SIZE",
+        help=f"memory for experts, in bytes or as a share of all: 64MB, 25%% (default: {100 * default:g}%%)",
     )
 
 
 def experts(parser):
-    group = parser.add_argument_group("a mixture of experts whose experts stay on disk")
-    group.add_argument(
-        "--experts",
-        type=Path,
-        metavar="STORE",
-        help="decode plainly, with experts from this store (see pack)",
+    group = parser.add_argument_group(
+        "experts on disk", "Decode a mixture of experts without drafts; its experts stay on disk."
     )
-    group.add_argument(
-        "--budget",
-        type=budget,
-        default=0.5,
-        metavar="SIZE",
-        help="memory for experts: 64MB, 25%% (default: 50%%)",
-    )
-    group.add_argument(
-        "--policy", choices=POLICIES, default="lru", help="who goes when a slot is needed (default: lru)"
-    )
+    store(group)
+    memory(group, 0.5)
+    group.add_argument("--policy", choices=POLICIES, default="lru", help="eviction policy (default: lru)")
     group.add_argument(
         "--predictor",
         choices=PREDICTORS,
         default="next-router",
-        help="who names experts ahead of time (default: next-router)",
+        help="predicts the experts to prefetch (default: next-router)",
     )
     group.add_argument(
-        "--known", type=Path, metavar="TRACE", help="routing of earlier texts, for those that learn from it"
+        "--known",
+        type=Path,
+        metavar="TRACE",
+        help="routing trace of earlier texts, for policies and predictors that need one",
     )
-    group.add_argument("--trace", type=Path, metavar="FILE", help="write this run's routing here (.npz)")
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the routing trace of this run here (.npz)"
+    )
     streaming(group)
+
+
+# --- benchmarks -----------------------------------------------------------------------------
+
+
+def prompts(parser, limit: int | None = None):
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts, one JSON object per line with 'id' and 'prompt', or MT-Bench, Koala or Self-Instruct "
+        "as published (default: data/prompts)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=count,
+        default=limit,
+        metavar="N",
+        help=f"use the first N prompts of each kind (default: {limit or 'all'})",
+    )
+
+
+def repeats(parser, default: int):
+    parser.add_argument(
+        "--repeats", type=count, default=default, metavar="N", help=f"timed rounds (default: {default})"
+    )
+
+
+def record(parser):
+    parser.add_argument("--record", action="store_true", help="append the result to data/results")
+
+
+def result(parser):
+    """Where the result goes, besides the terminal."""
+    record(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+
+
+# --- training -------------------------------------------------------------------------------
 
 
 def processes(parser):
@@ -135,30 +198,38 @@ def processes(parser):
         type=count,
         default=1,
         metavar="N",
-        help="on a CPU: share each batch among N processes, best with a core each (default: 1)",
+        help="on a CPU: split each batch among N processes, ideally one per core (default: 1)",
     )
 
 
 def corpus(parser):
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder with the text (default: download)")
+    parser.add_argument(
+        "--corpus", type=Path, metavar="DIR", help="folder of training text (default: download it)"
+    )
 
 
 def minutes(parser):
     parser.add_argument(
-        "--minutes", type=number(float, 0, above=True), metavar="M", help="save and stop after so long"
+        "--minutes", type=number(float, 0, above=True), metavar="M", help="stop and save after M minutes"
     )
 
 
 def seed(parser):
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="seed (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="random seed (default: 0)")
 
 
-def training_rows(parser):
-    """What a trained part learns from, and for how long."""
+def training_rows(parser, rows: int = 2400):
+    """The training text, and how long to train on it."""
     parser.add_argument(
-        "--rows", type=count, default=2400, metavar="N", help="rows of 192 tokens to learn from"
+        "--rows",
+        type=count,
+        default=rows,
+        metavar="N",
+        help=f"training rows of 192 tokens (default: {rows})",
     )
-    parser.add_argument("--batch", type=count, default=8, metavar="B", help="rows of a step (default: 8)")
+    parser.add_argument(
+        "--batch", type=count, default=8, metavar="B", help="rows per training step (default: 8)"
+    )
     parser.add_argument("--steps", type=count, metavar="N", help="training steps")
     minutes(parser)
     corpus(parser)
@@ -166,20 +237,9 @@ def training_rows(parser):
 
 
 def tuning(parser):
-    """Whether the length of drafts is chosen after a training."""
     parser.add_argument(
         "--tune",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="choose the number of drafts for this machine; --no-tune leaves it to `m2r2kit tune`",
+        help="then choose the draft length for this machine; --no-tune leaves it to `m2r2kit tune`",
     )
-
-
-def record(parser):
-    parser.add_argument("--record", action="store_true", help="add the result to data/results")
-
-
-def result(parser):
-    """Where the result of a measurement goes beside the terminal."""
-    record(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file as well")

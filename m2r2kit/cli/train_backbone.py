@@ -24,25 +24,29 @@ from .values import count
 
 def arguments(parser):
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the run; if it exists, go on there"
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the run; an existing run resumes"
     )
     shared.corpus(parser)
     parser.add_argument(
-        "--type", choices=("llama", "olmoe"), help="dense, or a mixture of experts (default: llama)"
+        "--type", choices=("llama", "olmoe"), help="dense model or mixture of experts (default: llama)"
     )
     parser.add_argument(
-        "--start", type=Path, metavar="DIR", help="for olmoe: the dense model to start from and learn from"
+        "--start", type=Path, metavar="DIR", help="for olmoe: dense model to start from and to distil"
     )
-    parser.add_argument("--tokens", type=count, metavar="N", help="tokens to train on, all in all")
+    parser.add_argument("--tokens", type=count, metavar="N", help="total number of training tokens")
     shared.minutes(parser)
     parser.add_argument(
-        "--to", type=Path, metavar="DIR", help="write the model here as a Hugging Face folder"
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="export to this Hugging Face folder, even before all tokens are trained (default: 'model' in "
+        "the run's folder, at the end)",
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="JSON with settings of a run (PretrainConfig, OlmoeConfig)",
+        help="JSON of run settings: fields of PretrainConfig, or of OlmoeConfig for olmoe",
     )
     shared.processes(parser)
     shared.record(parser)

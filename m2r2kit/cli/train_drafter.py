@@ -23,15 +23,9 @@ def arguments(parser):
         type=some_of(DRAFTERS),
         required=True,
         metavar="A,B,..",
-        help=f"which ways of drafting, of {', '.join(DRAFTERS)}, or all; they learn from the same rows",
+        help=f"drafters to train on the same rows, among {', '.join(DRAFTERS)}, or all",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where to save it "
-        "(default: 'drafters/KIND' in the model's folder; of a repository, in the cache)",
-    )
+    shared.trained(parser, "--out", "where to save the drafter", "drafters/KIND")
     parser.add_argument(
         "--exit", type=count, metavar="E", help="block after which kangaroo and deed draft (default: 2)"
     )

@@ -24,25 +24,20 @@ def arguments(parser):
         type=some_of(EXIT_KINDS),
         default=["m2r2"],
         metavar="A,B,..",
-        help=f"what to train, of {', '.join(EXIT_KINDS)}, or all, from the same rows (default: m2r2)",
+        help=f"modules to train on the same rows, among {', '.join(EXIT_KINDS)}, or all (default: m2r2)",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where to save it (default: 'exits/KIND' in the model's folder; of a repository, in the cache)",
-    )
+    shared.trained(parser, "--out", "where to save the module", "exits/KIND")
     parser.add_argument(
         "--exits",
         type=counts,
         metavar="E,F,..",
-        help="after so many blocks a token may leave; for shallow, the number of its blocks",
+        help="blocks after which tokens may exit; for shallow, its number of blocks",
     )
     parser.add_argument(
         "--start",
         type=Path,
         metavar="DIR",
-        help="for m2r2: begin the first exit with this trained stream (`m2r2kit train stream`)",
+        help="for m2r2: initialise the first exit from this trained stream (`m2r2kit train stream`)",
     )
     parser.add_argument(
         "--calibrate",
@@ -53,7 +48,7 @@ def arguments(parser):
     parser.add_argument(
         "--router-only",
         action="store_true",
-        help="train a new router for exits that are saved already; the rest of them stays",
+        help="retrain only the router of saved exits",
     )
     shared.training_rows(parser)
     shared.record(parser)

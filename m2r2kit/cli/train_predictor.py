@@ -24,31 +24,36 @@ def arguments(parser):
         type=some_of(TRAINED),
         default=list(TRAINED),
         metavar="A,B,..",
-        help=f"which, of {', '.join(TRAINED)} (default: all); they learn from the same rows",
+        help=f"predictors to train on the same rows, among {', '.join(TRAINED)} (default: all)",
     )
     parser.add_argument(
         "--exits",
         type=counts,
         metavar="E,F,..",
-        help="where the stream's intervals end (default: after every block)",
+        help="blocks that end the stream's intervals (default: every block)",
     )
     parser.add_argument(
         "--rate",
         type=number(float, 1),
         default=2.0,
         metavar="R",
-        help="how fast the stream m2r2 runs ahead, and the blocks that the direct map names (default: 2)",
+        help="rate of the stream m2r2; direct predicts for the same blocks (default: 2)",
     )
-    parser.add_argument("--rank", type=natural, default=0, metavar="R", help="of its changes (default: 0)")
+    parser.add_argument(
+        "--rank",
+        type=natural,
+        default=0,
+        metavar="R",
+        help="rank of the stream's changes to the base matrices; 0 for none (default: 0)",
+    )
     parser.add_argument(
         "--ffn-width",
         type=count,
         default=320,
         metavar="W",
-        help="of its own FFN in each block (default: 320)",
+        help="width of the stream's own FFN in each block (default: 320)",
     )
-    shared.training_rows(parser)
-    parser.set_defaults(rows=480)  # all states of all blocks are kept: 6 MB a row of the pocket model
+    shared.training_rows(parser, 480)  # the states of all blocks are kept: 6 MB per row of the pocket model
     shared.record(parser)
 
 

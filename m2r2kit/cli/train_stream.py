@@ -27,12 +27,7 @@ from .values import count, natural, number
 
 def arguments(parser):
     shared.model(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where to save it (default: 'stream' in the model's folder; of a repository, in the cache)",
-    )
+    shared.trained(parser, "--out", "where to save the stream", "stream")
     parser.add_argument(
         "--form", choices=FORMS, default="block", help="what an accelerated block computes (default: block)"
     )
@@ -41,39 +36,40 @@ def arguments(parser):
         "--rate",
         type=number(float, 0, above=True),
         metavar="R",
-        help="how fast the stream runs ahead (default: to reach the final state at its exit)",
+        help="acceleration rate (default: the rate that reaches the final state at the exit)",
     )
     parser.add_argument(
         "--rank",
         type=natural,
         metavar="R",
-        help="rank of its changes of the base matrices; 0 for none (default: full)",
+        help="rank of the changes to the base matrices; 0 for none (default: full rank)",
     )
     parser.add_argument(
         "--deep",
         type=number(float, 0),
         metavar="SHARE",
-        help="read the slow keys of the block at this share of the depth; 0 for none (default: 0.25)",
+        help="relative depth (0-1) of the block whose KV cache the stream also reads, verified tokens only; "
+        "0 for none (default: 0.25)",
     )
     parser.add_argument(
         "--near",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="also read those of its own blocks, which drafts then have to compute (default: no)",
+        help="also attend to the KV of the stream's own blocks, drafts included (default: no)",
     )
     parser.add_argument(
         "--carry",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also begin with the last state of the token before, as in EAGLE (default: yes)",
+        help="also start from the previous token's last state, as in EAGLE (default: yes)",
     )
     parser.add_argument(
-        "--ffn-width", type=natural, metavar="W", help="width of an FFN of its own; 0 for none"
+        "--ffn-width", type=natural, metavar="W", help="width of the stream's own FFN; 0 for none"
     )
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="train other readouts of the same size for as long, and compare them all; saves none",
+        help="train other readouts of the same size for as many steps and compare them; saves none",
     )
     shared.training_rows(parser)
     shared.tuning(parser)
@@ -81,7 +77,7 @@ def arguments(parser):
         "--start",
         type=Path,
         metavar="DIR",
-        help="begin with this trained stream, of this model or of one much like it, instead of anew",
+        help="initialise from this trained stream, of this model or of one with the same shapes",
     )
     shared.processes(parser)
     shared.record(parser)
