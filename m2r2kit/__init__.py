@@ -8,4 +8,4 @@ _API = ("load", "load_stream", "train_stream", "generate", "stream_generate", "p
 _TYPES = ("Generation", "Manifest", "StreamConfig", "TrainedStream")
 __all__ = ["__version__", *_API, *_TYPES]
 
-__getattr__, __dir__ = on_demand(__name__, {"api": " ".join(_API + _TYPES)})  # the door, and the rooms
+__getattr__, __dir__ = on_demand(__name__, {"api": " ".join(_API + _TYPES)})  # and every subpackage

@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             sentence = _one_line(f"the name {error.filename} is too long; choose a shorter one")
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             _drop_output()
-            sentence = "the disk is full; make room and start again"
+            sentence = "the disk is full; free some space and start again"
         else:
             raise
         print(f"m2r2kit: {sentence}", file=sys.stderr)

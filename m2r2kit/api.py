@@ -1,4 +1,4 @@
-"""The door: M2R2 for a model of mlx-lm, in the shape of mlx-lm.
+"""The public API: M2R2 for mlx-lm models, with mlx-lm's conventions.
 
     from mlx_lm import load
     import m2r2kit as m2
@@ -8,8 +8,9 @@
     for r in m2.stream_generate(model, tokenizer, "...", stream=stream):
         print(r.text, end="")
 
-Everywhere `model` and `tokenizer` are what `mlx_lm.load` returns; neither is changed. In the place of the
-model its folder or repository may stand, with None for the tokenizer; it is then loaded for this one call.
+`model` and `tokenizer` are what `mlx_lm.load` returns; neither is changed. Instead of a model object, each
+function also takes a folder or a Hugging Face repository, with None as the tokenizer; it then loads the model
+for this one call.
 """
 
 import time
@@ -40,22 +41,22 @@ from .stream.stream import AcceleratedStream, StreamConfig, check
 from .stream.trained import TrainedStream
 from .text.rows import SMALL
 
-KEPT = "_m2r2kit"  # where a model object keeps its view, so that both are freed together
+KEPT = "_m2r2kit"  # attribute of a model object that holds its view, so that both are freed together
 
 
 @dataclass
 class View:
-    """What is kept of a model object between two calls.
+    """The kit's state for a model object, kept between calls.
 
     Attributes:
-        experts: the decoder of a model whose experts are on disk.
+        experts: the decoder of a model whose experts are on disk; else None.
     """
 
     backbone: Backbone
     experts: ExpertDecoder | None = None
 
     def __deepcopy__(self, memo):
-        """A copy of the model, a pickled one included, gets a view of its own."""
+        """Return None: a copied or unpickled model gets a new view."""
 
     def __reduce__(self):
         return type(None), ()
@@ -69,34 +70,35 @@ def load(
     adapter: str | Path | None = None,
     **reading,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load a model, as `mlx_lm.load` does; a mixture's experts may stay on disk.
+    """Load a model, as `mlx_lm.load` does; the experts of a mixture may stay on disk.
 
-    On a CPU weights become float32, in which it is fastest and exact.
+    On a CPU the weights are converted to float32, which is the fastest type there and loses nothing.
 
     Args:
-        path_or_repo: a folder, or a Hugging Face repository.
-        experts: a store that `pack` wrote. The model then has no experts of its own; `generate` and
-            `stream_generate` read them when they are needed, and decode what the whole model would.
-        budget: memory for experts, as bytes or a share of all: `64e6`, `"64MB"`, `0.25`, `"25%"`.
-        predictor: who predicts experts ahead of time, so that their reads are over when they are needed:
-            `next-router`, `m2r2` (arXiv 2502.02040) and others of `m2r2kit generate --help`.
+        path_or_repo: a folder or a Hugging Face repository.
+        experts: an expert store that `pack` wrote. The model is then loaded without its experts. `generate`
+            and `stream_generate` read them on demand, and generate the same tokens as the full model.
+        budget: memory for experts, in bytes or as a share of all experts: `64e6`, `"64MB"`, `0.25`, `"25%"`.
+        predictor: predicts experts ahead of time, so that they are read before they are needed:
+            `next-router`, `m2r2` (arXiv 2502.02040) or another one in `m2r2kit generate --help`.
         adapter: folder of a LoRA adapter that `mlx_lm.lora` wrote for this model.
-        reading: further settings of the store: `policy`, `distance`, `width`, `stream`, `reads`, `threads`,
-            `link`, as the options of `m2r2kit generate`.
+        reading: further settings of the expert store: `policy`, `distance`, `width`, `stream`, `reads`,
+            `threads` and `link`, as in `m2r2kit generate --help`.
 
     Returns:
         (model, tokenizer).
 
     Raises:
-        UserError: the model or store is missing, damaged or does not fit, or a setting is out of range.
+        UserError: the model or the store is missing or damaged, they do not match, or a setting is out of
+            range.
     """
     if experts is None:
         if reading:
-            raise UserError(f"{sorted(reading)[0]} is a setting of experts on disk; give their store too.")
+            raise UserError(f"{sorted(reading)[0]} needs experts on disk; give an expert store too.")
         backbone, decoder = Backbone.load(path_or_repo, adapter=adapter), None
     else:
         if adapter is not None:
-            raise UserError("Experts on disk are those of the model alone; leave out the adapter.")
+            raise UserError("An expert store does not support adapters; leave out the adapter.")
         decoder = open_experts(path_or_repo, experts, budget=budget, predictor=predictor, **reading)
         backbone = decoder.backbone
     backbone.model.__dict__[KEPT] = View(backbone, decoder)
@@ -106,14 +108,16 @@ def load(
 
 
 def load_stream(folder: str | Path, model: nn.Module, tokenizer=None) -> TrainedStream:
-    """Load the accelerated stream of a model, with the settings that were tuned for it.
+    """Load the accelerated stream of a model, with its tuned settings.
 
     Args:
-        folder: that `TrainedStream.save` or `m2r2kit train stream` wrote.
-        tokenizer: of the model; without it the stream is compared with the model when it is first used.
+        folder: a folder that `TrainedStream.save` or `m2r2kit train stream` wrote.
+        model: the model that the stream was trained for.
+        tokenizer: the model's tokenizer; without it, the check that the stream fits the model is made on
+            first use.
 
     Raises:
-        UserError: there is none, it is damaged, or it was trained for another model.
+        UserError: the stream is missing or damaged, or was trained for another model.
     """
     view = _view(model, tokenizer)
     stream = TrainedStream.load(view.backbone, folder, check=False)
@@ -125,14 +129,14 @@ def load_stream(folder: str | Path, model: nn.Module, tokenizer=None) -> Trained
 def generate(
     model: nn.Module | str | Path, tokenizer, prompt, max_tokens: int = 128, verbose: bool = False, **settings
 ) -> Generation:
-    """Generate text; arguments and errors (`UserError`) as of `stream_generate`.
+    """Generate text; other arguments and errors as in `stream_generate`.
 
     Args:
-        verbose: print the text as it comes.
+        verbose: print the text while it is generated.
 
     Returns:
-        the whole result: `str()` of it is the text, and it has the tokens, which of them were drafted, how
-        many drafts were accepted in each step, and the seconds.
+        a `Generation`: `str()` of it is the text; it also has the tokens, which of them were drafts, the
+        number of accepted drafts in each step, and the seconds.
     """
     out, view = Generation(), _view(model, tokenizer)
     for segment in _segments(view, _ids(view.backbone, prompt), max_tokens, out, **settings):
@@ -146,29 +150,29 @@ def stream_generate(
 ) -> Iterator[GenerationResponse]:
     """Generate text token by token, as `mlx_lm.stream_generate` does, and faster with a trained stream.
 
-    Greedy tokens are those of mlx-lm, and sampled ones have the same distribution, whatever drafts them.
+    With every method, greedy tokens equal mlx-lm's, and sampled tokens have the same distribution.
 
     Args:
-        prompt: as mlx-lm takes it: a text to continue (no chat template is added) or token ids; or the turns
-            of a conversation, dicts of `role` and `content`, which get the model's chat template.
-        max_tokens: generate at most this many, and no more than the model's context holds.
+        prompt: a text to continue (no chat template is added), token ids, or the turns of a conversation:
+            dicts of `role` and `content`, which are put into the model's chat template.
+        max_tokens: the most tokens to generate; the model's context is a limit too.
         stream: the accelerated stream that drafts, from `train_stream` or `load_stream`, or its folder.
-        method: who drafts, by its name in `m2r2kit generate --help`; by default `m2r2` where there is a
-            stream and `plain` where there is none.
-        drafts: tokens drafted in a step, 0..16; by default as the stream was tuned.
+        method: the decoding method, by its name in `m2r2kit generate --help`; by default `m2r2` with a
+            stream and `plain` without one.
+        drafts: number of tokens drafted in a step, 0..16; by default the tuned number.
         exit: block after which to draft; by default the stream's first exit.
         drafters: folder of trained drafters, for the methods that need one.
-        temp, top_p, top_k, min_p, seed: how tokens are drawn; a temperature of 0 takes the likeliest.
-        stop: words that end the text; they are not part of it.
+        temp, top_p, top_k, min_p, seed: sampling settings; with `temp=0` decoding is greedy.
+        stop: words that end the text; the text stops before the first of them.
 
     Yields:
-        mlx-lm's `GenerationResponse` for each token. `from_draft` says whether it was drafted; `logprobs` is
-        None, as they are not computed; `finish_reason` is `stop` (an end of text or a stop word) or
-        `length` for the last one and None before.
+        mlx-lm's `GenerationResponse` for each token. `from_draft` is True for accepted drafts; `logprobs` is
+        None, because they are not computed; `finish_reason` is `stop` (an end of text or a stop word) or
+        `length` for the last token, and None before.
 
     Raises:
-        UserError: a setting is out of range, the stream belongs to another model, or the prompt is empty or
-            longer than the context.
+        UserError: a setting is out of range, the stream was trained for another model, or the prompt is
+            empty or longer than the context.
     """
     out, view = Generation(), _view(model, tokenizer)
     ids = _ids(view.backbone, prompt)
@@ -204,17 +208,19 @@ def train_stream(
     report: Callable[[int, float], None] | None = None,
     **config,
 ) -> TrainedStream:
-    """Train the accelerated stream of a model (M2R2, arXiv 2502.02040); the model stays as it is.
+    """Train the accelerated stream of a model (M2R2, arXiv 2502.02040); the model is frozen.
 
-    The model generates most of its training text itself, which is kept in the cache folder. A small model
-    is trained for in float32.
+    The model generates most of the training text itself; the text is kept in the cache folder. The stream of
+    a small half-precision model is trained in float32.
 
     Args:
-        exits: blocks after which the stream is read, rising; drafts are read at the first.
-        steps, batch: training steps, and rows of text in each.
-        rows: rows of 192 tokens to learn from.
-        corpus: folder of text; by default it is downloaded (`m2r2kit train stream --help`).
-        tune: choose how long drafts are on this machine, which takes a minute or more.
+        exits: blocks after which the stream is read, in ascending order; drafts are read at the first.
+        steps: number of training steps.
+        rows: number of training sequences, of 192 tokens each.
+        batch: sequences in each step.
+        seed: of the initial parameters, the text and its order.
+        corpus: folder with the training corpus; by default it is downloaded (`m2r2kit train stream --help`).
+        tune: choose the draft length for this machine, which takes a minute or more.
         report: called with (step, loss) after each step.
         config: further fields of `StreamConfig`, such as `rate`, `rank` or `form`.
 
@@ -222,7 +228,7 @@ def train_stream(
         a stream that drafts for `stream_generate`; `save(folder)` writes it.
 
     Raises:
-        UserError: exits or settings that the model cannot have, or too little text.
+        UserError: the exits or settings do not fit the model, or there is too little text.
     """
     from .bench.tune import tune_stream
     from .stream import train as distillation
@@ -233,9 +239,9 @@ def train_stream(
     if unknown := config.keys() - {field.name for field in fields(StreamConfig)}:
         raise UserError(f"A stream has no setting '{sorted(unknown)[0]}'; see help(m2r2kit.StreamConfig).")
     if rows < batch:
-        raise UserError(f"{rows} rows of text do not fill one batch; ask for at least {batch}.")
+        raise UserError(f"{rows} rows of text do not fill one batch; use at least {batch}.")
     if backbone.is_moe:
-        config = {"form": "attention"} | config  # a block of its own would need experts of its own
+        config = {"form": "attention"} | config  # other forms would need experts of their own
     asked = StreamConfig(exits=tuple(exits), **config)
     check(backbone, asked)
     mx.random.seed(seed)
@@ -251,23 +257,24 @@ def train_stream(
 
 
 def pack(model: str | Path, store: str | Path, report: Callable[[int, int], None] | None = None) -> Manifest:
-    """Write the experts of a mixture into a store, from which one expert at a time can be read.
+    """Write the experts of a mixture into an expert store, from which single experts can be read.
 
     Args:
-        model: a folder, or a Hugging Face repository.
-        store: a new folder, about as large as the model's experts.
-        report: called as (bytes of a finished block, bytes of all) after each block.
+        model: a folder or a Hugging Face repository.
+        store: a new folder; it becomes about as large as the model's experts.
+        report: called with (bytes of a finished block, bytes of all blocks) after each block.
 
     Returns:
         the store's manifest: blocks, experts, bytes of a record.
 
     Raises:
-        UserError: the model is no mixture of a served family, the store exists, or the disk is too small.
+        UserError: the model is not a mixture of a supported family, the store exists, or the disk is too
+            small.
     """
     return packing.pack(model, store, report)
 
 
-# --- what the command line uses as well -------------------------------------------------------
+# --- also used by the command line ------------------------------------------------------------
 
 
 def decoder_of(
@@ -278,7 +285,7 @@ def decoder_of(
     exit: int | None = None,
     drafts: int | None = None,
 ) -> Decoder:
-    """The decoder of a method that loses nothing; arguments as of `stream_generate`."""
+    """The decoder of a lossless method; arguments as in `stream_generate`."""
     if method == "mlx_lm":
         return MlxLm(backbone)
     stream = Path(stream) if isinstance(stream, str) else stream
@@ -287,7 +294,7 @@ def decoder_of(
 
 
 def draw(decoder: Decoder, sampler: Sampler) -> None:
-    """Let a decoder choose tokens as a sampler says."""
+    """Let a decoder choose its tokens with a sampler."""
     if isinstance(decoder, ExpertDecoder):
         decoder.choose = None if sampler.greedy else sampler.choose
     elif isinstance(decoder, MlxLm):
@@ -321,7 +328,7 @@ def _segments(
         stop = (stop,)
     if view.experts:
         if stream is not None or method not in (None, "plain"):
-            raise UserError("A model with experts on disk decodes plainly; leave out the stream and method.")
+            raise UserError("A model with experts on disk does not draft; leave out the stream and method.")
         decoder = view.experts
     else:
         method = method or ("plain" if stream is None else "m2r2")
@@ -341,13 +348,13 @@ def _ids(backbone: Backbone, prompt) -> list[int]:
 
 
 def _view(model: nn.Module | str | Path, tokenizer=None) -> View:
-    """The view of a model: kept with it, or loaded by its name."""
+    """The view of a model: kept with the model object, or loaded by name."""
     if isinstance(model, str | Path):
         return View(Backbone.load(model))
     if not isinstance(model, nn.Module):
-        raise UserError("A model is what `mlx_lm.load` returns, or a folder or repository.")
+        raise UserError("The model must be what `mlx_lm.load` returns, or a folder or repository.")
     kept = model.__dict__.get(KEPT)
-    if kept is None or kept.backbone.model is not model:  # a copy of a model brings the other one's view
+    if kept is None or kept.backbone.model is not model:  # a shallow copy brings the original's view
         kept = model.__dict__[KEPT] = View(Backbone.of(model, None))
     if kept.experts:
         return kept
@@ -358,7 +365,7 @@ def _view(model: nn.Module | str | Path, tokenizer=None) -> View:
             tokenizer = TokenizerWrapper(tokenizer)
         if mine is not None:
             kept = model.__dict__[KEPT] = View(Backbone.of(model, tokenizer))
-        else:  # what is bound to the view stays bound
+        else:  # keep the view, because streams are bound to it
             kept.backbone.name(tokenizer)
     return kept
 
@@ -368,7 +375,7 @@ def _bare(tokenizer):
 
 
 def _in_float32(backbone: Backbone) -> Backbone:
-    """The view to train for: of a small model in half precision a copy, as that would blur what is learnt."""
+    """The view to train with: a small half-precision model is copied to float32, for exact targets."""
     weights = [w for _, w in tree_flatten(backbone.model.parameters())]
     half = any(w.dtype in (mx.float16, mx.bfloat16) for w in weights)
     if not half or sum(w.size for w in weights) > SMALL:

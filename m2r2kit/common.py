@@ -1,5 +1,4 @@
-"""What every room needs: how bad input is reported, where files lie, how they are written whole or not at
-all, and how much memory was used."""
+"""Shared basics: user errors, registries, lazy imports, folders, atomic writes and memory limits."""
 
 import atexit
 import errno
@@ -19,19 +18,19 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]  # the project's folder, with `data/` and `notebooks/` in it
-IN_PROJECT = (ROOT / "data").is_dir()  # not where the package alone is installed
+ROOT = Path(__file__).resolve().parents[1]  # the project folder, which holds `data/` and `notebooks/`
+IN_PROJECT = (ROOT / "data").is_dir()  # False if only the package is installed
 GET_PROJECT = (
     "the package is installed without the project's models, prompts, paper files and notebooks: "
     "`git clone --depth 1` the project and work in its folder"
 )
 
 
-def way_to(path: str | Path, otherwise: str) -> str:
-    """What to do about a file that is not there.
+def missing_advice(path: str | Path, otherwise: str) -> str:
+    """What to do about a missing file.
 
     Args:
-        otherwise: what to do where the file is no part of the project, or the project is here.
+        otherwise: the advice if the project is present, or the file is not part of it.
     """
     if IN_PROJECT or not Path(path).is_relative_to(ROOT):
         return otherwise
@@ -41,12 +40,12 @@ def way_to(path: str | Path, otherwise: str) -> str:
 class UserError(Exception):
     """Bad input. The message is one sentence: what is wrong, and what to do.
 
-    The command line prints it without a traceback and ends with exit code 2.
+    The command line prints it without a traceback and exits with code 2.
     """
 
 
 def in_short(error: BaseException) -> str:
-    """What an exception of a library says, on one line that fits into a sentence."""
+    """A library's exception as one short line that fits into a sentence."""
     text = str(error).strip()
     if isinstance(error, KeyError | ImportError) or not text:
         text = f"{type(error).__name__} {text}".strip()
@@ -56,15 +55,15 @@ def in_short(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a registry: something that is asked for by name.
+    """One item of a registry: a method, model or predictor that users choose by name.
 
-    A registry is a dict from names to entries. It imports nothing heavy, because the command line reads its
-    choices and help texts from it before it knows which command will run.
+    A registry is a dict from names to entries. It imports nothing heavy: the command line reads choices and
+    help texts from it before it knows which command will run.
 
     Attributes:
-        about: what it is, in one sentence without a final stop.
+        about: what it is, in one sentence without a final full stop.
         needs: the command that makes what it needs, such as `train drafter`; empty if it needs nothing.
-        source: the paper, as author and year; empty for controls and for what is ours.
+        source: the paper, as author and year; empty for controls and our own methods.
     """
 
     name: str
@@ -77,20 +76,19 @@ class Entry:
 
 
 def registry(*entries: Entry) -> dict[str, Entry]:
-    """Entries by their names, in the order in which they are shown."""
+    """A dict of entries by name, in display order."""
     return {entry.name: entry for entry in entries}
 
 
 def on_demand(package: str, names: dict[str, str]) -> tuple[Callable, Callable]:
-    """A package's `__getattr__` and `__dir__`, which import its files when they are asked for.
+    """A package's `__getattr__` and `__dir__`, which import its modules on first use.
 
-    So `from m2r2kit import experts` is all that a notebook imports, and it costs nothing until
-    `experts.Clock` or `experts.simulate` is read.
+    `from m2r2kit import experts` costs nothing until `experts.Clock` or `experts.simulate` is used.
 
     Args:
         package: the package's `__name__`.
-        names: a file of the package -> the names that the package gives from it, with spaces between them.
-            Every file can be asked for by its own name as well.
+        names: module of the package -> the names that the package exports from it, separated by spaces.
+            Every module is also an attribute of the package.
     """
     home = {name: file for file, given in names.items() for name in given.split()}
 
@@ -112,10 +110,10 @@ SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 def size_or_share(value: int | float | str) -> int | float:
-    """Bytes (an int: `4096`, `64e6`, `64MB`), or a share of the whole (a float up to 1: `0.25`, `25%`).
+    """Bytes as an int (`4096`, `64e6`, `64MB`), or a share of the total as a float up to 1 (`0.25`, `25%`).
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is neither.
     """
     written = str(value).strip().upper()
     digits = written.rstrip("BGIKM%")
@@ -126,15 +124,15 @@ def size_or_share(value: int | float | str) -> int | float:
             found /= 100
         elif unit or found > 1 or isinstance(value, int):
             found = int(found * SIZES[unit])
-    except (ValueError, KeyError, OverflowError):  # no number, no unit, or infinite
+    except (ValueError, KeyError, OverflowError):  # not a number, an unknown unit, or infinite
         found = 0
     if not found > 0 or (isinstance(found, float) and found > 1):
-        raise UserError(f"'{value}' is no size such as 64MB and no share such as 25%")
+        raise UserError(f"'{value}' is neither a size such as 64MB nor a share such as 25%")
     return found
 
 
 def parse_json(text: str | bytes, **options):
-    """JSON as `json.loads` reads it; what is nested too deeply is a ValueError, as all else that is wrong."""
+    """`json.loads` that raises ValueError for JSON nested too deeply, as for all other bad JSON."""
     try:
         return json.loads(text, **options)
     except RecursionError:
@@ -145,10 +143,9 @@ def parse_json(text: str | bytes, **options):
 
 
 def cache_dir() -> Path:
-    """The cache folder, which may not exist yet; the variable `M2R2KIT_CACHE` names another one.
+    """The cache folder: `$M2R2KIT_CACHE`, or `~/.cache/m2r2kit`. It may not exist yet.
 
-    Without a home folder (no HOME, and a user id that has no passwd entry, as in some containers) it lies
-    among the temporary files.
+    Without a home folder (no HOME and no passwd entry, as in some containers) it is in a temporary folder.
     """
     if root := os.environ.get("M2R2KIT_CACHE"):
         return Path(root)
@@ -160,8 +157,10 @@ def cache_dir() -> Path:
 
 @cache
 def private_folder() -> Path:
-    """This user's own folder for temporary files, to which nobody else may write. It stays for the next
-    process, unless somebody else has taken its name: then there is one for this process only."""
+    """A temporary folder that only this user can write to.
+
+    Later processes reuse it. If another user has taken its name, the folder is for this process only.
+    """
     folder = Path(tempfile.gettempdir(), f"m2r2kit-{os.getuid()}")
     with suppress(OSError):
         folder.mkdir(mode=0o700)
@@ -173,10 +172,10 @@ def private_folder() -> Path:
 
 
 def trusted(path: Path) -> bool:
-    """Whether a path exists and nobody but this user and root can change what is there.
+    """Whether a path exists and only this user and root can change it.
 
-    It and all folders above it belong to one of the two, and nobody else may write to them. A folder may be
-    open to all if it has the sticky bit, which keeps others from touching what is not theirs.
+    The path and all its parents belong to one of the two, and no other user may write to them. A folder may
+    be writable for all if it has the sticky bit, which protects each user's files from the others.
     """
     try:
         real = Path(os.path.realpath(path, strict=True))
@@ -191,12 +190,12 @@ def trusted(path: Path) -> bool:
     return True
 
 
-# --- writing: whole or not at all -----------------------------------------------------------
+# --- atomic writes --------------------------------------------------------------------------
 
-TEMPORARY = ".m2r2kit-"  # how the folders begin in which something is being written
-WAYS_OUT = {
-    errno.ENOSPC: "the disk is full; make room",
-    errno.EDQUOT: "the disk quota is used up; make room",
+TEMPORARY = ".m2r2kit-"  # prefix of temporary folders
+REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
     errno.EFBIG: "the file is larger than this disk or this process allows; choose another place",
     errno.EROFS: "the disk is read-only; choose another place",
     errno.EACCES: "permission is denied; choose a place that you may write to",
@@ -212,16 +211,18 @@ WAYS_OUT = {
 
 @contextmanager
 def whole(target: str | Path, replace: bool = False) -> Iterator[Path]:
-    """A path to write a file or a folder to; it is renamed to `target` when the block ends, and deleted if
-    the block fails. So `target` is whole or as it was before.
+    """Write a file or a folder atomically: `target` is complete, or as it was before.
 
-    The path has `target`'s name, in a new folder beside it that belongs to this block alone. Missing parents
-    are made. A link is followed; a pipe or a device is written to directly. A folder takes the place of
-    another one only with `replace`.
+    The block writes to the path that it is given, which has `target`'s name in a new folder beside it. The
+    path is renamed to `target` when the block ends, and deleted if the block fails. Missing parents are
+    created. A link is followed; a pipe or a device is written to directly.
+
+    Args:
+        replace: whether a folder may replace another folder.
 
     Raises:
-        UserError: it cannot be written (the cause, and what to do). Errors that name another file, such as
-            one that is read inside the block, are left as they are.
+        UserError: the target cannot be written (the cause, and what to do). Errors about other files, such
+            as one that the block reads, pass unchanged.
     """
     target = Path(target)
     try:
@@ -240,23 +241,25 @@ def whole(target: str | Path, replace: bool = False) -> Iterator[Path]:
         if name and TEMPORARY not in name and not Path(os.path.realpath(target)).is_relative_to(name):
             raise
         raise unwritable(target, error) from error
-    except RuntimeError as error:  # MLX says nothing of the cause
+    except RuntimeError as error:  # MLX does not report the cause
         if not str(error).startswith(("[write]", "[save")):
             raise
-        raise UserError(f"{target} cannot be written: the disk is full or damaged; make room.") from error
+        raise UserError(
+            f"{target} cannot be written: the disk is full or damaged; free some space."
+        ) from error
 
 
 def write_whole(file: str | Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all; errors as of `whole`."""
+    """Write a file atomically; raises the same errors as `whole`."""
     with whole(file) as new:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_writable(file: str | Path) -> None:
-    """Ask before long work whether `file` could be written at its end; nothing is left behind.
+    """Check before long work that `file` can be written; nothing is left behind.
 
     Raises:
-        UserError: it cannot be written (the cause, and what to do).
+        UserError: the file cannot be written (the cause, and what to do).
     """
     file = Path(file)
     try:
@@ -271,15 +274,15 @@ def check_writable(file: str | Path) -> None:
 
 
 def unwritable(target: str | Path, error: OSError) -> UserError:
-    """One sentence: what could not be written, why, and what to do."""
-    way_out = WAYS_OUT.get(error.errno, f"{error.strerror or error}; choose another place")
+    """An OSError as one sentence: what cannot be written, why, and what to do."""
+    remedy = REMEDIES.get(error.errno, f"{error.strerror or error}; choose another place")
     if Path(target).is_relative_to(cache_dir()):
-        way_out = re.sub("choose .*", "set M2R2KIT_CACHE to another folder", way_out)
-    return UserError(f"{target} cannot be written: {way_out}.")
+        remedy = re.sub("choose .*", "set M2R2KIT_CACHE to another folder", remedy)
+    return UserError(f"{target} cannot be written: {remedy}.")
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Put a folder in the place of another one, which stays if that fails."""
+    """Replace a folder; if that fails, the old one stays."""
     old = new.with_name(".old")
     folder.replace(old)
     try:
@@ -291,8 +294,10 @@ def _swap(new: Path, folder: Path) -> None:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A path of the same name in a new folder beside `target`; the folder is deleted at the end, and so are
-    the parents that were made for it, if nothing else is in them."""
+    """A path of `target`'s name in a new temporary folder beside it.
+
+    At the end the folder is deleted, and so are the parents created for it, if they are empty.
+    """
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -310,14 +315,14 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 def machine_bytes() -> int:
-    """The machine's memory."""
+    """The machine's memory, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
-    """The memory that this process may use in all, and what of it is free now.
+    """(Total, free): the memory that this process may use and how much of it is free now, in bytes.
 
-    It is the machine's, or less where a container or a batch system limits it (cgroup v1 and v2).
+    The total is the machine's memory, or the limit of a container or batch system (cgroup v1 and v2).
 
     Args:
         root: the folder that holds `proc` and `sys`.
@@ -331,37 +336,39 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of each group that this process is in. What the kernel caches of files that
-    nobody uses at the moment does not count: it goes when memory is wanted."""
+    """(Limit, usage) in bytes of each cgroup of this process.
+
+    Inactive file cache does not count as usage: the kernel reclaims it when memory is needed.
+    """
     names = {True: ("memory.max", "memory.current", "inactive_file"),
              False: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}  # fmt: skip
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            second = not controllers  # version 2 has one line without controllers
+            second = not controllers  # cgroup v2 has one line without controllers
             if not second and "memory" not in controllers.split(","):
                 continue
             mount = root / "sys/fs/cgroup" / ("" if second else "memory")
-            # inside a container the path may be the host's: then the mount itself is the group
+            # inside a container the path may be the host's; the mount itself is then the cgroup
             folder = mount / path.strip("/")
             for group in (folder, *folder.parents):
                 if not group.is_relative_to(mount):
                     break
-                with suppress(OSError, ValueError):  # `max`; or no such file, as at the top
+                with suppress(OSError, ValueError):  # no limit (`max`), or no file
                     limit, used = (int((group / name).read_text()) for name in names[second][:2])
-                    yield limit, used - _idle(group / "memory.stat", names[second][2])
+                    yield limit, used - _inactive(group / "memory.stat", names[second][2])
 
 
-def _idle(file: Path, name: str) -> int:
+def _inactive(file: Path, name: str) -> int:
     with suppress(OSError, ValueError):
         return int(dict(map(str.split, file.read_text().splitlines()))[name])
     return 0
 
 
 def peak_bytes() -> int:
-    """The largest memory of this process so far, as the system reports it (resident set, in bytes).
+    """Peak resident memory of this process so far, in bytes.
 
-    Linux: VmHWM, because `ru_maxrss` there also counts the process that started this one.
+    On Linux it is VmHWM, because `ru_maxrss` also counts the process that started this one.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,10 +1,10 @@
-"""The one driver: a decoder steps, the driver counts, stops, streams text and returns one result.
+"""The driver: a decoder emits tokens; the driver counts them, stops, streams text and returns the result.
 
     begin    the decoder reads the prompt, all but its last token
-    step     it emits one token or more, the first of them after `pending`     (again and again)
+    step     it emits one or more tokens, starting after `pending`     (repeated)
 
-Plain decoding, drafts, exits and experts from disk are decoders. `drive` is the only token loop of the kit;
-`generate` runs it to its end, and `stream` turns its tokens into text.
+Plain decoding, drafts, early exits and experts from disk are decoders. `drive` is the kit's only token loop.
+`generate` runs it to the end, and `stream` turns its tokens into text.
 """
 
 import time
@@ -21,13 +21,13 @@ from .text.streaming import Detokenizer, StopWords
 
 
 class Emitted(NamedTuple):
-    """What a decoder emits at once.
+    """The output of one step of a decoder.
 
     Attributes:
-        tokens: one or more, in order; nothing follows an end of text.
-        drafted: drafts that were offered.
-        accepted: how many of `tokens`, from the first, were drafts.
-        depth: blocks that the token ran, where that differs from token to token.
+        tokens: one or more token ids, in order; an end-of-text token is the last one.
+        drafted: number of drafts offered.
+        accepted: number of leading `tokens` that are drafts.
+        depth: number of blocks that the token ran, for decoders with exits.
     """
 
     tokens: list[int]
@@ -37,55 +37,55 @@ class Emitted(NamedTuple):
 
 
 class Decoder:
-    """What the driver drives.
+    """The interface of all decoders.
 
     Attributes:
-        backbone: gives the context length and the ends of text.
-        work: what a decoder of streamed experts counts, for `Generation.experts`; None for the others.
+        backbone: the model, with its context length and end-of-text tokens.
+        work: counters of a decoder that reads experts from disk, for `Generation.experts`; else None.
     """
 
     backbone: Backbone
     work: object | None = None
-    _run: object | None = None  # the result of the text that it decodes now
+    _run: object | None = None  # the result of the current run
 
     def begin(self, prompt: list[int], capacity: int) -> None:
-        """Forget the last text, and read all of a prompt but its last token.
+        """Start a new text: reset all state and read the prompt without its last token.
 
         Args:
             prompt: token ids, at least one.
-            capacity: positions to allocate at first; a longer text grows its cache.
+            capacity: initial cache capacity in positions; the cache grows when needed.
         """
         raise NotImplementedError
 
     def step(self, pending: int, left: int) -> Emitted:
-        """Emit what follows.
+        """Emit the next tokens.
 
         Args:
             pending: the newest token of the text, which is not in the cache yet.
-            left: emit at most so many tokens, at least 1.
+            left: the most tokens to emit, at least 1.
         """
         raise NotImplementedError
 
     def threads(self) -> AbstractContextManager:
-        """How threads are set while it steps."""
+        """A context that sets up threads while the decoder steps."""
         return decoding(self.backbone.matrix_bytes)
 
 
 @dataclass
 class Generation:
-    """What came out of one prompt; as a string, its text.
+    """The result for one prompt; `str()` of it is the text.
 
     Attributes:
-        tokens: emitted ids, the end of text included if it was reached.
+        tokens: emitted token ids, with the end-of-text token if it was reached.
         from_draft: for each token, whether it was a draft.
-        drafted: drafts offered in each step (a drafter may offer fewer than it is asked for).
-        accepted: drafts accepted in each step (those after an end of text do not count).
-        depth: for each token, the blocks that it ran, where a decoder with exits says so; else empty.
-        seconds: from the first pass over the prompt to the last token.
-        prefill_seconds: those of the first pass, over all of the prompt but its last token.
-        stopped: `eos`, `length` or `stop` (a stop word); None while it is being generated.
-        text: the text without the stop word, where text was asked for.
-        experts: what reading experts from disk took (`ExpertWork`); None for other decoders.
+        drafted: number of drafts offered in each step (a drafter may offer fewer than requested).
+        accepted: number of drafts accepted in each step (those after an end of text do not count).
+        depth: for each token, the number of blocks that it ran, for decoders with exits; else empty.
+        seconds: from the start of the prompt's first pass to the last token.
+        prefill_seconds: of the first pass, over the prompt without its last token.
+        stopped: `eos`, `length` or `stop` (a stop word); None while generating.
+        text: the text without the stop word; empty if only tokens were requested.
+        experts: cost of reading experts from disk (`ExpertWork`); None for other decoders.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Generation:
 
     @property
     def steps(self) -> int:
-        """Passes that emitted tokens: with drafts, verifications."""
+        """Number of decoding steps; with drafts, each is one verification."""
         return len(self.drafted)
 
 
@@ -119,18 +119,20 @@ def drive(
 
     Args:
         prompt: token ids, at least one.
-        max_tokens: emit at most this many (and no more than the context holds).
-        out: an empty result, filled while the steps are made; when the last step is yielded, it says why the
-            text stops.
-        given: tokens that follow in the place of those that are emitted, to compare with them. Only
-            for decoders that emit one token a step and compute nothing ahead.
+        max_tokens: the most tokens to emit; the model's context is a limit too.
+        out: an empty result, which is filled step by step; `stopped` is set when the last step is yielded.
+        given: teacher forcing: tokens that continue the text in place of the emitted ones. Only for decoders
+            that emit one token a step and compute nothing ahead.
+
+    Yields:
+        the output of each step.
 
     Raises:
-        UserError: an empty or over-long prompt, or no token asked for; another text was begun with this
-            decoder before this one was finished.
+        UserError: the prompt is empty or too long, `max_tokens` is below 1, or this decoder has begun
+            another text meanwhile.
     """
     if max_tokens < 1:
-        raise UserError(f"At least one token must be asked for; got {max_tokens}.")
+        raise UserError(f"max_tokens must be at least 1; got {max_tokens}.")
     backbone, out = decoder.backbone, Generation() if out is None else out
     limit, eos = min(max_tokens, backbone.room_after(prompt)), backbone.eos
     begun = time.perf_counter()
@@ -142,7 +144,7 @@ def drive(
         with decoder.threads():
             while out.stopped is None:
                 if decoder._run is not out:
-                    raise UserError("This decoder has begun another text; finish one before the next.")
+                    raise UserError("This decoder has begun another text; finish one text before the next.")
                 step = decoder.step(pending, limit - len(tokens))
                 new, accepted = step.tokens, step.accepted
                 tokens += new
@@ -168,10 +170,10 @@ def generate(
     on_tokens: Callable[[list[int], list[bool]], None] | None = None,
     given: Sequence[int] | None = None,
 ) -> Generation:
-    """Continue a prompt to its end; arguments and errors as of `drive`.
+    """Continue a prompt and return the result; other arguments and errors as in `drive`.
 
     Args:
-        on_tokens: called after each step with the new tokens and which of them were drafts.
+        on_tokens: called after each step with the new tokens and, for each, whether it was a draft.
     """
     out = Generation()
     for step in drive(decoder, prompt, max_tokens, out, given):
@@ -181,11 +183,12 @@ def generate(
 
 
 class Segment(NamedTuple):
-    """One token and the text that became certain with it, which may be empty, or of tokens before it.
+    """One token and the text that is final with it.
 
     Attributes:
-        depth: blocks that the token ran, where a decoder with exits says so.
-        stopped: of the last piece, why the text stops; None of all others.
+        text: may be empty, or include text of earlier tokens.
+        depth: number of blocks that the token ran, for decoders with exits.
+        stopped: why the text stops, in the last segment; else None.
     """
 
     text: str
@@ -202,12 +205,12 @@ def stream(
     stop: Sequence[str] = (),
     out: Generation | None = None,
 ) -> Iterator[Segment]:
-    """Continue a prompt token by token, with text; arguments and errors as of `drive`.
+    """Continue a prompt and stream its text, one segment a token; other arguments and errors as in `drive`.
 
-    The texts of all pieces are `tokenizer.decode` of the tokens, up to the first stop word.
+    The concatenated segments equal `tokenizer.decode` of the tokens, up to the first stop word.
 
     Args:
-        stop: words that end the text; neither they nor what follows is part of it.
+        stop: words that end the text; the text stops before the first of them.
     """
     out = Generation() if out is None else out
     backbone, words = decoder.backbone, StopWords(stop)
@@ -220,7 +223,7 @@ def stream(
                 segment = detokenizer.add(token) + (detokenizer.finish() if ends else "")
                 segment, found = words.take(segment, ends)
                 out.text += segment
-                if found:  # what the step emitted after it is not part of the text
+                if found:  # drop what the step emitted after the stop word
                     out.stopped, ends, count = "stop", True, n
                     for each in (out.tokens, out.from_draft, out.depth):
                         del each[n:]

@@ -93,7 +93,7 @@ def test_pack_load_and_generate_with_experts_on_disk(tmp_path):
     assert out.experts.counts.missed > 0 and m2.generate(whole, tokenizer, PROMPT, 9).experts is None
     drawn = m2.generate(model, tokenizer, PROMPT, 9, temp=0.7, seed=3)
     assert drawn.tokens == m2.generate(whole, tokenizer, PROMPT, 9, temp=0.7, seed=3).tokens
-    with pytest.raises(UserError, match="decodes plainly"):
+    with pytest.raises(UserError, match="does not draft"):
         m2.generate(model, tokenizer, PROMPT, method="prompt-lookup")
     reader = model.__dict__[api.KEPT].experts.reader
     assert reader._threads
@@ -162,7 +162,7 @@ def test_a_stop_word_and_verbose(capsys):
         ({"temp": -1}, "Temperature"),
         ({"min_p": 2}, "Min-p"),
         ({"stop": [""]}, "stop word is empty"),
-        ({"max_tokens": 0}, "At least one token"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": "x" * 600}, "shorten it"),
@@ -187,7 +187,7 @@ def test_other_models_and_settings_are_refused(stream_folder, tmp_path):
         m2.train_stream(other, tokenizer, exits=(2,), speed=3)
     with pytest.raises(UserError, match="Exits must rise"):
         m2.train_stream(other, tokenizer, exits=(99,))
-    with pytest.raises(UserError, match="give their store too"):
+    with pytest.raises(UserError, match="give an expert store too"):
         m2.load(folder(), policy="lru")
     with pytest.raises(UserError, match="leave out the adapter"):
         m2.load(tiny_experts.model(), experts=tiny_experts.store().folder, adapter=tmp_path)
@@ -195,7 +195,7 @@ def test_other_models_and_settings_are_refused(stream_folder, tmp_path):
         m2.load(folder(), adapter=tmp_path)
     with pytest.raises(UserError, match="no size"):
         m2.load(tiny_experts.model(), experts=tiny_experts.store().folder, budget="much")
-    with pytest.raises(UserError, match="A model is what"):
+    with pytest.raises(UserError, match="The model must be what"):
         m2.generate(object(), None, PROMPT)
 
 

@@ -73,7 +73,11 @@ def test_the_trained_drafters_of_the_registry_are_those_that_can_be_made():
     [
         (UserError("the model\nis missing"), 2, "m2r2kit: the model is missing\n"),
         (KeyboardInterrupt(), 130, "m2r2kit: interrupted; nothing half-written is left\n"),
-        (OSError(28, "No space left on device"), 2, "m2r2kit: the disk is full; make room and start again\n"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "m2r2kit: the disk is full; free some space and start again\n",
+        ),
     ],
     ids=["bad input", "interrupt", "full disk"],
 )

@@ -179,7 +179,7 @@ def test_text_is_printed_as_it_comes_and_the_summary_beside_it(chatty, capsys):
 def test_any_text_can_be_printed_to_an_ascii_terminal(monkeypatch):
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
-    cli._mend_streams()
+    cli._repair_streams()
     printer = Printer()
     printer(Segment("é🤖 ok", 1, False))
     printer.end("")
@@ -188,7 +188,7 @@ def test_any_text_can_be_printed_to_an_ascii_terminal(monkeypatch):
 
 OUTPUTS = {">&-": (0, ""), ">&- 2>&-": (0, "")}
 if os.path.exists("/dev/full"):
-    OUTPUTS["> /dev/full"] = (2, "m2r2kit: the disk is full; make room and start again\n")
+    OUTPUTS["> /dev/full"] = (2, "m2r2kit: the disk is full; free some space and start again\n")
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

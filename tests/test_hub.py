@@ -114,7 +114,7 @@ def test_offline_by_choice(hub, monkeypatch):
 
 
 def test_disks_and_connections_that_break_off(tmp_path):
-    for number, cause in ((errno.ENOSPC, "the disk is full; make room"), (errno.EACCES, "permission")):
+    for number, cause in ((errno.ENOSPC, "the disk is full; free some space"), (errno.EACCES, "permission")):
         failure = RuntimeError("download failed")
         failure.__cause__ = OSError(number, os.strerror(number), "file")
         assert cause in why("org/tiny", failure) and "org/tiny" in why("org/tiny", failure)

@@ -224,7 +224,7 @@ def test_a_full_disk_keeps_the_old_state(saved):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
     try:
-        with pytest.raises(UserError, match=r"state-2.safetensors cannot be written: .*; make room"):
+        with pytest.raises(UserError, match=r"state-2.safetensors cannot be written: .*; free some space"):
             saved.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -318,7 +318,7 @@ def test_an_export_that_fails_leaves_the_old_model(exported, tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot be written: .*; make room"):
+        with pytest.raises(UserError, match=r"cannot be written: .*; free some space"):
             pocket.export(run, tokenizer, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

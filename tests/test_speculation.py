@@ -256,7 +256,7 @@ def test_bad_requests_are_one_sentence():
         ({"prompt": []}, "The prompt is empty"),
         ({"drafts": -1}, "between 0 and 16; got -1"),
         ({"drafts": 17}, "between 0 and 16; got 17"),
-        ({"max_tokens": 0}, "At least one token"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
     ]:
         with pytest.raises(UserError, match=sentence):
             generate(view, **({"prompt": PROMPT} | request))

@@ -8,7 +8,7 @@ import threading
 import mlx.core as mx
 import pytest
 
-from m2r2kit.common import WAYS_OUT, UserError, cache_dir, check_writable, unwritable, whole, write_whole
+from m2r2kit.common import REMEDIES, UserError, cache_dir, check_writable, unwritable, whole, write_whole
 
 
 def everything(folder) -> set[str]:
@@ -133,7 +133,7 @@ def test_a_file_that_can_hold_only_a_part_is_not_kept(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # to this process, as a full disk to all
     try:
         said = sentence(lambda file: write_whole(file, "x" * 2000), tmp_path / "a")
-        with pytest.raises(UserError, match="make room"), whole(tmp_path / "a.safetensors") as new:
+        with pytest.raises(UserError, match="free some space"), whole(tmp_path / "a.safetensors") as new:
             mx.save_safetensors(str(new), {"a": mx.zeros(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -141,12 +141,12 @@ def test_a_file_that_can_hold_only_a_part_is_not_kept(tmp_path):
 
 
 def test_every_cause_has_a_sentence():
-    for number, way_out in WAYS_OUT.items():
-        assert str(unwritable("f", OSError(number, ""))) == f"f cannot be written: {way_out}."
+    for number, remedy in REMEDIES.items():
+        assert str(unwritable("f", OSError(number, ""))) == f"f cannot be written: {remedy}."
     assert "Input/output error" in str(unwritable("f", OSError(errno.EIO, os.strerror(errno.EIO))))
 
 
-def test_the_way_out_of_an_unwritable_cache_is_its_variable(tmp_path, monkeypatch):
+def test_the_remedy_of_an_unwritable_cache_is_its_variable(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "file" / "cache"))
     for write in WRITERS:

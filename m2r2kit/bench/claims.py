@@ -6,7 +6,7 @@ Nothing here is typed: a row without a record reads "not tested", and says why.
 import tomllib
 from fnmatch import fnmatchcase
 
-from ..common import UserError, way_to
+from ..common import UserError, missing_advice
 from ..text import prompts
 from . import records
 
@@ -24,7 +24,7 @@ def load(name: str) -> dict:
     try:
         return tomllib.loads((PAPER / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        what_to_do = way_to(PAPER / name, "restore it from git")
+        what_to_do = missing_advice(PAPER / name, "restore it from git")
         raise UserError(f"data/paper/{name} cannot be read ({error}); {what_to_do}") from None
 
 

@@ -15,7 +15,7 @@ is shown.
 import tomllib
 from dataclasses import dataclass
 
-from ..common import ROOT, UserError, way_to
+from ..common import ROOT, UserError, missing_advice
 from .tables import Table
 
 FILE = ROOT / "data" / "paper" / "devices.toml"  # the figures, with their sources
@@ -76,7 +76,7 @@ def read() -> list[Device]:
     try:
         rows = tomllib.loads(FILE.read_text(encoding="utf-8"))["device"]
     except (OSError, ValueError) as error:
-        what_to_do = way_to(FILE, "restore it from git")
+        what_to_do = missing_advice(FILE, "restore it from git")
         raise UserError(f"data/paper/{FILE.name} cannot be read ({error}); {what_to_do}") from None
     return [Device(row["name"], row["peak"], row["bandwidth"]) for row in rows]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..common import UserError, check_writable, way_to
+from ..common import UserError, check_writable, missing_advice
 from ..experts import trained
 from ..pocket import widen as wider_moe
 from ..pocket.random_olmoe import LargeConfig, sized, write
@@ -45,7 +45,9 @@ def run(args) -> int:
     if not args.out.exists():  # otherwise it is refused below
         check_writable(args.out)
     if not args.model and not (needed := MOE if args.widen else MODEL).exists():
-        raise UserError(f"There is no model folder {needed}; {way_to(needed, 'restore it from git')}.")
+        raise UserError(
+            f"There is no model folder {needed}; {missing_advice(needed, 'restore it from git')}."
+        )
     if args.widen:
         if args.size or args.width:
             raise UserError("--widen keeps the model's other sizes; leave out --size and --width.")

@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
-from ..common import ROOT, UserError, way_to
+from ..common import ROOT, UserError, missing_advice
 from .notebook_rules import outputs, parameters, structure
 
 FOLDER = ROOT / "notebooks"
@@ -29,7 +29,7 @@ def find(names=()) -> list[Path]:
     """Notebooks in reading order: all, or those named by number (`04`), name or file."""
     every = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
     if not every:
-        raise UserError(f"no notebooks are in {FOLDER}; {way_to(FOLDER, 'restore them from git')}")
+        raise UserError(f"no notebooks are in {FOLDER}; {missing_advice(FOLDER, 'restore them from git')}")
     if not names:
         return every
     chosen = []

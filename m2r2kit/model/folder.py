@@ -6,7 +6,7 @@ Nothing of a model's folder is run: neither mlx-lm nor transformers may import c
 import struct
 from pathlib import Path
 
-from ..common import UserError, cache_dir, parse_json, way_to
+from ..common import UserError, cache_dir, missing_advice, parse_json
 from .families import FAMILIES, check_served
 from .hub import looks_like_repository, repository
 
@@ -32,7 +32,7 @@ def model_folder(path_or_repo: str | Path) -> Path:
         if looks_like_repository(str(path_or_repo)):
             folder = repository(str(path_or_repo))
         elif not folder.exists():
-            what_to_do = way_to(folder, "give a folder or a Hugging Face repository")
+            what_to_do = missing_advice(folder, "give a folder or a Hugging Face repository")
             raise UserError(f"There is no model folder {folder}; {what_to_do}.")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; copy the model's folder again, whole.")

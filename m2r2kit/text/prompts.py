@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common import ROOT, UserError, parse_json, way_to
+from ..common import ROOT, UserError, missing_advice, parse_json
 
 ALL = ROOT / "data" / "prompts" / "all.jsonl"
 TUNING = Path(__file__).with_name("tuning.jsonl")  # training ends with them, so they are part of the package
@@ -43,7 +43,7 @@ def read(path: str | Path) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        what_to_do = way_to(path, "give a file of prompts, one JSON object a line")
+        what_to_do = missing_advice(path, "give a file of prompts, one JSON object a line")
         raise UserError(f"{path} cannot be read ({reason}); {what_to_do}.") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
