@@ -129,7 +129,7 @@ def load_stream(folder: str | Path, model: nn.Module, tokenizer=None) -> Trained
 def generate(
     model: nn.Module | str | Path, tokenizer, prompt, max_tokens: int = 128, verbose: bool = False, **settings
 ) -> Generation:
-    """Generate text; other arguments and errors as in `stream_generate`.
+    """Generate text; other arguments and errors (`UserError`) as in `stream_generate`.
 
     Args:
         verbose: print the text while it is generated.

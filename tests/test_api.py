@@ -193,7 +193,7 @@ def test_other_models_and_settings_are_refused(stream_folder, tmp_path):
         m2.load(tiny_experts.model(), experts=tiny_experts.store().folder, adapter=tmp_path)
     with pytest.raises(UserError, match="adapter"):
         m2.load(folder(), adapter=tmp_path)
-    with pytest.raises(UserError, match="no size"):
+    with pytest.raises(UserError, match="neither a size"):
         m2.load(tiny_experts.model(), experts=tiny_experts.store().folder, budget="much")
     with pytest.raises(UserError, match="The model must be what"):
         m2.generate(object(), None, PROMPT)
