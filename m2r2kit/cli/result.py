@@ -24,7 +24,7 @@ def model_name(model: str | Path) -> str:
 def check_result(args, *subjects: str) -> None:
     """Ask before long work whether its result can be kept where `--json` and `--record` want it."""
     if file := getattr(args, "json", None):
-        if not file.absolute().parent.is_dir():
+        if not file.absolute().parent.exists():
             raise UserError(f"There is no folder {file.parent}; make it first, or give another file.")
         check_writable(file)
     for subject in subjects if args.record else ():
