@@ -55,7 +55,15 @@ class Parser(argparse.ArgumentParser):
         self.file = file
 
     def build(self):
-        """Add the command's arguments."""
+        """Add the command's arguments.
+
+        Raises:
+            UserError: the working folder is gone, in which nothing can be imported or found.
+        """
+        try:
+            os.getcwd()
+        except OSError:
+            raise UserError("The working folder is gone; change to another one.") from None
         command = importlib.import_module(f".cli.{self.file}", __package__)
         command.arguments(self)
         self.set_defaults(run=command.run)

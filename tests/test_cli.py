@@ -96,6 +96,32 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
         cli.main(["report"])
 
 
+def test_a_working_folder_that_is_gone_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["generate", "--prompt", "a"]) == 2
+    assert capsys.readouterr().err == "m2r2kit: The working folder is gone; change to another one.\n"
+    assert cli.main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("columns", ["1", "6", "nonsense"])
+def test_a_narrow_terminal_gets_narrow_lines(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    for asked in (["--help"], ["bench", "exits", "--help"], ["report"]):
+        assert cli.main(asked) == 0
+    assert "reproduced" in capsys.readouterr().out
+
+
+def test_an_interrupt_while_a_command_is_imported_is_one_sentence(monkeypatch, capsys):
+    def interrupt(name, package=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupt)
+    assert cli.main(["generate", "--prompt", "a"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_failed_check_is_exit_code_1(monkeypatch):
     monkeypatch.setattr(report, "run", lambda args: 1)
     assert cli.main(["report"]) == 1

@@ -319,6 +319,12 @@ def test_p_values_are_those_of_a_binomial_and_a_promise_is_kept_on_fresh_texts()
     assert share >= 0.95 and 0.01 < loss < 0.05
 
 
+@pytest.mark.parametrize("risk", [1e-17, 1e-320])
+def test_a_risk_next_to_none_needs_more_texts_than_there_are(risk):
+    with pytest.raises(UserError, match="are too few"):
+        calibrate([0.9], [0.0], 10**6, risk, 0.95)
+
+
 def test_the_promise_of_the_exits_that_come_with_the_kit_holds_on_fresh_texts():
     record = records.latest("exits-calibration", kind="m2r2")["figures"]
     folder = records.ROOT / "data" / "pocket-dense" / "exits" / "m2r2"

@@ -52,7 +52,9 @@ def arguments(words, parser, places, chance):
     """One list: some options, each joined to its value or before it, and sometimes a stray word."""
     found = list(words)
     for action in parser._actions:
-        often = {"help": 0.01, "model": 1, "corpus": 1}.get(action.dest, 0.9 if action.required else 0.25)
+        often = {"help": 0.01, "model": 1, "corpus": 1, "processes": 0}.get(
+            action.dest, 0.9 if action.required else 0.25
+        )
         if not action.option_strings:
             found.append(value(action, places, chance))
         elif chance.random() < often:
@@ -76,7 +78,17 @@ def places(tmp_path, monkeypatch):
     file.write_text("no JSON")
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": ' + "[" * 5000)
-    return (f"{file}/below", str(folder), str(file), "nobody/nothing", "x" * 300, "", "/", "\udc80", "a\nb")
+    return (
+        f"{file}/below",
+        str(folder),
+        str(file),
+        "nobody/nothing",
+        "x" * 300,
+        "",
+        "/proc",
+        "\udc80",
+        "a\nb",
+    )
 
 
 def test_any_list_of_arguments_ends_in_a_sentence_or_a_result(places, tmp_path):

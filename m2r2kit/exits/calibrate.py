@@ -47,9 +47,8 @@ def binomial_below(k: int, n: int, p: float) -> float:
 
 def texts_needed(risk: float, confidence: float) -> int:
     """Texts without which not even a gate that never errs could be promised to keep the risk."""
-    return math.ceil(
-        min(math.log1p(-confidence) / math.log1p(-risk), 1e15)
-    )  # beyond it there are never enough
+    texts = math.log1p(-confidence) / math.log1p(-risk)
+    return math.ceil(min(texts, 1e15))  # beyond it there are never enough
 
 
 def check(risk: float, confidence: float, texts: int) -> None:
