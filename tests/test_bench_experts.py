@@ -101,8 +101,8 @@ def test_the_command_prints_a_table_and_records_it(tmp_path, monkeypatch, capsys
     assert record["settings"]["link"] == 50_000_000 and len(record["figures"]["budgets"]) == 2
     assert main([*asked[:-1], "--budgets", "10%"]) == 2
     assert "does not hold them" in capsys.readouterr().err
-    assert main([*asked[:-1], "--json", str(tmp_path / "nowhere" / "f.json")]) == 2
-    assert "no folder" in capsys.readouterr().err
+    assert main([*asked[:-1], "--json", str(prompts / "f.json")]) == 2
+    assert "a part of its path is a file" in capsys.readouterr().err
     assert main(["bench", "experts"]) == 2
 
 

@@ -184,7 +184,7 @@ def test_what_is_taken_back_is_what_the_skipped_blocks_did_not_save():
 
 def test_bench_without_m2r2_says_so(everything):
     model = str(tiny.folder("llama", **MODEL))
-    asked = SimpleNamespace(model=model, trained=everything, methods=["calm"])
+    asked = SimpleNamespace(model=model, trained=everything, methods=["calm"], record=False)
     with pytest.raises(UserError, match="name it among the methods"):
         bench_command.run(asked)
 
