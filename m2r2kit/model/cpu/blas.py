@@ -126,7 +126,10 @@ def load_shim(openblas: Path) -> tuple[ctypes.CDLL | None, str]:
     name = f"blas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     reason = "no C compiler"
     for folder in (cache_dir, private_folder):
-        path = folder() / name
+        try:
+            path = folder() / name
+        except OSError:  # there is no place for temporary files
+            continue
         if _is_whole(path) and (library := _loaded(path)):
             return library, "few rows through few_rows.c"
         if compiler is None:
@@ -202,7 +205,7 @@ def openblas_path() -> Path | None:
 
 
 _old: dict[int, int] = {}  # entry's address -> what stood there: the function, or the loader's stub
-_threads: dict[ctypes.CDLL, int] = {}  # OpenBLAS -> threads that it had
+_openblas: list[tuple[ctypes.CDLL, int]] = []  # the library in use, if any, and the threads that it had
 _pools: list[ctypes.CDLL] = []  # the shim in use, if any
 
 
@@ -245,11 +248,12 @@ def install() -> str:
     except BlasError:
         uninstall()
         raise
-    _threads.setdefault(source, source.scipy_openblas_get_num_threads())
+    if not _openblas:
+        _openblas.append((source, source.scipy_openblas_get_num_threads()))
     source.scipy_openblas_set_num_threads(1)
     if shim is not None:
         _pools[:] = [shim]
-        shim.m2r2kit_set_threads(min(_threads[source], len(os.sched_getaffinity(0))))
+        shim.m2r2kit_set_threads(min(_openblas[0][1], len(os.sched_getaffinity(0))))
     version = ctypes.CFUNCTYPE(ctypes.c_char_p)(("scipy_openblas_get_config", source))()
     return f"{version.decode().split(' NO_')[0]} ({few})"
 
@@ -259,8 +263,8 @@ def uninstall() -> None:
     while _old:
         address, value = _old.popitem()
         ctypes.c_uint64.from_address(address).value = value  # its page is writable by now
-    while _threads:
-        library, threads = _threads.popitem()
+    while _openblas:
+        library, threads = _openblas.pop()
         library.scipy_openblas_set_num_threads(threads)
     _pools.clear()
 
