@@ -41,7 +41,7 @@ def test_a_roll_tells_named_from_missed_and_needless(ax):
     said = routing.draw_roll(ax, CHOSEN, 6, list("abc"), np.array([[0, 3], [3, 4], [2, 4]]))
     right, missed, needless = (set(zip(*line.get_data())) for line in ax.lines)
     assert right == {(0, 0), (0, 3), (1, 3)} and missed == {(1, 5), (2, 3), (2, 1)}
-    assert needless == {(1, 4), (2, 2), (2, 4)} and "3 had been named (50%)" in said
+    assert needless == {(1, 4), (2, 2), (2, 4)} and "3 were predicted (50%)" in said
 
 
 def test_loads_are_sorted_and_compared_with_an_even_share(ax):
@@ -52,7 +52,7 @@ def test_loads_are_sorted_and_compared_with_an_even_share(ax):
 
 def test_curves_of_hits_have_a_mark_that_moves(ax):
     curves = routing.HitCurves(ax, [2, 4], {"LRU": [0.3, 0.6]}, 8)
-    assert curves.move(5) == "With 4 of 8 slots, found: LRU 60%; without any preference 50%."
+    assert curves.move(5) == "With 4 of 8 slots, hit rates: LRU 60%; with random routing 50%."
     assert list(curves.mark.get_xdata()) == [4, 4]
 
 
@@ -112,7 +112,7 @@ def test_what_an_access_found_adds_up(ax):
 
 
 def test_ways_and_the_bound(ax):
-    assert experts.draw_ways(ax, {"lru": (0.01, 0.02)}, 0.02) == "Milliseconds a token: lru 30.0."
+    assert experts.draw_ways(ax, {"lru": (0.01, 0.02)}, 0.02) == "Milliseconds per token: lru 30.0."
     said = experts.draw_bound(ax, {"oracle": [(1.0, 1.8), (4.0, 1.1)], "early, live": [(2.0, 1.2)]})
     assert "oracle 1.80x at I/C 1.00; early, live 1.20x" in said
     x, y = ax.lines[0].get_data()

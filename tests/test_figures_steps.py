@@ -32,7 +32,7 @@ def test_a_step_ends_with_its_signs_and_tokens(ax):
     said = draw_step(ax, STEP)
     drafts, answers = ["def", "= ·a", "= ·b", "x ·c", "? ·d"], ["·a", "same", "·b", "same", "·x", "differs"]
     assert words(ax)[3:] == [*drafts, *answers, "..", "..", "= ·a", "= ·b", "+ ·x"]
-    assert "Draft 3 is not what the model says (x)" in said and "Written in this step: 3." in said
+    assert "Draft 3 is not the model's token (x)" in said and "Emitted in this step: 3." in said
 
 
 def test_before_the_pass_nothing_is_judged(ax):

@@ -19,8 +19,8 @@ def test_the_path_is_told_by_signs_and_by_thickness(ax):
     said = draw_tree(ax, TOKENS, PARENTS, [0, 3], "def", "z")
     assert [t.get_text() for t in ax.texts] == ["def", "= ·a", "·b", "c", "= d", "e", "+ z"]
     assert [line.get_linewidth() > 1 for line in ax.lines] == [True, False, False, True, False, True]
-    assert "5 drafts in a tree 2 deep, so 6 rows" in said and "takes 2 of them (' ad', =)" in said
-    assert said.endswith("3 written.")
+    assert "5 drafts in a tree of depth 2: 6 positions" in said and "accepts 2 of them (' ad', =)" in said
+    assert said.endswith("3 emitted.")
 
 
 def test_depth_goes_to_the_right_and_no_two_boxes_share_a_place(ax):
@@ -35,7 +35,7 @@ def test_depth_goes_to_the_right_and_no_two_boxes_share_a_place(ax):
 def test_a_chain_is_a_tree_of_width_one(ax):
     said = draw_tree(ax, ["a", "b"], [-1, 0], [], "def", "z")
     assert len({y for _, y in (t.get_position() for t in ax.texts[:-1])}) == 1
-    assert "takes none of them" in said and said.endswith("1 written.")
+    assert "accepts none of them" in said and said.endswith("1 emitted.")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pictures drawn from records and arrays; the same pictures with controls."""
+"""Figures drawn from records and arrays, and the same figures with controls."""
 
 from ..common import on_demand
 

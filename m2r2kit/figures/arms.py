@@ -1,12 +1,12 @@
-"""Pictures of all ways of decoding, from a record of `m2r2kit bench speculation` (notebook 04).
+"""Figures of all decoding methods, from a record of `m2r2kit bench speculation` (notebook 04).
 
-Each function draws on axes that it is given, and returns one sentence that says what it shows:
+Each function draws on the given axes and returns one sentence that describes the figure:
 
     figure, ax = new_figure(height=3.8)
     show(figure, draw_speeds(ax, arms.newest(), paper=2.8))
 
-Arms are rows or lines with names; ours are hatched or thick. What a colour tells, a name, a hatch or
-a marker tells as well.
+Each arm is a named bar or line; ours are hatched or thick. No information is in colour alone: a name, a
+hatch or a marker repeats it.
 """
 
 from itertools import cycle
@@ -19,15 +19,15 @@ from ..common import UserError
 from .steps import EDGE
 from .style import COLORS, DASHES, MARKERS, ORDER, PALE
 
-BAND = 0.1  # predicted and measured should not differ by more
-MORE_MARKERS = (*MARKERS, "<", ">", "*", "h", "p")  # no two arms share one
+BAND = 0.1  # tolerated relative difference of measured and predicted speed-up
+MORE_MARKERS = (*MARKERS, "<", ">", "*", "h", "p")  # enough for every arm to have its own
 
 
 def draw_speeds(ax, record: dict, paper: float | None = None) -> str:
-    """Speed-up over plain decoding, an arm a bar, with the smallest and largest of the rounds.
+    """Speed-up over plain decoding, one bar per arm, with the range over rounds.
 
     Args:
-        paper: what the paper reports, drawn as a line.
+        paper: the speed-up that the paper reports, drawn as a line.
     """
     ax.clear()
     arms = _arms(record)
@@ -57,17 +57,17 @@ def draw_speeds(ax, record: dict, paper: float | None = None) -> str:
         if arm["speedup_vs_plain"]
     )
     lossy = [name for name, arm in arms.items() if not arm["speedup_vs_plain"]]
-    changed = f" Without a speed, as the text changed: {', '.join(lossy)}." if lossy else ""
+    changed = f" No speed, because the text changed: {', '.join(lossy)}." if lossy else ""
     return f"Speed-up over plain decoding, the fastest first: {said}.{changed}"
 
 
 def draw_acceptance(ax, record: dict) -> str:
-    """Share of the drafts at each position that were right, of those whose predecessors were; by arm."""
+    """Acceptance by position in the draft, given that all earlier drafts were accepted; one line per arm."""
     ax.clear()
     arms = {name: arm for name, arm in _arms(record).items() if arm["acceptance"]}
     if not arms:
         raise UserError("No arm of this record drafts; `m2r2kit bench speculation --methods all` has some.")
-    looks = zip(cycle(ORDER), MORE_MARKERS, cycle(DASHES[:4]))  # a colour comes back with another dash
+    looks = zip(cycle(ORDER), MORE_MARKERS, cycle(DASHES[:4]))  # repeated colours get another dash
     for (name, arm), (color, marker, dash) in zip(arms.items(), looks):
         a = arm["acceptance"]
         width = 2.6 if _ours(name) else 1.2
@@ -79,11 +79,11 @@ def draw_acceptance(ax, record: dict) -> str:
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     first = sorted(arms, key=lambda name: -arms[name]["acceptance"][0])
     said = ", ".join(f"{name} {arms[name]['acceptance'][0]:.2f}" for name in first)
-    return f"Acceptance of the first draft: {said}. Late positions rest on few drafts."
+    return f"Acceptance of the first draft: {said}. Late positions have few drafts."
 
 
 def draw_predicted(ax, record: dict) -> str:
-    """What the cost model says of each arm, with a tenth to either side, and what was measured."""
+    """Speed-up that the cost model predicts for each arm, with a band of `BAND`, and the measured one."""
     ax.clear()
     arms = {
         name: arm
@@ -106,10 +106,10 @@ def draw_predicted(ax, record: dict) -> str:
             at = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
             ax.annotate("outside", (measured, y), fontsize=8, **at)
     ax.set_yticks(range(len(arms)), list(arms))
-    ax.set_ylim(len(arms) - 0.3, -0.9)  # the first on top, with room for its word
-    ax.use_sticky_edges = False  # or the lowest band would touch the frame
+    ax.set_ylim(len(arms) - 0.3, -0.9)  # the first on top, with space for its label
+    ax.use_sticky_edges = False  # otherwise the lowest band touches the frame
     ax.set(xlabel="speed-up over plain decoding")
-    names = (f"predicted, and {BAND:.0%} to either side", "measured")
+    names = (f"predicted, +/- {BAND:.0%}", "measured")
     ax.legend([ax.patches[0], ax.lines[1]], names, loc="lower right")
     within = len(arms) - len(outside)
     said = f"Measured within {BAND:.0%} of the prediction: {within} of {len(arms)} arms."
@@ -117,13 +117,13 @@ def draw_predicted(ax, record: dict) -> str:
 
 
 def draw_map(ax, record: dict | None = None) -> str:
-    """Predicted speed-up over exit and number of drafts; each cell says its number, the best is framed.
+    """Predicted speed-up by exit and number of drafts, one labelled cell each; the best is framed.
 
     Args:
         record: of `m2r2kit bench map`; by default the newest.
 
     Raises:
-        UserError: nothing has been measured yet.
+        UserError: there is no record yet.
     """
     record = record or next(reversed(claims.accepted("speculation-map")), None)
     if record is None:
@@ -132,7 +132,7 @@ def draw_map(ax, record: dict | None = None) -> str:
     lengths = record["figures"]["drafts"]
     rows = [row for row in record["figures"]["rows"] if row["predicted_speedup"]]
     if not rows:
-        raise UserError("Every exit of this record changed the text; there is no speed to draw.")
+        raise UserError("Every exit of this record changed the text, so it has no speed-up to draw.")
     speeds = [row["predicted_speedup"] for row in rows]
     ax.imshow(speeds, cmap="cividis", aspect="auto")
     lowest, highest = min(map(min, speeds)), max(map(max, speeds))
@@ -145,7 +145,7 @@ def draw_map(ax, record: dict | None = None) -> str:
     ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=COLORS["red"], linewidth=3))
     ax.set_xticks(range(len(lengths)), lengths)
     ax.set_yticks(range(len(rows)), [row["exit"] for row in rows])
-    ax.set(xlabel="tokens drafted in a step", ylabel="exit: blocks run for a draft")
+    ax.set(xlabel="drafts per step", ylabel="exit: blocks run for a draft")
     return (
         f"Predicted speed-up of {record['settings']['method']}, from acceptance and costs measured at each "
         f"exit: at best {best[0]:.2f}x, with exit {rows[y]['exit']} and "
@@ -157,7 +157,7 @@ def draw_map(ax, record: dict | None = None) -> str:
 
 
 def _arms(record: dict) -> dict:
-    """The arms as the table has them: the fastest first, one that changed the text last."""
+    """The arms in the order of `ArmsTable`: fastest first, arms that changed the text last."""
     return {name: record["figures"]["arms"][name] for name in ArmsTable(record).names}
 
 

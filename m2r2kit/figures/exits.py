@@ -1,7 +1,7 @@
-"""Pictures of tokens that leave early, from a record of `m2r2kit bench exits` or from arrays (notebook 03).
+"""Figures of early exits, from a record of `m2r2kit bench exits` or from arrays (notebook 03).
 
-Each function draws on axes that it is given, and returns one sentence that says what it shows. A method has
-one colour, one marker and one dash in all of them.
+Each function draws on the given axes and returns one sentence that describes the figure. A method has the
+same colour, marker and dash in all figures.
 """
 
 import html
@@ -15,7 +15,7 @@ from .style import COLORS, MARKERS, PALE
 
 DASHES = ("-", "--", ":")
 COLOR_NAMES = ("blue", "red", "green", "purple", "orange", "sky", "black")
-LOOKS = {  # the methods that a figure shows by itself; others get what is left
+LOOKS = {  # fixed looks of the usual methods; others get an unused combination
     "m2r2": (COLORS["blue"], "o", "-"),
     "m2r2-confidence": (COLORS["sky"], "*", "-"),
     "m2r2-equal": (COLORS["blue"], "d", "--"),
@@ -29,18 +29,18 @@ LOOKS = {  # the methods that a figure shows by itself; others get what is left
     "shallow": (COLORS["purple"], "p", ":"),
 }
 MAIN = ("m2r2", "m2r2-oracle", "calm", "saturation", "skipdecode", "mixture-of-depths", "layerskip", "static")
-AXES = {  # of a point: what is read, and what the axis says
+AXES = {  # value of a point, and the axis label
     "blocks": (lambda p, depth: p["blocks"] / depth, "share of the blocks that are run"),
-    "macs": (lambda p, depth: p["macs"], "share of the products, everything counted"),
+    "macs": (lambda p, depth: p["macs"], "share of the multiply-adds, overhead included"),
     "time": (lambda p, depth: 1 / p["speedup"], "share of plain decoding's time"),
 }
 
 
 def newest() -> dict:
-    """The newest record that has all of `MAIN`, or else the newest of all.
+    """The newest record with all methods of `MAIN`, otherwise the newest record.
 
     Raises:
-        UserError: nothing has been measured yet.
+        UserError: there is no record yet.
     """
     found = claims.accepted("exits")
     if not found:
@@ -50,7 +50,7 @@ def newest() -> dict:
 
 
 def look(name: str) -> dict:
-    """Colour, marker and dash of a method."""
+    """Line style of a method: colour, marker, dash, width and label."""
     if name not in LOOKS:
         used = set(LOOKS.values())
         colours = (COLORS[c] for c in COLOR_NAMES)
@@ -62,7 +62,7 @@ def look(name: str) -> dict:
 
 
 def draw_curves(ax, record: dict, over: str = "blocks", names=MAIN, least: float = 0.7) -> str:
-    """Agreement, from `least` up, against what is spent: `blocks`, `macs`, or `time` where it was taken."""
+    """Agreement (axis from `least` to 1) by cost: `blocks`, `macs`, or `time` for methods that were timed."""
     ax.clear()
     measure, says = AXES[over]
     depth, methods = record["settings"]["depth"], record["figures"]["methods"]
@@ -79,12 +79,12 @@ def draw_curves(ax, record: dict, over: str = "blocks", names=MAIN, least: float
     ax.plot(1, 1, marker="o", color="white", markeredgecolor="black", linestyle="", label="whole model")
     ax.set(xlabel=says, ylabel="agreement with the whole model", ylim=(least, 1.01))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    where = {"blocks": "blocks", "macs": "products", "time": "time"}[over]
-    return f"Agreement against {where} for {', '.join(shown)}; further to the left at one height is better."
+    where = {"blocks": "blocks", "macs": "multiply-adds", "time": "time"}[over]
+    return f"Agreement against {where} for {', '.join(shown)}; further left at equal height is better."
 
 
 def draw_merits(ax, record: dict, loss: float = 0.05) -> str:
-    """Blocks saved at a loss of agreement, a method a bar, with the middle 95 % of the bootstrap."""
+    """Blocks saved at a loss of agreement, one bar per method, with the 95 % bootstrap interval."""
     ax.clear()
     merits = {name: m["merit"][str(loss)] for name, m in record["figures"]["methods"].items()}
     order = sorted(merits, key=lambda name: -merits[name]["saved"])
@@ -105,7 +105,13 @@ def draw_merits(ax, record: dict, loss: float = 0.05) -> str:
 
 
 def draw_at_exits(axes, found: dict, depth: int) -> str:
-    """Agreement and cross-entropy at each exit, a line for what is read there."""
+    """Agreement and cross-entropy at each exit, one line per readout.
+
+    Args:
+        axes: two.
+        found: readout -> rows of `bench.exits.at_exits`.
+        depth: blocks of the whole model.
+    """
     names = {
         "m2r2": "stream p",
         "m2r2-equal": "stream p, trained like the layers",
@@ -119,7 +125,7 @@ def draw_at_exits(axes, found: dict, depth: int) -> str:
         for kind, rows in found.items():
             style = looks[kind] | {"label": names[kind]}
             ax.plot([r["exit"] for r in rows], [r[key] for r in rows], **style)
-        ax.set(xlabel=f"exit: blocks of {depth}", ylabel=says, xticks=[r["exit"] for r in rows])
+        ax.set(xlabel=f"exit: blocks run, of {depth}", ylabel=says, xticks=[r["exit"] for r in rows])
     axes[0].set_ylim(0, 1.02)
     axes[0].legend(loc="lower right")
     said = "; ".join(
@@ -129,12 +135,12 @@ def draw_at_exits(axes, found: dict, depth: int) -> str:
 
 
 def draw_latents(ax, latents: np.ndarray, right: np.ndarray, names: list[str]) -> str:
-    """What a gate sees of each token, squeezed to two numbers: its latents' two widest directions.
+    """The latents that a gate reads, projected on their first two principal components.
 
     Args:
         latents: (n, L), of n tokens at one exit.
-        right: (n,), whether the head would be right there.
-        names: tokens as text; a few are written beside their points.
+        right: (n,), whether the head would be right at this exit.
+        names: tokens as text; a few label their points.
     """
     ax.clear()
     centred = latents - latents.mean(0)
@@ -145,22 +151,22 @@ def draw_latents(ax, latents: np.ndarray, right: np.ndarray, names: list[str]) -
         ax.plot(x[right == said], y[right == said], marker, color=color, markersize=5, alpha=0.7, label=label)
     for i in range(0, len(x), max(1, len(x) // 12)):
         ax.annotate(names[i], (x[i], y[i]), fontsize=7, family="monospace", parse_math=False)
-    ax.set(xlabel="first direction", ylabel="second direction")
+    ax.set(xlabel="first component", ylabel="second component")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     share = (sizes[:2] ** 2).sum() / (sizes**2).sum()
     return (
-        f"{len(x)} tokens as the gate sees them, in the two directions that hold {share:.0%} of the spread; "
+        f"{len(x)} tokens as the gate sees them, in the two components with {share:.0%} of the variance; "
         f"the head is right for {right.mean():.0%}."
     )
 
 
 class DepthText:
-    """Text in which a token that left early stands in [brackets with its depth], on a page also shaded,
-    the darker the earlier.
+    """Text in which each token that left early is in [brackets with its depth]; in HTML it is also shaded,
+    darker for an earlier exit.
 
     Args:
         pieces: the text of each token.
-        depths: blocks that each was given.
+        depths: number of blocks that each token ran.
         depth: blocks of the whole model.
     """
 

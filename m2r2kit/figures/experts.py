@@ -1,8 +1,8 @@
-"""Pictures of experts that come from disk: reads beside computing, and what that gains (notebook 06).
+"""Figures of experts that are read from disk: reads beside computing, and the gain (notebook 06).
 
-Each function draws on axes that it is given, and returns one sentence that says what it shows. What a
-colour tells, a place or a hatch tells as well: waiting is crossed, a read on demand is striped, one asked for
-ahead is plain. (Dots would make a slider wait: they take four times as long to draw.)
+Each function draws on the given axes and returns one sentence that describes the figure. No information is
+in colour alone: waiting is crossed, a demand read is striped, a prefetch is plain. (Dotted hatches take four
+times as long to draw, too long for a slider.)
 """
 
 from itertools import pairwise
@@ -14,13 +14,13 @@ from ..experts.generation import Event
 from .style import COLORS, HATCHES, ORDER, PALE
 
 EDGE = "#333333"
-LOOKS = {  # of an event: colour, hatch, what it is called
+LOOKS = {  # kind of event -> colour, hatch, label
     "compute": (PALE["blue"], "", "computes"),
     "wait": ("white", "x", "waits"),
     "demand": (COLORS["orange"], "/", "read on demand"),
     "ahead": (COLORS["green"], "", "read ahead"),
 }
-FOUND = {  # of an access
+FOUND = {  # outcome of an access -> colour, hatch, label
     "resident": (PALE["blue"], "", "in memory"),
     "in_time": (COLORS["green"], "", "read ahead, in time"),
     "late": (COLORS["yellow"], "\\\\\\\\", "read ahead, late"),
@@ -32,10 +32,10 @@ FOUND = {  # of an access
 
 
 def by_token(events: list[Event]) -> list[list[Event]]:
-    """A run's timeline cut into tokens, each from 0.
+    """Cut a run's timeline into tokens, each starting at 0.
 
-    What follows a token's last wait, to the beginning of the next token, is computing as well (the last
-    experts and the head). The last token has no end, and is left out.
+    The time from a token's last event to the start of the next token counts as computing (the last experts
+    and the head). The last token has no known end and is left out.
     """
     first = events[0].block
     starts = [i for i, e in enumerate(events) if e.kind == "compute" and e.block == first]
@@ -50,14 +50,15 @@ def by_token(events: list[Event]) -> list[list[Event]]:
 
 
 def seconds_of(token: list[Event]) -> float:
-    """From a token's beginning to its end."""
+    """Duration of a token."""
     begun = min(e.start for e in token if e.kind == "compute")
     return max(e.end for e in token if e.kind == "compute") - begun
 
 
 def computing(tokens: list[list[Event]]) -> list[float]:
-    """Seconds up to each router and behind the last one, the middle of all tokens, as `experts.clock` takes
-    them; of a run that has all experts and stops at each router (`ExpertDecoder.cut`)."""
+    """Seconds up to each router and after the last one, median over tokens, in the form of
+    `experts.simulate.Clock`; from a run that has all experts in memory and stops at each router
+    (`ExpertDecoder.cut`)."""
     rows = []
     for token in tokens:
         ends = [e.end for e in token if e.kind == "compute"]
@@ -68,12 +69,12 @@ def computing(tokens: list[list[Event]]) -> list[float]:
 def draw_timelines(
     ax, ways: dict[str, list[Event]], block: int | None = None, span: float | None = None
 ) -> str:
-    """One token in several ways, one below the other: what computes, and what reads, in milliseconds.
+    """Timelines of one token with several methods, one below the other: computing and reads, in milliseconds.
 
     Args:
-        ways: name -> events of the token.
-        block: framed in black, with the reads of its experts.
-        span: milliseconds that the axis shows; by default those of the slowest way.
+        ways: method -> events of the token.
+        block: block to frame in black, with the reads of its experts.
+        span: milliseconds on the axis; by default the duration of the slowest method.
     """
     ax.clear()
     ends, ticks = [], []
@@ -92,7 +93,7 @@ def draw_timelines(
     ax.set_yticks(*zip(*ticks))
     ax.tick_params(axis="y", length=0)
     ax.set(
-        xlabel="ms since the token began",
+        xlabel="ms since the start of the token",
         xlim=(0, 1.12 * (span or max(ends))),
         ylim=(-3.2 * len(ways) + 0.9, 0.2),
     )
@@ -106,7 +107,7 @@ def draw_timelines(
 
 
 def _band(ax, top: float, height: float, boxes: list[Event], block: int | None) -> None:
-    """Boxes side by side; those of a block, but its wait, are framed."""
+    """Events as boxes in one lane; those of `block`, except waits, are framed."""
     for kind, (color, hatch, _) in LOOKS.items():
         for mine in (False, True):
             spans = [
@@ -125,7 +126,7 @@ def _band(ax, top: float, height: float, boxes: list[Event], block: int | None) 
 
 
 def _lanes(reads: list[Event]) -> list[list[Event]]:
-    """Reads in as few lanes as overlap."""
+    """Reads sorted into as few lanes as their overlaps allow."""
     lanes: list[list[Event]] = []
     for e in sorted(reads, key=lambda e: e.start):
         lane = next((lane for lane in lanes if lane[-1].end <= e.start + 1e-9), None)
@@ -139,7 +140,11 @@ def _lanes(reads: list[Event]) -> list[list[Event]]:
 
 
 def draw_found(ax, arms: dict[str, dict[str, float]]) -> str:
-    """What each access found, a bar a way; shares `resident`, `in_time`, `late`, `missed`."""
+    """Outcome of the accesses, one bar per method.
+
+    Args:
+        arms: method -> shares `resident`, `in_time`, `late` and `missed`.
+    """
     ax.clear()
     for y, found in enumerate(arms.values()):
         left = 0.0
@@ -168,11 +173,11 @@ def draw_found(ax, arms: dict[str, dict[str, float]]) -> str:
 
 
 def draw_ways(ax, ways: dict[str, tuple[float, float]], bound: float | None = None) -> str:
-    """Milliseconds a token: computing, and on it waiting; a bar a way.
+    """Milliseconds per token, computing and waiting stacked; one bar per method.
 
     Args:
-        ways: name -> (seconds of computing, seconds of waiting), a token.
-        bound: seconds that no overlap can go below.
+        ways: method -> (seconds of computing, seconds of waiting), per token.
+        bound: lower bound with perfect overlap, in seconds.
     """
     ax.clear()
     longest = max(c + w for c, w in ways.values())
@@ -190,17 +195,17 @@ def draw_ways(ax, ways: dict[str, tuple[float, float]], bound: float | None = No
         ax.axvline(1e3 * bound, color=COLORS["red"], linestyle="-.", linewidth=1.5, label="max(C, I) of LRU")
     ax.set_yticks(range(len(ways)), list(ways))
     ax.invert_yaxis()
-    ax.set(xlabel="ms a token", xlim=(0, 1e3 * 1.15 * longest))
+    ax.set(xlabel="ms per token", xlim=(0, 1e3 * 1.15 * longest))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     said = ", ".join(f"{name} {1e3 * (c + w):.1f}" for name, (c, w) in ways.items())
-    return f"Milliseconds a token: {said}."
+    return f"Milliseconds per token: {said}."
 
 
 def draw_bound(ax, points: dict[str, list[tuple[float, float]]]) -> str:
-    """The most that overlap can gain, (C + I) / max(C, I) over I / C, and gains that were seen.
+    """The bound of what overlap gains, (C + I) / max(C, I), by I / C, and observed gains.
 
     Args:
-        points: name -> (I/C, gain over a cache of the same size).
+        points: name -> pairs (I/C, gain over an LRU cache of the same size).
     """
     ax.clear()
     points = {name: xy for name, xy in points.items() if xy}
@@ -214,7 +219,7 @@ def draw_bound(ax, points: dict[str, list[tuple[float, float]]]) -> str:
         size = 9 if dash == "none" else 5
         ax.plot(*zip(*sorted(xy)), color=color, marker=marker, linestyle=dash, markersize=size, label=name)
     ax.set(xscale="log", xlim=(low, high), ylim=(0, 2.15), ylabel="gain over LRU of the same size")
-    ax.set_xlabel("I / C: reading over computing, log scale")
+    ax.set_xlabel("I / C: reading time / computing time, log scale")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     best = {name: max(xy, key=lambda p: p[1]) for name, xy in points.items()}
@@ -223,7 +228,8 @@ def draw_bound(ax, points: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def record_points(record: dict, arm: str) -> list[tuple[float, float]]:
-    """(I/C, gain over LRU) of an arm at each budget of a record of `m2r2kit bench experts`."""
+    """(I/C, gain over LRU) of an arm at each budget of a record of `m2r2kit bench experts`; budgets where the
+    arm has no speed are left out."""
     return [
         (budget["io_over_compute"], budget["arms"][arm]["speedup_vs_lru"]["median"])
         for budget in record["figures"]["budgets"]
@@ -232,11 +238,11 @@ def record_points(record: dict, arm: str) -> list[tuple[float, float]]:
 
 
 def newest(record_bytes: int | None = None) -> dict | None:
-    """The record of `m2r2kit bench experts` on a real disk with the most arms, of several the newest; of a
-    simulated link where there is none other; None where nothing was measured.
+    """The newest record of `m2r2kit bench experts` among those with the most arms; real disks come before
+    simulated links. None if there is no record.
 
     Args:
-        record_bytes: of one expert; None is any.
+        record_bytes: bytes of one expert; None accepts any.
     """
 
     def rank(pair):
@@ -248,17 +254,17 @@ def newest(record_bytes: int | None = None) -> dict | None:
 
 
 def sizes() -> list[dict]:
-    """The newest record on a real disk of each size of expert, from the smallest on."""
+    """The record that `newest` picks for each expert size measured on a real disk, smallest first."""
     real = [r for r in claims.accepted("experts") if not r["figures"]["simulated"]]
     return [newest(nbytes) for nbytes in sorted({r["settings"]["record_bytes"] for r in real})]
 
 
 def draw_sizes(ax, runs: list[dict], share: float, arms=("lru", "next-router", "m2r2", "oracle")) -> str:
-    """Speed over reading on demand, by the size of an expert: a line an arm, at one budget of all records.
+    """Speed-up over reading on demand by expert size, one line per arm, at one budget.
 
     Args:
-        runs: of `sizes`; those without this budget are left out.
-        share: of all experts, that is in memory.
+        runs: records from `sizes`; those without this budget are left out.
+        share: the budget, as a share of all experts.
     """
     ax.clear()
     at = [(r["settings"]["record_bytes"] / 1024, b) for r in runs for b in r["figures"]["budgets"]]
@@ -275,14 +281,14 @@ def draw_sizes(ax, runs: list[dict], share: float, arms=("lru", "next-router", "
     ax.set_xscale("log", base=2)
     ax.set_xticks([kib for kib, _ in at], [f"{kib:.0f}" for kib, _ in at])
     ax.minorticks_off()
-    ax.set(xlabel="KiB of one expert", ylabel="speed over on demand", ylim=(0, None))
+    ax.set(xlabel="KiB of one expert", ylabel="speed-up over on demand", ylim=(0, None))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     order = ", ".join(f"{kib:.0f}" for kib, _ in at)
     return f"{share:.1%} in memory, experts of {order} KiB: {'; '.join(said)}."
 
 
 def draw_budgets(axes, record: dict) -> str:
-    """Speed of each arm at each budget of a record, over reading on demand; axes for as many budgets."""
+    """Speed-up of each arm over reading on demand, one of `axes` per budget of the record."""
     said = []
     for ax, budget in zip(axes, record["figures"]["budgets"]):
         ax.clear()
@@ -296,7 +302,7 @@ def draw_budgets(axes, record: dict) -> str:
         ax.axvline(1, color="black", linestyle="--", linewidth=1)
         ax.set_yticks(range(len(arms)), list(arms))
         ax.invert_yaxis()
-        ax.set(xlabel="speed over on demand")
+        ax.set(xlabel="speed-up over on demand")
         ax.set_title(f"{budget['share']:.1%} in memory, I/C {budget['io_over_compute']:.2f}", fontsize=10)
         ax.set_xlim(0, 1.2 * max(speed["max"] for speed in arms.values()))
         best = max(arms, key=lambda name: arms[name]["median"])

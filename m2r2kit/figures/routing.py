@@ -1,7 +1,7 @@
-"""Pictures of what routers choose (notebook 05), from arrays of expert ids.
+"""Figures of what routers choose (notebook 05), from arrays of expert ids.
 
-Each function draws on axes that it is given, and returns one sentence that says what it shows. `chosen`
-is (T, k): the experts that one block's router gave to each of T tokens.
+Each function draws on the given axes and returns one sentence that describes the figure. `chosen` (T, k)
+holds the experts that one block's router selected for each of T tokens.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ NEEDLESS = {"markeredgecolor": "#999999", "markerfacecolor": "none", "marker": "
 
 
 def draw_router(ax, shares: np.ndarray, top_k: int, token: str) -> str:
-    """What a router gives each expert (E,) for one token: bars, those that run hatched."""
+    """Router probabilities (E,) of one token, one bar per expert; the `top_k` that run are hatched."""
     ax.clear()
     runs = np.argsort(-shares, kind="stable")[:top_k]
     for e, share in enumerate(shares):
@@ -24,7 +24,7 @@ def draw_router(ax, shares: np.ndarray, top_k: int, token: str) -> str:
     for e in runs:
         ax.text(e, shares[e], f"{e}", ha="center", va="bottom", fontsize=8, fontweight="bold")
     ax.set(xlabel="expert", ylabel="probability", xlim=(-0.8, len(shares) - 0.2))
-    ax.axhline(1 / len(shares), color="black", linestyle="--", linewidth=1, label="if all were alike")
+    ax.axhline(1 / len(shares), color="black", linestyle="--", linewidth=1, label="uniform")
     ax.set_ylim(0, 1.15 * shares.max())
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1))
     said = ", ".join(map(str, sorted(runs.tolist())))
@@ -32,18 +32,18 @@ def draw_router(ax, shares: np.ndarray, top_k: int, token: str) -> str:
 
 
 def draw_roll(
-    ax, chosen: np.ndarray, experts: int, tokens: list[str], named: np.ndarray | None = None
+    ax, chosen: np.ndarray, experts: int, tokens: list[str], predicted: np.ndarray | None = None
 ) -> str:
-    """A mark for each expert that each token took, tokens across and experts upward.
+    """One mark per expert that a token uses; x is the token, y the expert.
 
     Args:
-        named: (T, width), what somebody said beforehand: a mark then tells whether it was said too.
+        predicted: (T, width) experts predicted for each token; marks then show hits, misses and false alarms.
     """
     ax.clear()
     T = len(chosen)
     right, missed, needless = ([], []), ([], []), ([], [])
     for t in range(T):
-        said = set(named[t].tolist()) if named is not None else set(chosen[t].tolist())
+        said = set(predicted[t].tolist()) if predicted is not None else set(chosen[t].tolist())
         for e in range(experts):
             wanted = e in chosen[t]
             if wanted or e in said:
@@ -51,25 +51,29 @@ def draw_roll(
                 into[0].append(t)
                 into[1].append(e)
     style = {"linestyle": "", "markersize": 6}
-    ax.plot(*right, label="runs" if named is None else "runs, and was named", **style, **RIGHT)
-    if named is not None:
-        ax.plot(*missed, label="runs, was not named", **style, **MISSED)
-        ax.plot(*needless, label="was named, does not run", **style, **NEEDLESS)
+    ax.plot(*right, label="runs" if predicted is None else "runs, predicted", **style, **RIGHT)
+    if predicted is not None:
+        ax.plot(*missed, label="runs, not predicted", **style, **MISSED)
+        ax.plot(*needless, label="predicted, does not run", **style, **NEEDLESS)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     ax.set_xticks(range(T), [visible(t, 7) for t in tokens], rotation=90, fontsize=7, family="monospace",
                   parse_math=False)  # fmt: skip
     ax.set(ylabel="expert", xlim=(-0.7, T - 0.3), ylim=(-0.8, experts - 0.2))
     ax.grid(axis="y", color="#eeeeee")
     ax.set_axisbelow(True)
-    if named is None:
+    if predicted is None:
         again = np.mean([np.isin(chosen[t], chosen[t - 1]).mean() for t in range(1, T)])
-        return f"{T} tokens; {again:.0%} of the experts that run had run for the token before."
+        return f"{T} tokens; {again:.0%} of the experts that run also ran for the previous token."
     n = chosen.size
-    return f"Of {n} experts that run, {len(right[0])} had been named ({len(right[0]) / n:.0%})."
+    return f"Of {n} experts that run, {len(right[0])} were predicted ({len(right[0]) / n:.0%})."
 
 
 def draw_load(ax, shares: np.ndarray) -> str:
-    """Share of a block's accesses that each of its experts serves, a block a row: (L, E)."""
+    """Load of each block's experts, busiest first.
+
+    Args:
+        shares: (L, E), share of a block's accesses that each of its experts serves.
+    """
     ax.clear()
     E = shares.shape[1]
     order = -np.sort(-shares, axis=1) * E  # 1: an even share
@@ -80,7 +84,11 @@ def draw_load(ax, shares: np.ndarray) -> str:
     )
     ax.axhline(1, color="black", linestyle="--", linewidth=1, label="even")
     ax.plot([], [], color=COLORS["sky"], linewidth=0.8, label="one block")
-    ax.set(xlabel="experts of a block, the busiest first", ylabel="times an even share", xlim=(0.5, E + 0.5))
+    ax.set(
+        xlabel="experts of a block, busiest first",
+        ylabel="multiple of an even share",
+        xlim=(0.5, E + 0.5),
+    )
     ax.set_ylim(bottom=0)
     ax.legend()
     quarter = order[:, : E // 4].sum(1).mean() / E
@@ -91,19 +99,24 @@ def draw_load(ax, shares: np.ndarray) -> str:
 
 
 def draw_return(ax, again: dict[str, list[float]], chance: float) -> str:
-    """Share of a token's experts that ran 1, 2, .. tokens before as well; a line a name."""
+    """Share of a token's experts that also ran 1, 2, .. tokens earlier; one line per name.
+
+    Args:
+        again: name -> share at each lag.
+        chance: the share with random routing.
+    """
     ax.clear()
     lags = range(1, 1 + len(next(iter(again.values()))))
     lines(ax, lags, again)
-    ax.axhline(chance, color="black", linestyle="--", linewidth=1, label="without any preference")
+    ax.axhline(chance, color="black", linestyle="--", linewidth=1, label="random routing")
     ax.set(xlabel="tokens ago", ylabel="share that ran then", xticks=lags, ylim=(0, None))
     ax.legend()
     said = ", ".join(f"{name} {values[0]:.0%}" for name, values in again.items())
-    return f"Ran for the token before as well: {said}; without any preference {chance:.0%}."
+    return f"Also ran for the previous token: {said}; with random routing {chance:.0%}."
 
 
 def draw_distances(ax, distances: list[int], experts: int) -> str:
-    """How many other experts of its block ran between two uses of one: a histogram."""
+    """Histogram of the reuse distance: how many other experts of the block run between two uses of one."""
     ax.clear()
     edges = np.arange(0, experts + 1)
     counts, _ = np.histogram(distances, edges)
@@ -111,47 +124,46 @@ def draw_distances(ax, distances: list[int], experts: int) -> str:
         edges[:-1], counts / max(1, len(distances)), 0.9, color=PALE["blue"], edgecolor=EDGE, linewidth=0.7
     )
     middle = float(np.median(distances))
-    ax.axvline(middle, color="black", linestyle=":", label=f"half of them below {middle:g}")
-    ax.set(xlabel="other experts of the block that ran in between", ylabel="share of uses")
+    ax.axvline(middle, color="black", linestyle=":", label=f"median {middle:g}")
+    ax.set(xlabel="other experts of the block that run in between", ylabel="share of uses")
     ax.legend()
-    return f"Between two uses of an expert {middle:g} others of its block run, in the middle of all cases."
+    return f"Between two uses of an expert, {middle:g} others of its block run (median)."
 
 
 class HitCurves:
-    """What caches of each size would have found, and a mark that moves along.
+    """Hit rates of caches by size, and a movable mark.
 
     Args:
-        slots: sizes.
-        hits: name -> share found at each size.
-        experts: E; the dashed line is slots / E, as if routers had no preference.
+        slots: cache sizes, in slots per block.
+        hits: name -> hit rate at each size.
+        experts: E; the dashed line is slots / E, the hit rate with random routing.
     """
 
     def __init__(self, ax, slots: list[int], hits: dict[str, list[float]], experts: int):
         self.slots, self.hits, self.experts = list(slots), hits, experts
         lines(ax, self.slots, hits)
-        ax.plot(
-            [0, experts], [0, 1], color="black", linestyle="--", linewidth=1, label="without any preference"
-        )
+        ax.plot([0, experts], [0, 1], color="black", linestyle="--", linewidth=1, label="random routing")
         self.mark = ax.axvline(self.slots[0], color="black", linewidth=6, alpha=0.15)
         ax.set(
-            xlabel="slots of each block",
-            ylabel="share found in memory",
+            xlabel="slots per block",
+            ylabel="hit rate",
             ylim=(0, 1.02),
             xlim=(0, experts + 0.5),
         )
         ax.legend(loc="lower right")
 
     def move(self, slots: int) -> str:
+        """Move the mark to the nearest size and return the sentence."""
         at = min(range(len(self.slots)), key=lambda i: abs(self.slots[i] - slots))
         slots = self.slots[at]
         self.mark.set_xdata([slots, slots])
         said = ", ".join(f"{name} {values[at]:.0%}" for name, values in self.hits.items())
         chance = slots / self.experts
-        return f"With {slots} of {self.experts} slots, found: {said}; without any preference {chance:.0%}."
+        return f"With {slots} of {self.experts} slots, hit rates: {said}; with random routing {chance:.0%}."
 
 
 def draw_bars(ax, values: dict[str, float], xlabel: str, chance: float | None = None) -> str:
-    """One bar a name, the value beside it."""
+    """One labelled bar per name."""
     ax.clear()
     for y, (value, color, hatch) in enumerate(zip(values.values(), ORDER * 2, HATCHES * 2)):
         ax.barh(y, value, 0.7, color=color, alpha=0.55, edgecolor=EDGE, linewidth=0.8, hatch=hatch)
@@ -166,7 +178,12 @@ def draw_bars(ax, values: dict[str, float], xlabel: str, chance: float | None = 
 
 
 def draw_recall(ax, recalls: dict[str, dict[int, float]], chance: float) -> str:
-    """Share of the experts that were named, by how many blocks ahead; a line a predictor."""
+    """Recall by number of blocks ahead, one line per predictor.
+
+    Args:
+        recalls: predictor -> blocks ahead -> recall.
+        chance: recall of random predictions.
+    """
     ax.clear()
     for (name, by_distance), look in zip(recalls.items(), styles()):
         wide = 2.6 if name == "M2R2" else 1.5
@@ -179,4 +196,4 @@ def draw_recall(ax, recalls: dict[str, dict[int, float]], chance: float) -> str:
         f"{name} " + ", ".join(f"{r:.2f}" for d, r in by.items() if 1 <= d <= 3)
         for name, by in recalls.items()
     )
-    return f"Recall at 1, 2, 3 blocks ahead, where it looks so far: {said}; at random {chance:.2f}."
+    return f"Recall at 1, 2, 3 blocks ahead, where available: {said}; at random {chance:.2f}."

@@ -1,11 +1,11 @@
-"""Pictures of streams that run ahead, and of drafts that are verified (notebooks 02 and 04).
+"""Figures of accelerated streams and of verified drafts (notebooks 02 and 04).
 
-Each function draws on axes that it is given, and returns one sentence that says what it shows:
+Each function draws on the given axes and returns one sentence that describes the figure:
 
     figure, ax = new_figure()
     show(figure, draw_rates(ax, depth, exit, stands_for))
 
-What a colour tells, a sign, a word or a hatch tells as well.
+No information is in colour alone: a sign, a word or a hatch repeats it.
 """
 
 from .steps import EDGE
@@ -15,7 +15,7 @@ from .style import COLORS, PALE
 
 
 def draw_streams(ax, depth: int, exit: int) -> str:
-    """The slow stream through all N blocks, and under it the fast one, which borrows keys and values."""
+    """The slow stream through all N blocks, and below it the fast one, which reads its keys and values."""
     ax.clear()
     ax.set_axis_off()
     shown = list(range(min(exit, 4)))
@@ -38,17 +38,17 @@ def draw_streams(ax, depth: int, exit: int) -> str:
     last = 2 * len(shown)
     _arrow(ax, (last - 0.3, 0), (last + 0.3, 0))
     more = "" if len(shown) == exit else ".. "
-    guess = f"{more}$p_{{{exit}}}$, then the same head: a guess at the same token"
+    guess = f"{more}$p_{{{exit}}}$, then the same head: a draft of the same token"
     ax.text(last + 0.4, 0, guess, va="center")
     ax.set(xlim=(-1.4, end + 3.4), ylim=(-0.5, 1.5))
     return (
         f"Above, the slow stream h passes {depth} blocks. Below, the fast stream p starts as h, passes "
-        f"{exit}, and in each it reads the keys and values that h has left there."
+        f"{exit}, and in each it reads the keys and values that h wrote there."
     )
 
 
 def draw_rates(ax, depth: int, exit: int, stands_for: list[int]) -> str:
-    """What depth each stream has reached, block by block; `stands_for` is tau(0), .., tau(exit)."""
+    """Depth that each stream approximates, block by block; `stands_for` is tau(0), .., tau(exit)."""
     ax.clear()
     depths, blocks = range(depth + 1), range(exit + 1)
     ax.plot(depths, depths, "o-", color=COLORS["blue"], markersize=3, linewidth=1, label="slow stream h")
@@ -58,18 +58,18 @@ def draw_rates(ax, depth: int, exit: int, stands_for: list[int]) -> str:
     at = {"xytext": (8, -12 if ahead == depth else 4), "textcoords": "offset points"}
     ax.annotate(f"$p_{{{exit}}}$ stands for $h_{{{ahead}}}$", (exit, ahead), **at)
     ax.set(xlim=(-0.3, depth + 0.3), ylim=(-0.5, depth + 0.8))
-    ax.set(xlabel="blocks that have run", ylabel="depth that the state stands for")
+    ax.set(xlabel="blocks run", ylabel="depth that the state stands for")
     ax.legend(loc="lower right")
     return f"After {exit} of {depth} blocks p stands for depth {ahead}, " + (
-        f"{ahead - exit} blocks ahead of h." if ahead > exit else "no further than h: this is the control."
+        f"{ahead - exit} blocks ahead of h." if ahead > exit else "no further than h (the control)."
     )
 
 
 def draw_readouts(ax, rows: list[dict]) -> str:
-    """Agreement with the final token, one bar a readout: ours hatched, the number in words.
+    """Agreement with the final token, one labelled bar per readout; ours is hatched.
 
     Args:
-        rows: of the record `alignment`, each with `form`, `agreement` and `parameters`.
+        rows: rows of the record `alignment`, each with `form`, `agreement` and `parameters`.
     """
     ax.clear()
     best = max(rows, key=lambda row: row["agreement"])
@@ -77,10 +77,10 @@ def draw_readouts(ax, rows: list[dict]) -> str:
         ours = row["form"] == "block"
         style = {"hatch": "///", "color": PALE["blue"]} if ours else {"color": PALE["grey"]}
         ax.barh(y, row["agreement"], 0.7, edgecolor=EDGE, **style)
-        size = f"{row['parameters'] / 1000:,.0f} thousand numbers" if row["parameters"] else "nothing trained"
+        size = f"{row['parameters'] / 1000:,.0f} k parameters" if row["parameters"] else "nothing trained"
         ax.text(row["agreement"], y, f" {row['agreement']:.2f}, {size}", va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), [row["form"] for row in rows])
-    ax.set(xlabel="share of tokens that agree with the end of the model")
+    ax.set(xlabel="share of tokens that agree with the whole model")
     ax.set_xlim(0, 1.25 * best["agreement"] + 0.05)
     ax.invert_yaxis()
     said = ", ".join(f"{row['form']} {row['agreement']:.2f}" for row in rows)
@@ -91,17 +91,17 @@ def draw_readouts(ax, rows: list[dict]) -> str:
 
 
 def draw_accept_rule(ax, p, q, names: list[str]) -> str:
-    """The rule min(1, p/q) as areas: what is accepted, what of q is refused, what of p is made up."""
+    """The rule min(1, p/q) as areas: accepted, rejected (of q), resampled (of p)."""
     ax.clear()
     parts = {
         "accepted: min(p, q)": {"color": PALE["blue"]},
-        "refused: what q has too much": {"color": "white", "hatch": "xxx"},
-        "made up: what q has too little": {"color": PALE["orange"], "hatch": "///"},
+        "rejected: max(q - p, 0)": {"color": "white", "hatch": "xxx"},
+        "resampled: max(p - q, 0)": {"color": PALE["orange"], "hatch": "///"},
     }
-    accepted, refused, made_up = parts.values()
+    accepted, rejected, resampled = parts.values()
     both = [min(a, b) for a, b in zip(p, q)]
     for x, (a, b, shared) in enumerate(zip(p, q, both)):
-        for at, whole, rest in ((x - 0.2, b, refused), (x + 0.2, a, made_up)):
+        for at, whole, rest in ((x - 0.2, b, rejected), (x + 0.2, a, resampled)):
             ax.bar(at, shared, 0.38, edgecolor=EDGE, **accepted)
             ax.bar(at, whole - shared, 0.38, bottom=shared, edgecolor=EDGE, **rest)
         ax.text(x - 0.2, b + 0.01, f"q {b:.2f}", ha="center", fontsize=8)
@@ -112,18 +112,19 @@ def draw_accept_rule(ax, p, q, names: list[str]) -> str:
     alpha = sum(both)
     return (
         f"Left bars are the draft's q, right bars the model's p. A draft is accepted with probability "
-        f"{alpha:.2f}, the area that the two share; the distance between them is {1 - alpha:.2f}."
+        f"{alpha:.2f}, the shared area; the total variation distance between them is {1 - alpha:.2f}."
     )
 
 
 def draw_speedup(
     ax, lengths, curve, chosen: int, measured: tuple[float, float] | None, paper: float | None = None
 ) -> str:
-    """Predicted speed-up against draft length, the chosen length marked, beside a measured point.
+    """Predicted speed-up by draft length, with the chosen length and a measured point marked.
 
     Args:
-        measured: (drafts a step on average, speed-up).
-        paper: what the paper reports, drawn as a line; no draft length belongs to it.
+        lengths: draft lengths. curve: predicted speed-up at each.
+        measured: (mean drafts per step, speed-up).
+        paper: the speed-up that the paper reports, drawn as a line (its draft length is not known).
     """
     ax.clear()
     ax.plot(lengths, curve, "o-", color=COLORS["blue"], label="predicted")
@@ -136,9 +137,9 @@ def draw_speedup(
         ax.axhline(
             paper, color=COLORS["black"], linestyle="-.", linewidth=1, label=f"paper: up to {paper:g}x"
         )
-    ax.set(xlabel="tokens drafted in a step", ylabel="speed-up over plain")
+    ax.set(xlabel="drafts per step", ylabel="speed-up over plain")
     ax.set_ylim(0, max(3.5, 1.1 * max(curve)))
-    ax.legend(loc="lower right", ncols=3)  # a curve that pays stays clear of it
+    ax.legend(loc="lower right", ncols=3)  # the corner that curves above 1 leave free
     best = max(zip(curve, lengths), key=lambda pair: (pair[0], -pair[1]))
     said = f"With {chosen} drafts the prediction is {here:.2f}x. "
     said += "Not drafting is best." if best[1] == 0 else f"The best length is {best[1]}: {best[0]:.2f}x."

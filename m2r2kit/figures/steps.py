@@ -1,9 +1,9 @@
-"""Pictures of drafting and verifying: one step token by token, and steps one below the other (notebook 04).
+"""Figures of drafting and verifying: one step token by token, and several steps (notebook 04).
 
-Signs say what became of a draft, so that nobody needs the colours:
+A sign marks the outcome of each token, so that the figures read without colours:
 
-    =  accepted, it is what the model says      ?  drafted behind a wrong one, never asked
-    x  the first wrong one                      +  the model's own token
+    =  accepted: the model predicts the same    ?  after the first wrong draft: discarded
+    x  the first wrong draft                    +  the model's own token
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from .style import PALE, visible
 
 EDGE = "#333333"
-SIGNS = "Signs: = accepted draft, x first wrong draft, ? draft behind it, + token of the model's own."
+SIGNS = "Signs: = accepted draft, x first wrong draft, ? later draft, + the model's own token."
 
 
 @dataclass
 class Step:
-    """One round of draft and verify, as texts.
+    """One step of draft and verify, with tokens as text.
 
     Attributes:
-        drafted: g drafts, in order.
-        emitted: the accepted drafts, and one token of the model's own.
-        pending: the token that the step starts from.
+        drafted: the g drafts, in order.
+        emitted: the accepted drafts, then one token of the model.
+        pending: the token from which the step starts.
+
+    Raises:
+        ValueError: `emitted` does not begin with drafts followed by one token.
     """
 
     drafted: list[str]
@@ -39,13 +42,13 @@ class Step:
 
     @property
     def signs(self) -> str:
-        """One sign a draft: `=`, `x` or `?`."""
+        """One sign per draft: `=`, `x` or `?`."""
         right, wrong = self.accepted, len(self.drafted) - self.accepted
         return "=" * right + "x" * min(1, wrong) + "?" * (wrong - 1)
 
     @property
     def moments(self) -> int:
-        """How often something happens: a draft, the verification, a token that is written."""
+        """Number of events: each draft, the verification, and each emitted token."""
         return len(self.drafted) + 1 + len(self.emitted)
 
 
@@ -53,17 +56,17 @@ LOOKS = {"=": (PALE["blue"], "-"), "x": ("white", "--"), "?": ("white", ":"), "+
 
 
 def draw_step(ax, step: Step, moment: int | None = None) -> str:
-    """One step after `moment` (0..step.moments; None is the end) of the things that happen in it.
+    """One step after its first `moment` events (0..step.moments; None shows all).
 
-    Three lines: what the drafter reads and writes, what the model says in the pass that verifies, and
-    what is written. The model's answer to a token stands below the draft that it is compared with.
+    Three rows: the pending token and the drafts, the model's tokens from the verifying pass, and the emitted
+    tokens. Each of the model's tokens is below the draft that it is compared with.
     """
     ax.clear()
     ax.set_axis_off()
     g, n = len(step.drafted), step.accepted
     moment = step.moments if moment is None else min(max(moment, 0), step.moments)
     drafted, asked, written = min(moment, g), moment > g, max(0, moment - g - 1)
-    for y, name in ((2, "draft"), (1, "the model says"), (0, "written")):
+    for y, name in ((2, "draft"), (1, "the model says"), (0, "emitted")):
         ax.text(-0.65, y, name, ha="right", va="center")
     box(ax, 0, 2, "", step.pending, PALE["grey"], "-")
     for x, text in enumerate(step.drafted[:drafted], 1):
@@ -72,7 +75,7 @@ def draw_step(ax, step: Step, moment: int | None = None) -> str:
         box(ax, x, 2, sign, text, *LOOKS.get(sign, ("white", "-")))
         _arrow(ax, (x - 0.6, 2), (x - 0.4, 2))
     for x in range(1, g + 2 if asked else 1):
-        # behind the first wrong draft the model has answered a question that nobody has
+        # after the first wrong draft the model's tokens follow from a wrong prefix
         known = x <= n + 1
         box(ax, x, 1, "", step.emitted[x - 1] if known else "..", "white", "-" if known else ":")
         if x <= min(written, g):
@@ -87,22 +90,22 @@ def draw_step(ax, step: Step, moment: int | None = None) -> str:
 def _told(step: Step, drafted: int, asked: bool, written: int) -> str:
     g, n = len(step.drafted), step.accepted
     if not asked:
-        return f"{drafted} of {g} tokens are drafted, each after the one before it. Nothing is decided yet."
+        return f"{drafted} of {g} tokens are drafted, one after the other. None is verified yet."
     if written == 0:
-        return f"One pass over {g + 1} tokens: the model says what it would write after each of them."
+        return f"One pass over {g + 1} tokens: the model predicts the next token after each of them."
     if written <= n:
-        return f"Draft {written} is what the model says: it is accepted (=)."
+        return f"Draft {written} is the model's token: it is accepted (=)."
     if n == g:
-        return f"All {g} drafts were right, and the last answer is one token more (+): {g + 1} from one pass."
-    behind = f", and what stands behind it is dropped (?, {g - n - 1} drafted)" if n + 1 < g else ""
+        return f"All {g} drafts were right, and the pass gives one more token (+): {g + 1} from one pass."
+    later = f", and the {g - n - 1} later drafts are discarded (?)" if n + 1 < g else ""
     return (
-        f"Draft {n + 1} is not what the model says (x). The model's own token takes its place (+){behind}. "
-        f"Written in this step: {n + 1}."
+        f"Draft {n + 1} is not the model's token (x). The model's own token replaces it (+){later}. "
+        f"Emitted in this step: {n + 1}."
     )
 
 
 def draw_steps(ax, steps: list[Step]) -> str:
-    """Rounds of drafting, a line each; the signs are those of this file."""
+    """Several steps, one row each, with the signs of this file."""
     ax.clear()
     ax.set_axis_off()
     widest = 1
@@ -121,7 +124,7 @@ def draw_steps(ax, steps: list[Step]) -> str:
 
 
 def box(ax, x, y, sign, text, color, line="-", bold=False, width=1.0) -> None:
-    """A token in a box, its sign before it."""
+    """Draw a token in a box, with its sign before it."""
     frame = {"boxstyle": "round,pad=0.3", "facecolor": color, "edgecolor": EDGE, "linestyle": line,
              "linewidth": width}  # fmt: skip
     ax.text(x, y, f"{sign} {visible(text) or '∅'}".strip(), ha="center", va="center", fontsize=8, bbox=frame,

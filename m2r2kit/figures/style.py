@@ -1,7 +1,7 @@
-"""Pictures drawn from records and arrays: one style, and a line of text that says what is shown.
+"""The common style of all figures, and a sentence that describes each.
 
-    figure, ax = new_figure(height=3.2)              # white, plain, colours anyone can tell apart
-    lines(ax, depths, {"p": ahead, "h": bare})       # each line has its own colour, marker and dash
+    figure, ax = new_figure(height=3.2)              # white, plain, colour-blind-safe
+    lines(ax, depths, {"p": ahead, "h": bare})       # each line has its own colour, marker, dash
     show(figure, "p agrees with the end of the model earlier than h does.")
 
 Figures are not registered with pyplot: they need no `plt.show()` and no `plt.close()`.
@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..stream.stream import tau
 
-# Okabe and Ito's colours: told apart with any kind of colour vision
+# Okabe and Ito's colour-blind-safe palette
 COLORS = {
     "blue": "#0072b2", "orange": "#e69f00", "green": "#009e73", "red": "#d55e00",
     "purple": "#cc79a7", "sky": "#56b4e9", "yellow": "#f0e442", "black": "#000000",
@@ -31,7 +31,7 @@ HATCHES = ("", "///", "...", "\\\\\\", "xxx", "+++", "ooo")
 PALE = {"blue": "#cfe6f3", "orange": "#fbe7bd", "grey": "#eeeeee"}  # behind black text
 DPI = 100
 
-# set once for all: what a notebook draws by itself then looks the same
+# global, so that figures drawn by a notebook's own code look the same
 matplotlib.rcParams.update({
     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
     "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9,
@@ -41,21 +41,21 @@ matplotlib.rcParams.update({
 
 
 def new_figure(width: float = 9.0, height: float = 3.4, columns: int = 1, rows: int = 1, **kwargs):
-    """An empty figure: (figure, axes), as `plt.subplots` gives them.
+    """An empty figure and its axes, as from `plt.subplots`.
 
     Args:
-        width, height: inches, at 100 pixels each.
-        kwargs: as `Figure.subplots` takes them (`sharey=True`, `width_ratios=..`).
+        width, height: inches, at 100 pixels per inch.
+        kwargs: passed to `Figure.subplots` (`sharey=True`, `width_ratios=..`).
     """
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG; quick rather than small, as a slider waits for it."""
+    """The figure as PNG bytes; compressed for speed, not size, because sliders redraw it."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # `savefig` would draw twice
-    # the layout holds from now on: numbers may move in the picture, the axes do not
+    # freeze the layout: redrawing moves the data, not the axes
     figure.set_layout_engine("none")
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, "png", compress_level=3)
@@ -63,7 +63,7 @@ def png(figure: Figure) -> bytes:
 
 
 def show(figure: Figure, sentence: str) -> None:
-    """Display a figure, and under it one line that says what it shows, for who cannot see it."""
+    """Display a figure and below it a sentence that describes it, also as alternative text."""
     from IPython.display import display
 
     display(picture(figure, sentence), metadata=alt(sentence), raw=True)
@@ -71,28 +71,28 @@ def show(figure: Figure, sentence: str) -> None:
 
 
 def picture(figure: Figure, sentence: str) -> dict:
-    """What a display shows as a picture."""
+    """Display data of the picture."""
     return {"image/png": png(figure), "text/plain": f"<picture: {sentence}>"}
 
 
 def alt(sentence: str) -> dict:
-    """Metadata of a picture: the words that a screen reader says."""
+    """Metadata of a picture: its alternative text."""
     return {"image/png": {"alt": sentence}}
 
 
 def caption(sentence: str) -> dict:
-    """What a display shows as the line under a picture. Its height does not change with its length."""
+    """Display data of the sentence below a picture; its height is fixed for up to two lines."""
     return {"text/html": f'<p style="min-height: 2.6em">{html.escape(sentence)}</p>', "text/plain": sentence}
 
 
 def styles():
-    """Endless settings for one line after another: colour, marker and dash all differ."""
+    """Endless line styles; successive ones differ in colour, marker and dash."""
     for color, marker, dash in cycle(zip(ORDER, MARKERS, DASHES)):
         yield {"color": color, "marker": marker, "linestyle": dash}
 
 
 def lines(ax, x, series: dict, **kwargs) -> dict:
-    """One line for each name, with a legend; returns the lines by name, for `set_ydata`."""
+    """Plot one line per name, with a legend; returns the lines by name, for `set_ydata`."""
     drawn = {name: ax.plot(x, y, label=name, **(style | kwargs))[0]
              for (name, y), style in zip(series.items(), styles())}  # fmt: skip
     if len(drawn) > 1:
@@ -104,13 +104,13 @@ def lines(ax, x, series: dict, **kwargs) -> dict:
 
 
 def visible(token: str, most: int = 9) -> str:
-    """A token as a label: spaces and line ends can be seen, and a long one is cut."""
+    """A token as a label: whitespace is visible, and text over `most` characters is cut."""
     text = token.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 class MarkedText:
-    """Text in which the accepted drafts stand in [brackets], on a page also underlined and shaded.
+    """Text with accepted drafts in [brackets]; in HTML they are underlined and shaded.
     A drafted line end is shown as ↵.
 
     Args:
@@ -142,11 +142,11 @@ class MarkedText:
         return f'<pre style="white-space: pre-wrap">{body}</pre>'
 
 
-# --- pictures that move ---------------------------------------------------------------------
+# --- figures that update ---------------------------------------------------------------------
 
 
 class StreamsMap:
-    """The two streams of a model of `depth` blocks: what is run, and which depth it stands for."""
+    """The two streams of a model of `depth` blocks: the blocks they run, and the depth each stands for."""
 
     def __init__(self, depth: int):
         self.depth = depth
@@ -192,13 +192,13 @@ class StreamsMap:
         self._fast.set_data(range(exit + 1), [tau(l, 0, exit, N, None) for l in range(exit + 1)])
         return self.figure, (
             f"After {exit} of {N} blocks the slow stream is at depth {exit}, and the accelerated one stands "
-            f"for depth {N}: each of its steps covers {N / exit:.3g}."
+            f"for depth {N}: each of its blocks covers {N / exit:.3g}."
         )
 
 
 class LensTable:
-    """A table of words, positions across and depths upward; where a depth names the token that the
-    model will write, it is bold on blue. Made once, filled again and again."""
+    """A logit-lens table: x is the position, y the depth, each cell the predicted token; it is bold on blue
+    where it equals the model's own. Create once, then call `fill` for each text."""
 
     def __init__(self, depths: list[int], columns: int):
         self.depths, self.columns = depths, columns
@@ -210,11 +210,11 @@ class LensTable:
         self._words = [[ax.text(x, y, "", **style) for x in range(shape[1])] for y in range(shape[0])]
         self._axis = ax
         ax.set_yticks(range(len(depths)), [str(l) for l in depths])
-        ax.set(ylabel="depth $l$", xlabel="token before  (what the model has just read)")
+        ax.set(ylabel="depth $l$", xlabel="previous token  (the model's input)")
         ax.tick_params(length=0)
 
     def fill(self, before: list[str], words: list[list[str]], right: list[list[bool]]) -> Figure:
-        """Args: `before`, labels of the columns; `words` and `right`, one row a depth."""
+        """Set the column labels `before`, and `words` and `right`, one row per depth."""
         self._shade.set_data(right)
         for artists, texts, marks in zip(self._words, words, right):
             for artist, text, mark in zip(artists, texts, marks):
@@ -225,7 +225,7 @@ class LensTable:
 
 
 def histograms(values: dict, edges, xlabel: str) -> Figure:
-    """Shares of whole numbers, one small histogram for each name; all on one scale, with the mean marked."""
+    """One histogram of integers per name, on a common scale, with the mean marked."""
     figure, axes = new_figure(9.6, 2.8, len(values), sharey=True, squeeze=False)
     for ax, (name, numbers), color, hatch in zip(axes[0], values.items(), ORDER, HATCHES):
         counts = [sum(n == e for n in numbers) / len(numbers) for e in edges]
@@ -238,7 +238,7 @@ def histograms(values: dict, edges, xlabel: str) -> Figure:
 
 
 def step_bars(ax, generation) -> None:
-    """One bar a pass of the model: one token of its own, and on it the drafts that it accepted."""
+    """One bar per pass of the model: its own token, and on top the accepted drafts."""
     ax.clear()
     steps = range(1, generation.steps + 1)
     ax.bar(steps, 1, color=COLORS["blue"], edgecolor="white", label="the model's own token")

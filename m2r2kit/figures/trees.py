@@ -1,22 +1,21 @@
-"""A tree of drafts, and the path through it that the model takes (notebook 04)."""
+"""Figure of a tree of drafts and its accepted path (notebook 04)."""
 
 from .steps import EDGE, box
 from .style import PALE
 
 
 def draw_tree(ax, tokens: list[str], parents: list[int], path: list[int], pending: str, own: str) -> str:
-    """Drafts as a tree, from left to right; the accepted path has thick lines and the sign `=`.
+    """Draw drafts as a tree, from left to right; the accepted path has thick lines and the sign `=`.
 
     Args:
         tokens: the text of each draft.
-        parents: of each draft the number of the one before it, or -1 where that is the pending token;
-            a parent comes before its children.
-        path: numbers of the accepted drafts, from the first on; may be empty.
-        pending: the token that the tree grows from.
-        own: the token that the model writes after the accepted ones.
+        parents: index of each draft's parent, or -1 for the pending token; parents come before children.
+        path: indices of the accepted drafts, in order; may be empty.
+        pending: the token at the root.
+        own: the token that the model generates after the accepted drafts.
 
     Raises:
-        ValueError: a parent that comes after its child, or a path that does not follow the parents.
+        ValueError: a parent comes after its child, or `path` does not follow the parents.
     """
     if len(parents) != len(tokens) or any(not -1 <= p < i for i, p in enumerate(parents)):
         raise ValueError("each draft needs a parent that comes before it, or -1")
@@ -39,7 +38,7 @@ def draw_tree(ax, tokens: list[str], parents: list[int], path: list[int], pendin
         kept = i in path
         look = (PALE["blue"], "-") if kept else ("white", ":")
         box(ax, *places[i], "=" if kept else "", text, *look, bold=kept, width=1.8 if kept else 0.8)
-    # the model's own token stands below the tree, so that it covers no draft
+    # below the tree, where the model's own token covers no draft
     low = min(y for _, y in places.values()) - 1.1
     end = places[path[-1] if path else -1]
     ax.plot([end[0], end[0] + 1], [end[1], low], color=EDGE, linewidth=3, zorder=0)
@@ -48,13 +47,13 @@ def draw_tree(ax, tokens: list[str], parents: list[int], path: list[int], pendin
     taken = "".join(tokens[i] for i in path)
     said = f"{len(path)} of them ({taken!r}, =)" if path else "none of them"
     return (
-        f"{len(tokens)} drafts in a tree {deepest} deep, so {len(tokens) + 1} rows in one pass. The model "
-        f"takes {said} and adds its own {own!r} (+): {len(path) + 1} written."
+        f"{len(tokens)} drafts in a tree of depth {deepest}: {len(tokens) + 1} positions in one pass. The "
+        f"model accepts {said} and adds its own {own!r} (+): {len(path) + 1} emitted."
     )
 
 
 def _heights(parents: list[int]) -> dict[int, float]:
-    """Where each draft stands: leaves a line each, from the top, and a parent amid its children."""
+    """Vertical position of each draft: one line per leaf, top first; parents are centred on children."""
     children: dict[int, list[int]] = {i: [] for i in range(-1, len(parents))}
     for i, parent in enumerate(parents):
         children[parent].append(i)

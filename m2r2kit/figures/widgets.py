@@ -1,8 +1,8 @@
-"""The same pictures with controls. The only file of the kit that imports ipywidgets.
+"""Figures with controls. The only file of the kit that imports ipywidgets.
 
 def draw(exit, kind):
-    line.set_ydata(table[kind][exit])            # move what is there: a new figure costs 150 ms
-    return figure, f"With exit {exit} ..."       # the picture, and what it shows, in words
+    line.set_ydata(table[kind][exit])            # update in place: a new figure costs 150 ms
+    return figure, f"With exit {exit} ..."       # the figure and its description
 
 explore(
     draw,
@@ -18,8 +18,8 @@ from . import style as figures
 
 
 def slider(description: str, low, high, value, tooltip: str, step=None):
-    """A number from `low` to `high`: whole numbers if all three are, else steps of `step` or a hundredth.
-    The arrow keys move it by a step, Home and End to its ends."""
+    """A slider from `low` to `high`: of integers if all three values are integers; otherwise `step` defaults
+    to a hundredth of the range. Arrow keys move by one step, Home and End to the ends."""
     whole = all(isinstance(number, int) for number in (low, high, value))
     kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
     step = step or (1 if whole else (high - low) / 100)
@@ -27,17 +27,17 @@ def slider(description: str, low, high, value, tooltip: str, step=None):
 
 
 def choice(description: str, options, value, tooltip: str):
-    """One of several: a list of names, or of (name, value). The arrow keys and first letters choose."""
+    """A drop-down of names or (name, value) pairs. Arrow keys and first letters select."""
     return ipywidgets.Dropdown(options=list(options), value=value, **_look(description, tooltip))
 
 
 def steps(description: str, values, value, tooltip: str):
-    """One of several in a row, as numbers that grow by factors: a list of them, or of (name, value)."""
+    """A slider over a list of values or (name, value) pairs, such as numbers that grow by factors."""
     return ipywidgets.SelectionSlider(options=list(values), value=value, **_look(description, tooltip))
 
 
 def switch(description: str, value: bool, tooltip: str):
-    """On or off, with the space bar."""
+    """A checkbox; the space bar toggles it."""
     return ipywidgets.Checkbox(value=value, indent=False, **_look(description, tooltip))
 
 
@@ -51,33 +51,31 @@ def _look(description: str, tooltip: str) -> dict:
 
 
 class Controls(dict):
-    """The controls of an `explore` by name, so that a cell may set `controls["exit"].value`."""
+    """The controls of an `explore` by name; a cell can set `controls["exit"].value`."""
 
     def _ipython_display_(self):
-        """Nothing: they are on the page already, and a cell may end with `explore(..)`."""
+        """Show nothing: `explore` has displayed the controls already."""
 
 
 def explore(draw, **controls) -> Controls:
-    """Controls above a picture that follows them.
+    """Display controls and a figure that follows them, with a sentence that describes it.
 
-    The picture is an output of the cell itself, a PNG that each change replaces in place, and not
-    a part of the widget. So one picture is there with a kernel and without: where no kernel runs,
-    as on a web page, the controls are missing and the picture stands. Under it is one line that says
-    what it shows.
+    The figure is a PNG output of the cell, not part of the widget, and each change replaces it in place.
+    Where no kernel runs, as on a web page, the controls are missing and the figure remains.
 
-    Before the first picture, `draw` is called with each control at its ends (or each of its options),
-    so that an error shows when the cell runs and not under a reader's hand.
+    `draw` is first called with each control at its ends (or each of its options), so that errors show when
+    the cell runs and not later.
 
     Args:
         draw: called with the controls' values, as `draw(exit=3, kind="code")`; returns
-            (figure, sentence). It should take less than 100 ms: read a table, move what is drawn,
+            (figure, sentence). It should take less than 100 ms: read a table, update the artists,
             and return the same figure each time.
-        controls: made by `slider`, `steps`, `choice` and `switch`; names as `draw` takes them. Any ipywidget
-            with a description and a tooltip will do.
+        controls: made by `slider`, `steps`, `choice` and `switch`, named like the arguments of `draw`. Any
+            ipywidget with a description and a tooltip works.
 
     Raises:
-        ValueError: a control lacks its description or tooltip.
-        Whatever `draw` raises, also later, from a callback.
+        ValueError: a control lacks a description or tooltip.
+        Exception: any error of `draw`, also later from a callback.
     """
     for name, control in controls.items():
         if not (control.description and control.tooltip):
@@ -100,7 +98,7 @@ def explore(draw, **controls) -> Controls:
     def follow(_):
         try:
             figure, sentence = draw(**values())
-        except Exception as error:  # the picture would stand still without a word
+        except Exception as error:  # otherwise the old picture stays without an explanation
             said.update(figures.caption(f"This setting failed: {error}"), raw=True)
             raise
         shown.update(figures.picture(figure, sentence), metadata=figures.alt(sentence), raw=True)
@@ -112,7 +110,7 @@ def explore(draw, **controls) -> Controls:
 
 
 def _ends(control) -> list:
-    """Values at which a picture is most likely to break."""
+    """Extreme values of a control, where `draw` is most likely to fail."""
     if hasattr(control, "min"):
         return [control.min, control.max]
     if hasattr(control, "options"):
