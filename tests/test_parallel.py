@@ -73,5 +73,6 @@ def test_processes_that_cannot_share_a_batch_are_one_sentence(run):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.strip() == (
-        "m2r2kit: 8 windows a step cannot be shared by 3 processes; ask for a number that divides them"
+        "m2r2kit: 8 windows per step cannot be divided among 3 processes; "
+        "choose a number of processes that divides them"
     )

@@ -198,8 +198,8 @@ def test_a_start_that_does_not_fit_is_one_sentence(start, tmp_path):
 
     refused("nowhere cannot be read as a model of train backbone", start=str(tmp_path / "nowhere"))
     refused("has kv_heads = 2, not 4", kv_heads=4)
-    refused("cannot be shared out evenly", ffn_width=13)
-    refused("cannot be shared out evenly", blocks=3, grow_from=3)
+    refused("cannot be divided evenly", ffn_width=13)
+    refused("cannot be divided evenly", blocks=3, grow_from=3)
     content = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps(content | {"model_type": "qwen3"}))
     refused("is not a llama with tied embeddings")

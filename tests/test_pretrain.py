@@ -237,25 +237,25 @@ def test_a_half_copied_run_is_one_sentence(saved):
     content = state.read_bytes()
     for broken in (content[:-10], content[:100], b"", None):
         state.unlink() if broken is None else state.write_bytes(broken)
-        with pytest.raises(UserError, match=r"state-1\.safetensors is missing or not whole; copy"):
+        with pytest.raises(UserError, match=r"state-1\.safetensors is missing or truncated; restore"):
             Run(saved.folder)
     settings = saved.folder / "run.json"
     for broken in (settings.read_text()[:-20], "{}", '{"step": 1}'):
         settings.write_text(broken)
-        with pytest.raises(UserError, match=r"run\.json cannot be read as a training run; copy"):
+        with pytest.raises(UserError, match=r"run\.json cannot be read as a training run; restore"):
             Run(saved.folder)
 
 
 def test_only_the_end_of_a_run_may_be_moved(saved):
     assert Run(saved.folder, replace(TINY, tokens=640)).config.tokens == 640
-    with pytest.raises(UserError, match="has seed = 3, not 4; start anew"):
+    with pytest.raises(UserError, match="has seed = 3, not 4; start a new run"):
         Run(saved.folder, replace(TINY, seed=4))
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_is_not_saved(saved):
     saved.batches = batches()
     saved.parameters["model"]["norm"]["weight"] = mx.full((16,), mx.nan)
-    with pytest.raises(UserError, match="the loss is not a number at step 2"):
+    with pytest.raises(UserError, match="the loss is not finite at step 2"):
         saved.train()
     assert Run(saved.folder).step == 1
 
@@ -307,7 +307,7 @@ def test_a_folder_of_something_else_is_left_alone(exported, tmp_path):
     run, tokenizer, _, _ = exported
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="holds something else than a model"):
+    with pytest.raises(UserError, match="exists and is not a model"):
         pocket.export(run, tokenizer, tmp_path / "home")
     assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
 

@@ -1,4 +1,4 @@
-"""How the small models in `data/` are made."""
+"""Train and export the small models of `data/`."""
 
 from ..common import on_demand
 

@@ -1,9 +1,9 @@
-"""A mixture's experts over many tokens, written so that a CPU does it in large products.
+"""A mixture's experts over many tokens, as large matrix products for a CPU.
 
-mlx-lm multiplies one row by one expert's matrix at a time, which on a CPU is 20 times slower than
-it could be. Here the rows are sorted by expert and each expert's are filled up to whole tiles; a tile
-is one product. All shapes are known before the routing is, so the whole step compiles. (The idea of
-MegaBlocks, Gale et al. 2022, arXiv 2211.15841: no token is dropped and no expert is full.)
+mlx-lm multiplies one row by one expert's matrix at a time, which is 20 times slower on a CPU. Here the
+rows are sorted by expert and each expert's rows are padded to whole tiles; a tile is one product. All
+shapes are known before the routing, so the whole step compiles. (The idea of MegaBlocks, Gale et al. 2022,
+arXiv 2211.15841: no token is dropped, and experts have no capacity limit.)
 """
 
 import mlx.core as mx
@@ -12,24 +12,24 @@ import numpy as np
 
 from ..model.cpu.fast_math import fast_exp, swiglu
 
-TILE = 64  # rows of a product; 32 and 128 were slower, measured with 16,384 rows and 32 experts
+TILE = 64  # rows per product; 32 and 128 are slower with 16,384 rows and 32 experts
 
 
 def tiles(chosen: mx.array, experts: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Where each token's row goes for each of its experts.
+    """Assign each (token, expert) pair to a place in the tiles; P = TILE * (n * k // TILE + experts) places.
 
     Args:
-        chosen: (n, k) ids of each token's experts, different ones.
+        chosen: (n, k) distinct expert ids of each token.
 
     Returns:
-        slot: (n, k), the place of that row among P = TILE * (n * k // TILE + experts) places;
-        choice: (P,), the choice (token * k + its place in `chosen`) in each place, n * k where none is;
+        slot: (n, k), the place of each pair;
+        choice: (P,), the pair (token * k + column of `chosen`) in each place, n * k for padding;
         owner: (P / TILE,), the expert of each tile;
-        segments: (experts, 2), first place of an expert's tiles, and the place after its last.
+        segments: (experts, 2), first place of an expert's tiles and the place after its last.
     """
     n = chosen.size
     flat = chosen.reshape(-1)
-    count = n // TILE + experts  # at least one tile begins with each expert, the others are full
+    count = n // TILE + experts  # an upper bound: at most one tile per expert is partly filled
     sizes = (flat[:, None] == mx.arange(experts)).sum(0)
     ends = mx.cumsum((sizes + TILE - 1) // TILE)
     first = mx.concatenate([mx.zeros(1, ends.dtype), ends[:-1]]) * TILE
@@ -43,16 +43,16 @@ def tiles(chosen: mx.array, experts: int) -> tuple[mx.array, mx.array, mx.array,
 
 
 def _products(rows: mx.array, stack: mx.array, owner: mx.array) -> mx.array:
-    """Each tile of rows (P, a) times its expert's matrix of a stack (experts, a, b): (P, b)."""
+    """Multiply each tile of rows (P, a) by its expert's matrix of a stack (experts, a, b): (P, b)."""
     y = mx.gather_mm(rows.reshape(len(owner), TILE, -1), stack, rhs_indices=owner)
     return y.reshape(len(rows), -1)
 
 
 def expert_sum(x: mx.array, scores: mx.array, chosen: mx.array, weights: dict) -> mx.array:
-    """Sum over a token's experts of score * expert(token), an expert being SwiGLU.
+    """Sum of score * expert(token) over a token's experts; an expert is a SwiGLU FFN.
 
     Args:
-        x: (n, D) tokens. scores, chosen: (n, k) weight and id of each token's experts.
+        x: (n, D) hidden states. scores, chosen: (n, k) weight and id of each token's experts.
         weights: `gate_proj`, `up_proj` (experts, F, D) and `down_proj` (experts, D, F), as in `SwitchGLU`.
 
     Returns:
@@ -64,12 +64,12 @@ def expert_sum(x: mx.array, scores: mx.array, chosen: mx.array, weights: dict) -
 
 
 def _rows(x: mx.array, choice: mx.array, k: int) -> mx.array:
-    """The token of each place: (P, D). A place without a choice holds any token."""
+    """The hidden state of each place: (P, D). Padding holds an arbitrary one."""
     return x[mx.minimum(choice // k, len(x) - 1)]
 
 
 def _outputs(rows, gate, up, down, owner) -> tuple[mx.array, mx.array, mx.array]:
-    """Each place's expert's output (P, D), and before it gate and up (P, F)."""
+    """Expert output of each place (P, D), and the gate and up projections (P, F)."""
     g, u = (_products(rows, w.swapaxes(1, 2), owner) for w in (gate, up))
     return _products(swiglu(g, u), down.swapaxes(1, 2), owner), g, u
 
@@ -78,7 +78,7 @@ def _outputs(rows, gate, up, down, owner) -> tuple[mx.array, mx.array, mx.array]
 def _expert_sum(x, scores, gate, up, down, slot, choice, owner, segments):
     rows = _rows(x, choice, scores.shape[1])
     y, g, u = _outputs(rows, gate, up, down, owner)
-    # what the way back needs is returned too: to compute it again would cost a third of the step
+    # also returns what the backward pass needs: computing it again would cost a third of the step
     return (y[slot] * scores[..., None]).sum(1), rows, g, u, y
 
 
@@ -86,7 +86,7 @@ def _expert_sum(x, scores, gate, up, down, slot, choice, owner, segments):
 def _(primals, cotangents, outputs):
     _, scores, gate, up, down, slot, choice, owner, segments = primals
     (_, rows, g, u, y), d = outputs, cotangents[0]
-    weight = mx.concatenate([scores.reshape(-1), mx.zeros(1)])[choice]  # (P,), 0 where no choice is
+    weight = mx.concatenate([scores.reshape(-1), mx.zeros(1)])[choice]  # (P,), 0 for padding
     d_scores = (y[slot] @ d[..., None]).squeeze(-1)
     d_y = _rows(d, choice, scores.shape[1]) * weight[:, None]
     d_a = _products(d_y, down, owner)
@@ -100,7 +100,7 @@ def _(primals, cotangents, outputs):
 
 
 class TiledExperts(nn.Module):
-    """In the place of a `SwitchGLU` in float32: the same outputs, and a count of what was chosen."""
+    """Replaces a float32 `SwitchGLU`: the same outputs, and `used` counts the tokens of each expert."""
 
     def __init__(self, switch):
         super().__init__()
@@ -108,7 +108,7 @@ class TiledExperts(nn.Module):
         self.used = np.zeros(len(self.stacks[0]), dtype=np.int64)
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """(..., D) tokens and (..., k) ids of their experts -> (..., k, D)."""
+        """(..., D) hidden states and (..., k) ids of their experts -> (..., k, D)."""
         self.used += np.bincount(np.array(chosen).ravel(), minlength=len(self.used))
         k, D = chosen.shape[-1], x.shape[-1]
         slot, choice, owner, _ = tiles(chosen.reshape(-1, k), len(self.used))

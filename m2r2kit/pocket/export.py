@@ -1,7 +1,7 @@
-"""A pocket model as a folder: an ordinary Hugging Face `llama` that mlx-lm loads, and how good it is.
+"""Export a pocket model as an ordinary Hugging Face folder that mlx-lm loads, and evaluate it.
 
-A training run keeps float32 weights and the optimizer's state; what is shipped is `export`'s
-folder in float16. So `evaluate` measures the folder and not the run.
+A training run keeps float32 weights and the optimizer's state; the exported folder is float16. `evaluate`
+measures the folder, not the run.
 """
 
 import json
@@ -32,7 +32,7 @@ FILES = {
     "tokenizer_config.json",
 }
 
-# Turns as the corpus writes them (`corpus.turn`); the model has seen no other roles.
+# The turns of the corpus (`corpus.turn`); the model is trained on no other roles.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'user' %}" + USER + "{{ message.content | trim }}"
@@ -44,18 +44,20 @@ CHAT_TEMPLATE = (
 
 
 def export(run: Run, tokenizer: Tokenizer, folder: Path) -> Path:
-    """Write a run's model as a Hugging Face folder; an earlier export of that name is replaced.
+    """Write a run's model as a Hugging Face folder, whole or not at all; replaces an earlier export.
 
     Args:
         run: the training run; its current weights are written as float16.
-        tokenizer: as `tokens.train_tokenizer` returns it.
-        folder: where; it appears whole or not at all. What else an earlier export's folder holds
-            (a stream) stays; a folder that is no model's is refused.
+        tokenizer: as `tokenizer.train_tokenizer` returns it.
+        folder: the destination. Other files of an earlier export (such as a stream) are kept.
+
+    Raises:
+        UserError: `folder` exists, is not empty and is not a model.
     """
     folder = Path(folder).resolve()
     is_model = (folder / "config.json").exists()
     if folder.exists() and not is_model and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} holds something else than a model; name a new folder")
+        raise UserError(f"{folder} exists and is not a model; give a new folder")
     weights = {name: w.astype(mx.float16) for name, w in tree_flatten(run.parameters)}
     config = FAMILIES[run.config.type].hf_config(run.config, run.blocks) | {"torch_dtype": "float16"}
     settings = {
@@ -86,27 +88,26 @@ def export(run: Run, tokenizer: Tokenizer, folder: Path) -> Path:
 
 
 def evaluate(folder: Path, documents: list[Document], most: int = 60_000, window: int = 256) -> dict:
-    """How well an exported model predicts held-out documents, through mlx-lm in float32.
+    """Evaluate an exported model on held-out documents, with mlx-lm in float32.
 
     Args:
-        documents: any; those that are not held out are left out.
-        most: tokens of a kind, at most.
-        window: tokens that the model reads at once, as in training.
+        documents: those that are not held out are ignored.
+        most: maximum tokens per kind.
+        window: tokens per sequence, as in training.
 
     Returns:
-        a kind -> `loss` (mean cross-entropy of the next token, nats), `bits_per_byte` (the same by
-        the bytes that the tokens stand for), `accuracy` (the most likely token is the right one),
-        `tokens` (predicted). Kinds without a full window are left out. For a mixture also `experts` ->
-        `share` (of each block's experts, of what was chosen, the sum is 1), `entropy` (of these, in bits,
-        per block; log2 of the number of experts if all are used alike).
+        kind -> `loss` (mean cross-entropy of the next token, nats), `bits_per_byte`, `accuracy` (of the most
+        likely token), `tokens` (predicted). Kinds without a full window are left out. For a mixture also
+        `experts` -> `share` (of each block's accesses, per expert; sums to 1) and `entropy` of these shares
+        (bits, per block; log2 of the number of experts if all are used equally).
     """
     folder = Path(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = decoded(load_model(folder)[0], mx.float32)
     mixtures = [block.mlp for block in model.layers if hasattr(block.mlp, "switch_mlp")]
-    for mixture in mixtures:  # mlx-lm's own experts take ten times as long on a CPU
+    for mixture in mixtures:  # ten times as fast as mlx-lm's own on a CPU
         mixture.switch_mlp = TiledExperts(mixture.switch_mlp)
-    # a byte-level token is written with one letter a byte; marks such as end-of-text stand for none
+    # a byte-level token has one character per byte; special tokens stand for no bytes
     specials = {EOS, USER, ASSISTANT}
     size = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
     for token, i in tokenizer.get_vocab().items():

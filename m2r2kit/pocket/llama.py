@@ -1,4 +1,4 @@
-"""How a small `llama` is trained: its settings, its loss, and growth in depth."""
+"""Training a small `llama`: settings, loss, and growth in depth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from ..model import small_llama
 from ..model.cpu.fast_math import cross_entropy
 from ..model.small_llama import check, divides, hidden_states
 
-hf_config = small_llama.hf_config  # `config.json`, as each family of `pretrain.py` has it
+hf_config = small_llama.hf_config  # each family of `pretrain.py` has one
 
 
 @dataclass
 class PretrainConfig:
-    """Settings of `train backbone`. Those that made `data/pocket-dense` are in its record (`pretrain`)."""
+    """Settings of `train backbone`. The record `pretrain` has those of `data/pocket-dense`."""
 
     type: str = "llama"  # mlx-lm's model type
     blocks: int = 24
@@ -27,11 +27,11 @@ class PretrainConfig:
     context: int = 512
     tokens: int = 15_000_000
     batch_tokens: int = 4096
-    window: int = 256  # tokens of one training window, once grown
-    grow_from: int = 8  # blocks at the start; equal to `blocks` switches growth off
-    grow_at: int = 7_500_000  # tokens after which the blocks are stacked
-    first_window: int = 128  # window before growing, and until `long_from`
-    long_from: int = 0  # tokens after which the windows are long (short ones are a quarter faster)
+    window: int = 256  # tokens per training sequence, after growth
+    grow_from: int = 8  # initial number of blocks; equal to `blocks` disables growth
+    grow_at: int = 7_500_000  # tokens after which the depth grows
+    first_window: int = 128  # window before growth, and until `long_from`
+    long_from: int = 0  # tokens after which `window` applies (short windows are a quarter faster)
     muon_rate: float = 0.012
     adam_rate: float = 3e-3
     warmup_tokens: int = 400_000
@@ -53,12 +53,12 @@ def mean_loss(parameters: dict, windows: mx.array, bias: mx.array, config: Pretr
 
 
 def loss(config: PretrainConfig) -> Callable:
-    """What `Run` minimises: (parameters, windows (B, T + 1), bias) -> a number, in nats."""
+    """The loss of `Run`: (parameters, windows (B, T + 1), bias) -> scalar, in nats."""
     return lambda parameters, windows, bias: mean_loss(parameters, windows, bias, config)
 
 
 def new_parameters(config: PretrainConfig, blocks: int) -> dict:
-    """Random weights in mlx-lm's own tree, from the seed of the settings."""
+    """Random weights in mlx-lm's parameter tree, seeded by `config.seed`."""
     return small_llama.new_parameters(config, blocks, config.seed)
 
 

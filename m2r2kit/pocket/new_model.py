@@ -1,4 +1,4 @@
-"""A model's folder in the making: whole or absent."""
+"""Write a model's folder, whole or not at all."""
 
 import os
 import shutil
@@ -8,17 +8,16 @@ from pathlib import Path
 
 from ..common import UserError, whole
 
-SPARE = 16 << 20  # bytes that are left free on the disk
+SPARE = 16 << 20  # bytes to leave free on the disk
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 @contextmanager
 def new_model(out: Path, nbytes: int, like: Path) -> Iterator[Path]:
-    """A folder to write a model into. It takes the name `out` when the block ends, or is deleted if that
-    fails.
+    """A folder to write a model into; it is renamed to `out` at the end, or deleted on an error.
 
     Args:
-        nbytes: what the model takes on the disk.
+        nbytes: size of the model on disk.
         like: a model's folder, whose tokenizer is copied.
 
     Raises:

@@ -1,12 +1,11 @@
-"""Train a pocket model from nothing, in a folder that can be left and taken up again at any step.
+"""Train a pocket model from scratch, in a folder from which training resumes at any saved step.
 
-Four things make few tokens go far:
+Four methods make training data-efficient:
 - Muon for the matrices of the blocks (Jordan 2024), AdamW for embeddings and norms;
-- a cap on query and key matrices, without which Muon lets attention scores grow without end;
-- a constant rate that falls to nothing over the last part (warm-up, stable, decay), so the
-  end of training may be moved while it runs;
-- depth growth: start with a third of the blocks, then stack three copies of what was
-  learnt (Du et al. 2024, arXiv 2405.15319).
+- a cap on query and key matrices, without which Muon lets attention scores grow without bound;
+- a warm-up, stable, decay schedule of the learning rate, so the number of tokens can change during a run;
+- depth growth: train a third of the blocks, then stack three copies of them (Du et al. 2024,
+  arXiv 2405.15319).
 """
 
 import json
@@ -30,16 +29,16 @@ from . import olmoe as small_olmoe
 from .llama import PretrainConfig, grow
 from .tokenizer import Batches
 
-FAMILIES = {"llama": small_llama, "olmoe": small_olmoe}  # what can be trained, by mlx-lm's model type
+FAMILIES = {"llama": small_llama, "olmoe": small_olmoe}  # by mlx-lm's model type
 SETTINGS = {"llama": PretrainConfig, "olmoe": small_olmoe.OlmoeConfig}
-SCORE_CAP = 0.08  # root mean square of a query or key matrix; 0.046 at the start (width 160)
+SCORE_CAP = 0.08  # root mean square of a query or key matrix; 0.046 at initialization (width 160)
 
 
 def optimizer(config: PretrainConfig):
     """Muon for the blocks' matrices, AdamW for the rest.
 
-    Routers are among the former: states have a direction in common, and AdamW followed it until one
-    expert served every token. Experts are not, for their many small products would double the step.
+    Routers use Muon: hidden states share a direction, and AdamW follows it until one expert serves every
+    token. Experts use AdamW, because Muon's many small products would double the time of a step.
     """
     return optim.MultiOptimizer(
         [
@@ -53,8 +52,8 @@ def optimizer(config: PretrainConfig):
 def cap_scores(parameters: dict) -> dict:
     """Scale each query and key matrix back to a root mean square of at most `SCORE_CAP`.
 
-    Without it Muon lets attention scores grow without end, and the loss breaks away after
-    some hundred steps (the cure of Kimi K2's MuonClip, on the weights instead of the scores).
+    Without it attention scores grow without bound under Muon, and the loss diverges after some hundred
+    steps (as MuonClip of Kimi K2, on the weights instead of the scores).
     """
     for layer in parameters["model"]["layers"]:
         for name in ("q_proj", "k_proj"):
@@ -70,7 +69,11 @@ def rate(seen: int, config: PretrainConfig) -> float:
 
 
 def settings(values: dict) -> PretrainConfig:
-    """Settings from their names and values, `type` among them; ValueError or TypeError if one is unknown."""
+    """Settings of the family `values["type"]`.
+
+    Raises:
+        ValueError: unknown type. TypeError: unknown setting.
+    """
     kind = values.get("type", "llama")
     if kind not in SETTINGS:
         raise ValueError(f"type must be one of {', '.join(SETTINGS)}, not {kind}")
@@ -78,13 +81,15 @@ def settings(values: dict) -> PretrainConfig:
 
 
 class Run:
-    """A training run in a folder; opening the folder again goes on where it stopped.
+    """A training run in a folder; opening the folder again resumes it.
 
     Args:
-        folder: holds `run.json` and `state-STEP.safetensors`; made by the first save.
-        config: None takes that of the folder. A run that exists may be given other values of
-            what is in `MOVABLE` (the end may be moved), and of nothing else.
-        batches: may be None where nothing is trained.
+        folder: holds `run.json` and `state-STEP.safetensors`; created by the first save.
+        config: None takes the folder's. For an existing run only settings in `MOVABLE` may differ.
+        batches: may be None if nothing is trained.
+
+    Raises:
+        UserError: the folder is damaged, its settings differ, or the processes cannot share a step.
     """
 
     MOVABLE = ("tokens", "decay_share", "long_from", "balance")
@@ -106,8 +111,8 @@ class Run:
         for window in (self.config.first_window, self.config.window):
             if self.config.batch_tokens // window % processes:
                 raise UserError(
-                    f"{self.config.batch_tokens // window} windows a step cannot be shared by {processes} "
-                    "processes; ask for a number that divides them"
+                    f"{self.config.batch_tokens // window} windows per step cannot be divided among "
+                    f"{processes} processes; choose a number of processes that divides them"
                 )
         self.loss = FAMILIES[self.config.type].loss(self.config)
         self._compile()
@@ -117,7 +122,7 @@ class Run:
         self.optimizer.init(self.parameters)
 
     def _load(self, config: PretrainConfig | None):
-        again = f"copy the folder again, whole, or start anew in another one than {self.folder}"
+        again = f"restore {self.folder} from a copy, or start a new run in another folder"
         try:
             state = parse_json((self.folder / "run.json").read_text())
             self.step, self.seen, self.blocks = state["step"], state["seen"], state["blocks"]
@@ -130,9 +135,9 @@ class Run:
             wanted = getattr(self.config, name)
             if wanted != value and name not in self.MOVABLE:
                 here = f"the run in {self.folder} has {name} = {value}, not {wanted}"
-                raise UserError(f"{here}; start anew in another folder")
+                raise UserError(f"{here}; start a new run in another folder")
         if not is_whole(file):
-            raise UserError(f"{file.name} is missing or not whole; {again}")
+            raise UserError(f"{file.name} is missing or truncated; {again}")
         arrays = mx.load(str(file))
         self.parameters = _part(arrays, "p.")
         self._new_optimizer()
@@ -141,7 +146,7 @@ class Run:
     def save(self):
         """Write the whole state; the old one stays until the new one is complete."""
         if self.group.rank():
-            return  # all hold the same state; the first process writes it
+            return  # all processes hold the same state; the first one writes it
         name = f"state-{self.step}.safetensors"
         arrays = {f"p.{k}": v for k, v in tree_flatten(self.parameters)}
         arrays |= {f"o.{k}": v for k, v in tree_flatten(self.optimizer.state)}
@@ -161,7 +166,7 @@ class Run:
                 old.unlink()
 
     def _compile(self):
-        """The step, for the number of blocks and the window of this phase."""
+        """Compile the step for the current number of blocks and window."""
         config = self.config
         self.window = self._window()
         self.rows = config.batch_tokens // self.window
@@ -191,7 +196,7 @@ class Run:
         self._compile()
 
     def train_step(self) -> float:
-        """Grow if it is time, take one step, and return its loss in nats."""
+        """Grow if due, take one step, and return its loss in nats."""
         config = self.config
         if self.blocks < config.blocks and self.seen >= config.grow_at:
             self._grow()
@@ -225,8 +230,8 @@ class Run:
                 losses.append(self.train_step())
                 if not math.isfinite(losses[-1]):
                     raise UserError(
-                        f"the loss is not a number at step {self.step}; start anew with a smaller muon_rate, "
-                        "or copy an earlier state back"
+                        f"the loss is not finite at step {self.step}; start a new run with a smaller "
+                        "muon_rate, or restore an earlier state"
                     )
                 now = time.perf_counter()
                 self.seconds += now - started
@@ -235,7 +240,7 @@ class Run:
                 if now - saved > save_every:
                     self.save()
                     saved = time.perf_counter()
-                # all must leave after the same step
+                # all processes must stop after the same step
                 if parallel.any_of(self.stopped or now - begun > seconds):
                     break
             self.save()
@@ -244,7 +249,7 @@ class Run:
                 signal.signal(s, handler)
 
     def _stop(self, *_):
-        self.stopped = True  # after the step that runs; the state between two steps is what can be saved
+        self.stopped = True  # checked between steps, when the state is consistent
 
 
 def _part(arrays: dict, head: str) -> dict:
@@ -252,13 +257,13 @@ def _part(arrays: dict, head: str) -> dict:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says. `mx.load` reads lazily and
-    would find out in the middle of the training."""
+    """Whether a safetensors file has the length that its header gives. `mx.load` reads lazily and would fail
+    only later, during training."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = parse_json(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         return file.stat().st_size == 8 + length + max(ends)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
         return False

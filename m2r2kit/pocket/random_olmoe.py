@@ -1,14 +1,14 @@
-"""An `olmoe` of random weights and any size, to measure what a real one of that size needs.
+"""An `olmoe` with random weights of any size, to measure the memory and time of a real model of that size.
 
-It is written tensor by tensor, an expert at a time, so making it takes little memory. Its text is noise. What
-is realistic is how unevenly its experts are used. All hidden states share a direction c: the embeddings have
-it, the residual stream keeps it, and each expert's row of a router has a component along it:
+It is written one tensor or expert at a time, with little memory. Its text is noise; its expert load is
+realistically uneven. All hidden states share a direction c: embeddings contain it, the residual stream keeps
+it, and each expert's row of a router has a component along it:
 
-    w_e = n_e + (skew ln p_e / x.c) c        n_e  random and orthogonal to c: differs by token
-                                             p_e  1 / rank, the ranks shuffled in each block
+    w_e = n_e + (skew ln p_e / x.c) c        n_e  random, orthogonal to c: depends on the token
+                                             p_e  1 / rank, with shuffled ranks in each block
                                              x.c  the component of a normalised state along c
 
-So an expert's logit is random by token, plus skew ln p_e.
+An expert's logit is a random part that depends on the token, plus skew ln p_e.
 """
 
 import json
@@ -22,13 +22,13 @@ import numpy as np
 from ..common import UserError
 from .new_model import new_model
 
-BRANCH = 0.12  # about what a block's attention and its experts each add to the mean square of a state
+BRANCH = 0.12  # mean square that a block's attention, and its experts, each add to the hidden state, about
 
 
 @dataclass(frozen=True)
 class LargeConfig:
     """Settings. `width` is also the width of an expert. With `skew` 0.3 the busier half of a block's experts
-    serves some four fifths of the accesses (three quarters are reported for OLMoE-1B-7B)."""
+    serves about 80 % of the accesses (75 % are reported for OLMoE-1B-7B)."""
 
     width: int = 512
     experts: int = 128
@@ -50,13 +50,13 @@ class LargeConfig:
 
 
 def sized(nbytes: int, **settings) -> LargeConfig:
-    """The settings of a model of at least so many bytes: with as many experts as that takes.
+    """The settings of a model with just enough experts for `nbytes` bytes.
 
     Raises:
-        UserError: that would be fewer experts than run for a token, or more than 1024 a block.
+        UserError: this needs fewer experts than run per token, or more than 1024 per block.
     """
     none = LargeConfig(**settings, experts=0)
-    each = none.blocks * (none.expert_bytes + 4 * none.width)  # and its router's row
+    each = none.blocks * (none.expert_bytes + 4 * none.width)  # with its row of the router
     experts = -(-(nbytes - none.total_bytes) // each)
     if not none.top <= experts <= 1024:
         least, most = (none.total_bytes + n * each for n in (none.top, 1024))
@@ -68,7 +68,7 @@ def sized(nbytes: int, **settings) -> LargeConfig:
 
 
 def hf_config(config: LargeConfig) -> dict:
-    """Its `config.json`."""
+    """The `config.json` of the model."""
     return {
         "architectures": ["OlmoeForCausalLM"],
         "model_type": "olmoe",
@@ -92,7 +92,7 @@ def hf_config(config: LargeConfig) -> dict:
 
 
 def shapes(config: LargeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of its tensors, in the order of the file."""
+    """Names and shapes of the tensors, in file order."""
     D, E, V = config.width, config.experts, config.vocabulary
     yield "model.embed_tokens.weight", (V, D)
     for l in range(config.blocks):
@@ -111,11 +111,11 @@ def shapes(config: LargeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def parts(name: str, shape: tuple[int, ...], config: LargeConfig, number: int) -> Iterator[np.ndarray]:
-    """A tensor in pieces, float32: an expert at a time, all else at once."""
+    """A tensor in pieces, float32: expert stacks one expert at a time, others whole."""
     rng, D = np.random.default_rng([config.seed, number]), config.width
     c = np.random.default_rng(config.seed).standard_normal(D).astype(np.float32)
     c *= math.sqrt(D) / np.linalg.norm(c)  # the norm of the random part of an embedding
-    if len(shape) == 3:  # `down` is larger, because SwiGLU's outputs are smaller
+    if len(shape) == 3:  # a larger `down` compensates for SwiGLU's small outputs
         scale = (2 if "down" in name else 1) / math.sqrt(D)
         for _ in range(shape[0]):
             yield rng.standard_normal(shape[1:], np.float32) * np.float32(scale)
@@ -131,7 +131,7 @@ def parts(name: str, shape: tuple[int, ...], config: LargeConfig, number: int) -
         w -= np.outer(w @ c, c) / np.float32(D)
     if "mlp.gate" in name:
         l = int(name.split(".")[2])
-        energy = 2 + (2 * l + 1) * BRANCH  # mean square of the state before it is normalised
+        energy = 2 + (2 * l + 1) * BRANCH  # mean square of the state before normalization
         bias = config.skew * np.log(1 / (1 + rng.permutation(shape[0])))
         yield w / np.float32(math.sqrt(D)) + (bias[:, None] * c * math.sqrt(energy) / D).astype(np.float32)
     else:
@@ -139,11 +139,11 @@ def parts(name: str, shape: tuple[int, ...], config: LargeConfig, number: int) -
 
 
 def write(config: LargeConfig, out: Path, tokenizer: Path, report: Callable | None = None) -> None:
-    """Make the folder, which is whole or absent.
+    """Write the model to `out`, whole or not at all.
 
     Args:
         tokenizer: a model's folder, whose tokenizer is copied.
-        report: called with the bytes of each piece as it is written.
+        report: called with the number of bytes of each piece after it is written.
 
     Raises:
         UserError: `out` exists, there is no such tokenizer, or the disk is too small or fails.
@@ -160,7 +160,7 @@ def write(config: LargeConfig, out: Path, tokenizer: Path, report: Callable | No
 
 
 def _header(config: LargeConfig) -> bytes:
-    """The header of the safetensors file: its length, and where each tensor lies."""
+    """The header of the safetensors file: its length and the offsets of each tensor."""
     found, offset = {"__metadata__": {"format": "mlx"}}, 0
     for name, shape in shapes(config):
         end = offset + 4 * math.prod(shape)

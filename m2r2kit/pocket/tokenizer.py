@@ -1,4 +1,4 @@
-"""From documents to what training reads: a tokenizer, one long row of ids a kind, and windows of it."""
+"""From documents to training data: a tokenizer, one array of token ids per kind, and random windows."""
 
 import random
 from collections.abc import Callable
@@ -10,14 +10,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from ..common import UserError, whole, write_whole
 from ..text.corpus import ASSISTANT, EOS, KINDS, USER, Document
 
-# Share of the training windows that each kind gets. By size alone arithmetic would get .18, and
-# it is the hardest of the three.
+# Share of the training windows per kind. By size arithmetic would get .18, but it is the hardest kind.
 SHARES = {"code": 0.4, "arithmetic": 0.3, "shell": 0.3}
-SAMPLE = 3_500_000  # characters of each kind that the tokenizer learns from: the kinds count alike
+SAMPLE = 3_500_000  # characters of each kind to train the tokenizer on: all kinds weigh the same
 
 
 def train_tokenizer(texts: list[str], vocabulary: int = 4096) -> Tokenizer:
-    """Byte-level BPE in which each digit is a token of its own."""
+    """Train a byte-level BPE in which each digit is its own token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -37,7 +36,7 @@ def train_tokenizer(texts: list[str], vocabulary: int = 4096) -> Tokenizer:
 
 
 def sample(documents: list[Document], characters: int = SAMPLE, seed: int = 1) -> list[str]:
-    """Texts for the tokenizer: random documents, about `characters` of each kind."""
+    """Texts to train the tokenizer on: random documents, about `characters` of each kind."""
     order = random.Random(seed)
     texts = []
     for kind in KINDS:
@@ -53,7 +52,7 @@ def sample(documents: list[Document], characters: int = SAMPLE, seed: int = 1) -
 
 
 def encode(tokenizer: Tokenizer, documents: list[Document], seed: int = 0) -> dict[str, np.ndarray]:
-    """Token ids of shuffled documents, each closed by end-of-text: int32 of shape (tokens,) a kind."""
+    """Token ids of the shuffled documents, each followed by end-of-text: kind -> int32 (tokens,)."""
     order = list(documents)
     random.Random(seed).shuffle(order)
     rows: dict[str, list[int]] = {kind: [] for kind in KINDS}
@@ -69,11 +68,17 @@ def prepare(
     vocabulary: int = 4096,
     known: Path | None = None,
 ) -> tuple[Tokenizer, dict[str, np.ndarray]]:
-    """The tokenizer and the training tokens of a run, made once and kept in its folder.
+    """The tokenizer and training tokens of a run, created once and stored in its folder.
 
-    A run that goes on must read the very tokens it began with, whatever became of the corpus;
-    so `documents` is called only where there are none yet. Held-out documents are left out.
-    The tokenizer is that of the file `known`, or learnt from these documents.
+    A resumed run must read the same tokens even if the corpus has changed, so `documents` is called only if
+    the folder has none.
+
+    Args:
+        documents: returns the corpus; held-out documents are left out.
+        known: a tokenizer file to use; by default the tokenizer is trained on the documents.
+
+    Raises:
+        UserError: the folder cannot be written, or its files are damaged.
     """
     tokenizer_file, tokens_file = folder / "tokenizer.json", folder / "tokens.npz"
     try:
@@ -89,19 +94,21 @@ def prepare(
             write_whole(tokenizer_file, tokenizer.to_str())
         return Tokenizer.from_file(str(tokenizer_file)), dict(np.load(tokens_file))
     except OSError as error:
-        raise UserError(f"{folder} cannot hold the run's tokens ({error.strerror or error})") from None
-    except Exception as error:  # tokenizers and NumPy each raise their own for a damaged file
+        raise UserError(
+            f"the run's tokens cannot be stored in {folder} ({error.strerror or error})"
+        ) from None
+    except Exception as error:  # tokenizers and NumPy raise different errors for damaged files
         if isinstance(error, UserError):
             raise
         raise UserError(f"{tokenizer_file} or tokens.npz is damaged; delete both and start again") from None
 
 
 class Batches:
-    """Random windows of the corpus, the same for the same seed and step (so a run can resume).
+    """Random windows of the corpus, determined by seed and step, so that a run can resume.
 
     Args:
-        tokens: token ids a kind, each of shape (tokens,).
-        shares: share of the windows that each kind gets; kinds without tokens get none.
+        tokens: kind -> token ids (tokens,).
+        shares: share of the windows per kind; kinds without tokens get none.
     """
 
     def __init__(self, tokens: dict[str, np.ndarray], shares: dict[str, float] = SHARES, seed: int = 0):
@@ -111,9 +118,13 @@ class Batches:
         self.shares = share / share.sum()
 
     def __call__(self, step: int, rows: int, length: int) -> np.ndarray:
-        """Windows of step `step`: int32 of shape (rows, length)."""
+        """The windows of a step: int32 (rows, length).
+
+        Raises:
+            UserError: a kind has fewer tokens than a window.
+        """
         random_ = np.random.default_rng((self.seed, step))
-        # the same number of each kind in every batch, up to one: less noise than drawing kinds
+        # a nearly fixed number of windows per kind in every batch: less noise than sampling kinds
         edges = np.floor(np.cumsum(self.shares) * rows + random_.random()).astype(int)
         counts = np.diff(np.concatenate([[0], np.minimum(edges, rows)]))
         counts[-1] += rows - counts.sum()

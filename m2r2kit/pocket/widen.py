@@ -1,13 +1,13 @@
-"""The same mixture of experts with wider experts: it generates the same and reads more.
+"""Widen the experts of a mixture: the same function with larger experts.
 
-Each neuron of an expert is copied k times, and each copy contributes a k-th (Net2WiderNet, arXiv 1511.05641):
+Each neuron of an expert is copied k times, and each copy contributes 1/k (Net2WiderNet, arXiv 1511.05641):
 
     gate, up (F, D) -> (k F, D)     all rows k times
     down     (D, F) -> (D, k F)     all columns k times, divided by k
 
-Routers and everything else stay as they are. So the same experts are chosen for the same text, and trained
-predictors are as good as before; but a record has k times the bytes. How much is read for a token decides
-whether prefetching pays; this changes it, and nothing else, in a trained model.
+Everything else, routers included, is unchanged, so the same experts run for the same text and trained
+predictors stay valid, but an expert's record has k times the bytes. This isolates the effect of the bytes
+read per token on prefetching, in a trained model.
 """
 
 import json
@@ -23,10 +23,11 @@ WEIGHTS = "model.safetensors"
 
 
 def write(model: Path, out: Path, k: int, also: Callable[[Path], None] | None = None) -> int:
-    """Write the wider model; returns the bytes of one expert, in float32.
+    """Write the widened model and return the bytes of one expert in float32.
 
     Args:
-        also: writes more into the folder, before it takes the name `out`.
+        model: folder of the model. k: factor.
+        also: called with the temporary folder, to write more files into it before it is renamed to `out`.
 
     Raises:
         UserError: the model has no experts of this kind, or `out` cannot be written.
@@ -43,17 +44,17 @@ def write(model: Path, out: Path, k: int, also: Callable[[Path], None] | None = 
 
 
 def read(model: Path) -> tuple[dict, dict[str, mx.array]]:
-    """The config and the weights of a model.
+    """The config and weights of a model that can be widened.
 
     Raises:
-        UserError: it cannot be read, or cannot be widened.
+        UserError: the model cannot be read or cannot be widened.
     """
     try:
         config = parse_json((model / "config.json").read_text())
         weights = mx.load(str(model / WEIGHTS))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{model} cannot be read as a model ({error}); give the folder of one.") from error
-    floats = all(w.dtype != mx.uint8 for w in weights.values())  # scales that are integers cannot be divided
+    floats = all(w.dtype != mx.uint8 for w in weights.values())  # integer scales cannot be divided
     if config.get("model_type") != "olmoe" or not floats or not any(map(is_expert, weights)):
         raise UserError(f"{model} cannot be widened; give an `olmoe` model of `m2r2kit train backbone`.")
     return config, weights
@@ -65,8 +66,8 @@ def is_expert(name: str) -> bool:
 
 
 def widened(weights: dict[str, mx.array], k: int) -> dict[str, mx.array]:
-    """The tensors with experts k times as wide. Quantised weights stay so: groups are repeated whole, and it
-    is scales and biases that are divided."""
+    """The tensors with experts k times as wide. Quantized weights stay quantized: whole groups are repeated,
+    and their scales and biases are divided."""
 
     def wider(name: str, w: mx.array) -> mx.array:
         if not is_expert(name):
