@@ -131,7 +131,7 @@ def without(line: dict, field: str) -> dict:
         ("{", "line 2 is not a JSON object with 'id' and 'prompt'."),
         ("81", "line 2 is not a JSON object with 'id' and 'prompt'."),
         ({"id": "a", "prompt": 3}, "line 2 is not a JSON object with 'id' and 'prompt'."),
-        ({"id": "a", "prompt": " "}, "line 2 asks nothing; write a prompt there, or delete it."),
+        ({"id": "a", "prompt": " "}, "line 2 has an empty prompt; write one, or delete the line."),
         (without(QUESTION, "category"), "line 2 is not a JSON object with 'question_id', 'category' and"),
         (without(QUESTION, "question_id"), "line 2 is not a JSON object with 'question_id', 'category' and"),
         (
@@ -144,7 +144,7 @@ def without(line: dict, field: str) -> dict:
             "line 2 is not a JSON object with 'question_id', 'category' and 'turns'.",
         ),
         (QUESTION | {"turns": ["a", 1]}, "line 2 is not a JSON object with 'question_id', 'category' and"),
-        (QUESTION | {"turns": ["Why?", ""]}, "line 2 asks nothing; write a prompt there, or delete it."),
+        (QUESTION | {"turns": ["Why?", ""]}, "line 2 has an empty prompt; write one, or delete the line."),
         (without(TASK, "id"), "line 2 is not a JSON object with 'id', 'instruction' and 'instances'."),
         (without(TASK, "instances"), "line 2 is not a JSON object with 'id', 'instruction' and 'instances'."),
         (TASK | {"instances": []}, "line 2 is not a JSON object with 'id', 'instruction' and 'instances'."),

@@ -84,7 +84,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_training(
     monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "file" / "cache"))
     assert train_stream.run(arguments(tmp_path / "out")) == 0
     said = capsys.readouterr().err
-    assert "The text for training is not kept" in said and "set M2R2KIT_CACHE to another folder" in said
+    assert "The training text is not kept" in said and "set M2R2KIT_CACHE to another folder" in said
     assert (tmp_path / "out" / "stream.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""What models read and generate: corpora, prompt files, self-generated text."""
+"""Text for training and decoding: corpora, prompt files, self-generated text, streamed text."""
 
 from ..common import on_demand
 

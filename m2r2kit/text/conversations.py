@@ -1,14 +1,14 @@
-"""Conversations that a chat model holds with itself: the text that its drafts will have to predict.
+"""Conversations that a chat model generates alone, to train drafters on text like its own output.
 
-Given only the opening of a user's turn, a chat model samples a question; it then answers greedily
-(Magpie, Xu et al. 2024, arXiv 2406.08464). No corpus is needed, and it works for any chat model.
+Given only the start of a user's turn, a chat model samples a question; it then answers greedily (Magpie,
+Xu et al. 2024, arXiv 2406.08464). This works with any chat model, and needs no corpus.
 
-All rows of a batch advance one position at a time. A row holds conversations of up to two turns, one
-after the other, until it is full, so that no computed token is wasted. An answer that begins to repeat
-itself is cut, and a row that asks what an earlier row asked is dropped.
+All rows of a batch advance one position at a time. A row is filled with conversations of up to two turns, so
+no computed token is wasted. An answer that loops is cut, and a row that repeats an earlier question is
+dropped.
 
-Rows are appended to a file of the cache folder as they come: an interrupted run loses at most one batch,
-and every later training of the same model reads them.
+Finished rows are appended to a file in the cache folder. An interrupted run loses at most one batch, and
+later trainings of the same model reuse the file.
 """
 
 import json
@@ -27,21 +27,21 @@ from ..model.backbone import Backbone
 
 TEMPERATURE = 0.9  # of questions
 TURNS = 2  # of a conversation
-LONGEST_QUESTION = 96  # tokens; a longer one is ended there
-PERIOD, REPEATS = 48, 3  # an answer loops if it ends in one piece of up to so many tokens, so many times
-SHORTEST_LOOP = 12  # tokens of all the repeats together
-IDLE = 20  # batches without a new question after which nothing more is expected
-MARK = "\u241e"  # stands for a message while the chat template is taken apart
+LONGEST_QUESTION = 96  # tokens; a longer question is cut
+PERIOD, REPEATS = 48, 3  # an answer loops if it ends with REPEATS copies of a piece of up to PERIOD tokens
+SHORTEST_LOOP = 12  # tokens of all copies together
+IDLE = 20  # batches without a new question before giving up
+MARK = "\u241e"  # placeholder for a message while the chat template is split
 
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template taken apart, as token ids.
+    """The parts of a chat template between messages, as token ids.
 
     Attributes:
-        opening: from the beginning of a text to the user's first word.
-        answer: from the user's last word to the model's first.
-        again: from the model's last word to the user's next.
+        opening: from the start of the text to the first user message.
+        answer: from a user message to the model's answer.
+        again: from an answer to the next user message.
     """
 
     opening: tuple[int, ...]
@@ -53,36 +53,45 @@ def template(backbone: Backbone) -> Template:
     """The parts of a model's chat template.
 
     Raises:
-        UserError: the model has none, or it does not hold the messages as they are.
+        UserError: the model has no chat template, or the template alters messages.
     """
     tokenizer = backbone.tokenizer
     if not tokenizer.has_chat_template:
-        raise UserError("This model has no chat template, so it cannot ask itself questions; give --corpus.")
+        raise UserError("This model has no chat template, so it cannot generate questions; give --corpus.")
     turns = [{"role": ("user", "assistant")[i % 2], "content": MARK} for i in range(3)]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     parts = text.split(MARK)
     if len(parts) != 4:
-        raise UserError("This model's chat template changes what is said, so its turns cannot be told apart.")
+        raise UserError("This model's chat template alters messages, so its turns cannot be separated.")
     return Template(*(tuple(tokenizer.encode(p, add_special_tokens=False)) for p in (*parts[:2], parts[2])))
 
 
 @dataclass
 class Row:
-    """One row in the making: what it holds, what it must say next, and whose turn it is."""
+    """One row while it is generated.
+
+    Attributes:
+        tokens: the row so far.
+        forced: template tokens to append next.
+        asking: whether the current turn is the user's.
+        turns: finished turns of the current conversation.
+        said: tokens of the current turn.
+        questions: all user turns of the row.
+    """
 
     template: Template
     tokens: list[int] = field(default_factory=list)
     forced: deque = field(default_factory=deque)
     asking: bool = True
     turns: int = 0
-    said: list[int] = field(default_factory=list)  # in this turn
+    said: list[int] = field(default_factory=list)
     questions: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self):
         self.forced.extend(self.template.opening)
 
     def take(self, chosen: int, ends: set[int]) -> None:
-        """Add the next token: a forced one, or the model's choice, which may end a turn."""
+        """Append the next token: a template token, or the model's choice, which may end a turn."""
         if self.forced:
             self.tokens.append(self.forced.popleft())
             return
@@ -103,7 +112,7 @@ class Row:
 
 
 def loops(said: list[int]) -> bool:
-    """Whether a text ends in the same piece `REPEATS` times; short pieces, such as a digit, more often."""
+    """Whether a text ends with at least `REPEATS` copies of a piece, `SHORTEST_LOOP` tokens or more."""
     for period in range(1, min(PERIOD, len(said) // REPEATS) + 1):
         times = max(REPEATS, -(-SHORTEST_LOOP // period))
         if said[-period * times :] == said[-period:] * times:
@@ -114,9 +123,10 @@ def loops(said: list[int]) -> bool:
 def converse(
     backbone: Backbone, rows: int, length: int, seed: int = 0, report: Callable | None = None
 ) -> list[Row]:
-    """`rows` rows of conversations, all at once.
+    """Generate a batch of rows of conversations.
 
     Args:
+        rows: number of rows.
         length: tokens of a row.
         report: called with the number of rows after each position.
     """
@@ -130,7 +140,7 @@ def converse(
             row.take(token, ends)
         return mx.array([[row.tokens[-1]] for row in made])  # (B, 1)
 
-    following = advance([0] * rows)  # the first token of the opening, whatever is chosen
+    following = advance([0] * rows)  # the choice is ignored: the first token is the template's
     for _ in range(1, length):
         logits = backbone.logits(following, cache)[:, -1].astype(mx.float32)  # (B, V)
         chosen = mx.argmax(logits, axis=-1)
@@ -145,16 +155,16 @@ def converse(
     return made
 
 
-# --- kept on disk ---------------------------------------------------------------------------
+# --- the file in the cache folder -----------------------------------------------------------
 
 
 def kept_file(backbone: Backbone, length: int) -> Path:
-    """Where the rows of a model lie."""
+    """The file of a model's rows."""
     return cache_dir() / "conversations" / f"{backbone.sha256[:16]}-{length}.jsonl"
 
 
 def read(file: Path) -> Iterator[dict]:
-    """The rows of a file; a line that was cut short is passed over."""
+    """The rows of a file; broken lines are skipped."""
     if not file.exists():
         return
     with file.open(encoding="utf-8") as lines:
@@ -168,7 +178,7 @@ def read(file: Path) -> Iterator[dict]:
 
 
 def asked(text: str) -> str:
-    """A question without case, signs and spaces: two that are alike in it are one."""
+    """The key of a question for finding duplicates: letters and digits only, in lower case."""
     return re.sub(r"\W+", "", text.lower())[:80]
 
 
@@ -180,11 +190,11 @@ def write(
     file: Path | None = None,
     report: Callable | None = None,
 ) -> Path:
-    """Append rows to a model's file until it holds `rows` of them; returns the file.
+    """Generate rows and append them to a model's file until it holds `rows`; returns the file.
 
     Args:
-        batch: rows that are written at once.
-        report: called with the tokens computed, after each position.
+        batch: rows generated at once.
+        report: called with the number of tokens computed, after each position.
 
     Raises:
         UserError: the model has no chat template, or the file cannot be written.
@@ -214,8 +224,8 @@ def write(
                 idle = 0 if count > before else idle + 1
                 if idle == IDLE:
                     raise UserError(
-                        f"The model asks the same questions again and again: {count} of {rows} rows came; "
-                        "ask for fewer."
+                        f"The model repeats its questions: only {count} of {rows} rows were generated; "
+                        "ask for fewer rows."
                     )
     except OSError as error:
         raise unwritable(file, error) from error
@@ -223,7 +233,7 @@ def write(
 
 
 def cut_short(file: Path) -> bool:
-    """Whether a file's last line has no end."""
+    """Whether a file's last line has no line end."""
     with file.open("rb") as lines:
         if lines.seek(0, 2) == 0:
             return False

@@ -6,12 +6,12 @@
 | arithmetic | GSM8K training questions (openai/grade-school-math) | MIT |
 | shell | tldr-pages, English | CC BY 4.0 |
 
-The first is on every machine. The other two are two files in a folder that you name
-(`--corpus`) or that `download.py` fills; nothing of them is stored in this project.
+Python brings the code. The other two are files in a folder, given with `--corpus` or downloaded by
+`download.py`; they are not part of this project.
 
-Documents are held out by the hash of their name. A name stands for all that is made from one
-file or page, so a held-out function is never seen inside its file. Pages of one command on two
-systems have two names: held-out figures for shell are a little kind.
+Documents are held out by the hash of their name. All documents from one file or page share its name, so
+training never sees a held-out function inside its file. Pages of one command for two systems have
+different names, so held-out figures for shell are slightly optimistic.
 """
 
 import ast
@@ -26,9 +26,9 @@ from ..common import UserError, parse_json
 KINDS = ("code", "arithmetic", "shell")
 EOS, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 GSM8K, TLDR = "gsm8k_train.jsonl", "tldr_en.jsonl"
-HELD_OUT = 0.04  # share of documents, chosen by the hash of their name, that training never sees
+HELD_OUT = 0.04  # share of documents that training never sees
 
-# Not prose of Python: data tables, generated parsers, and tests.
+# Data tables, generated parsers and tests.
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 
 
@@ -54,15 +54,15 @@ def turn(prompt: str, answer: str) -> str:
 # --- code ---------------------------------------------------------------------------------
 
 
-LONGEST = 45  # lines of a function that is asked for: what fits the model's window
+LONGEST = 45  # lines of a function; longer ones do not fit the model's context
 
 
 def _function_turns(source: str) -> list[str]:
-    """Functions with a docstring, as 'write this function' exchanges."""
+    """Functions with a docstring, as exchanges: a request to write the function, and its code."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return []  # templates of other tools' code end in .py too
+        return []  # some .py files are templates, not Python
     lines = source.splitlines()
     turns = []
     for node in ast.walk(tree):
@@ -82,8 +82,8 @@ def _function_turns(source: str) -> list[str]:
 def code_documents(every: int = 1) -> list[Document]:
     """The standard library: each file as it is, and its documented functions as exchanges.
 
-    `every` n takes one file in n, and all that are held out: enough for a notebook, in a fraction
-    of the time.
+    Args:
+        every: n takes one training file in n, to save time; held-out files are all taken.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
@@ -103,7 +103,7 @@ def code_documents(every: int = 1) -> list[Document]:
 
 
 def _records(path: Path, *fields: str) -> list[dict]:
-    """The objects of a JSONL file, each with text in `fields`."""
+    """The objects of a JSON Lines file, with text in each of `fields`."""
     if not path.exists():
         raise UserError(f"{path} is missing; give the folder that holds {GSM8K} and {TLDR} with --corpus")
     records = []
@@ -131,14 +131,14 @@ def arithmetic_documents(folder: Path) -> list[Document]:
 
 
 def shell_documents(folder: Path) -> list[Document]:
-    """tldr pages: the page asked for by name, and each of its examples asked for by its purpose."""
+    """tldr pages: a question about the command, answered by its page, and one exchange for each example."""
     documents = []
     for record in _records(folder / TLDR, "page", "text"):
         page, text = record["page"], record["text"].strip()
         command = page.rsplit("/", 1)[-1]
         about = " ".join(re.findall(r"^> (.*)$", text, re.M)[:1])
         documents.append(Document("shell", page, turn(f"How do I use the command {command}? {about}", text)))
-        # "- Remove [f]orcibly:" marks the letter of the flag; a person asking would not
+        # "- Remove [f]orcibly:" marks the letter of the flag; a user's question would not
         examples = re.findall(r"^- (.+?):\n\n`(.+?)`$", re.sub(r"\[(\w)\]", r"\1", text), re.M)
         exchanges = [turn(f"{what} with {command}.", f"`{how}`") for what, how in examples]
         if exchanges:
@@ -148,5 +148,5 @@ def shell_documents(folder: Path) -> list[Document]:
 
 def documents(folder: Path) -> list[Document]:
     """Every document of the three kinds, held-out ones included."""
-    kept = arithmetic_documents(folder) + shell_documents(folder)  # first: what is missing is said at once
+    kept = arithmetic_documents(folder) + shell_documents(folder)  # first: a missing file is reported at once
     return code_documents() + kept

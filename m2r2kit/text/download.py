@@ -1,16 +1,11 @@
-"""Fetch the two parts of the corpus that are not on every machine, for a user who retrains.
+"""Download the two parts of the training corpus that Python does not bring.
 
-What is pinned, and what is not:
+- GSM8K (MIT): one file at a fixed commit, checked by SHA-256, so training sees the same bytes as ours.
+- tldr-pages (CC BY 4.0): the English archive of release v2.2. The project may rebuild the archives of its
+  releases, so there is no hash; `tldr_lines` checks the content instead. `data/pocket-dense` was trained on a
+  later version (7,055 pages), so a retrained model is similar and not equal.
 
-- GSM8K: one file of one commit, and its SHA-256. Training sees the very bytes we saw.
-- tldr-pages: the English archive of release v2.2. The project writes the archive of its newest
-  release again with every change of a page, and v2.2 is not the newest; but nobody promises
-  that it stays. So there is no hash: `tldr_lines` checks that what comes looks like the pages
-  (thousands of them, each with a title, well-known commands among them). `data/pocket-dense`
-  was trained on a later state (7,055 pages), so a model retrained from here reads like it and
-  is not equal to it.
-
-Neither is part of this project. GSM8K is MIT, tldr-pages CC BY 4.0.
+Neither is part of this project.
 """
 
 import hashlib
@@ -37,11 +32,18 @@ GSM8K_SHA256 = "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465
 TLDR_URL = "https://github.com/tldr-pages/tldr/releases/download/v2.2/tldr-pages.en.zip"
 
 LIMIT = 64 << 20  # bytes; both files together are under 10 MB
-ELSEWHERE = f"or name a folder that holds {GSM8K} and {TLDR} with --corpus"
+ELSEWHERE = f"or give a folder that holds {GSM8K} and {TLDR} with --corpus"
 
 
 def corpus_folder(gsm8k: str = GSM8K_URL, tldr: str = TLDR_URL) -> Path:
-    """The folder with both files, downloaded on the first call; the arguments are their addresses."""
+    """The folder with both files, downloaded on the first call.
+
+    Args:
+        gsm8k, tldr: URLs of the files.
+
+    Raises:
+        UserError: a download fails, or a file has unexpected content.
+    """
     folder = cache_dir() / "corpus"
     fetch(gsm8k, folder / GSM8K, gsm8k_lines)
     fetch(tldr, folder / TLDR, tldr_lines)
@@ -49,10 +51,13 @@ def corpus_folder(gsm8k: str = GSM8K_URL, tldr: str = TLDR_URL) -> Path:
 
 
 def fetch(url: str, target: Path, convert: Callable[[bytes], bytes]) -> None:
-    """Download `url` to `target`, if it is not there: converted and whole, or not at all.
+    """Download `url`, convert it and write it to `target` atomically, if `target` does not exist.
 
-    Raises `UserError` where the network, the disk or the content is not as it should be;
-    `convert` says the last by raising `ValueError`.
+    Args:
+        convert: content -> what is written; raises ValueError for unexpected content.
+
+    Raises:
+        UserError: the download fails, the content is unexpected, or `target` cannot be written.
     """
     if target.exists():
         return
@@ -78,13 +83,13 @@ def _get(url: str) -> bytes:
                 bar.update(content.write(chunk))
                 if content.tell() > LIMIT:
                     raise ValueError(f"more than {LIMIT >> 20} MiB")
-    if content.tell() < size:  # a dropped connection ends like a whole file
+    if content.tell() < size:  # a dropped connection looks like the end of the file
         raise OSError(f"the connection ended after {content.tell():,} of {size:,} bytes")
     return content.getvalue()
 
 
 def gsm8k_lines(content: bytes) -> bytes:
-    """The file as it is, once its SHA-256 is the known one."""
+    """The content unchanged, if its SHA-256 is right; else ValueError."""
     digest = hashlib.sha256(content).hexdigest()
     if digest != GSM8K_SHA256:
         raise ValueError(f"SHA-256 {digest[:12]}.. instead of {GSM8K_SHA256[:12]}..")
@@ -92,13 +97,14 @@ def gsm8k_lines(content: bytes) -> bytes:
 
 
 def tldr_lines(content: bytes, least: int = 4000) -> bytes:
-    """One JSON object a page (`page`, `text`) from the archive's Markdown, links removed.
+    """JSON Lines from the archive's Markdown: one object a page (`page`, `text`), without links.
 
-    Raises `ValueError` if there are fewer than `least` pages, or if they do not look like tldr's.
+    Raises:
+        ValueError: it is not a ZIP archive, has fewer than `least` pages, or lacks well-known ones.
     """
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
-        # both layouts that the project has used: common/tar.md and pages/common/tar.md
+        # the archive has one of two layouts: common/tar.md or pages/common/tar.md
         names = {
             f"{match[1]}/{match[2]}": name
             for name in archive.namelist()

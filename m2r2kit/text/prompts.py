@@ -1,8 +1,8 @@
-"""Prompt files: one JSON object a line, in the form of this kit or of three published sets.
+"""Prompt files: one JSON object a line, in this kit's format or that of three published sets.
 
 | set | fields | kind |
 |---|---|---|
-| this kit's, Koala | `id`, `prompt`, perhaps `kind` | `kind`, else the file's name |
+| this kit's, Koala | `id`, `prompt`, optional `kind` | `kind`, else the file's name |
 | MT-Bench | `question_id`, `category`, `turns` | `category` |
 | Self-Instruct | `id`, `instruction`, `instances` (the first one's `input`) | the file's name |
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from ..common import ROOT, UserError, missing_advice, parse_json
 
 ALL = ROOT / "data" / "prompts" / "all.jsonl"
-TUNING = Path(__file__).with_name("tuning.jsonl")  # training ends with them, so they are part of the package
+TUNING = Path(__file__).with_name("tuning.jsonl")  # in the package, because training ends with tuning
 
 OWN = ("id", "prompt")
 MT_BENCH = ("question_id", "category", "turns")
@@ -24,7 +24,12 @@ SELF_INSTRUCT = ("id", "instruction", "instances")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a user asks, and what they go on to ask after each answer (conversations.py)."""
+    """A user's prompt.
+
+    Attributes:
+        kind: its category; figures are reported by kind.
+        more_turns: the user's further turns, each asked after the answer to the one before.
+    """
 
     id: str
     prompt: str
@@ -33,14 +38,17 @@ class Prompt:
 
 
 def read(path: str | Path) -> list[Prompt]:
-    """All prompts of a file, in order; the fields of each line say of which form it is.
+    """All prompts of a file, in order; the format of each line is recognised by its fields.
 
     Raises:
-        UserError: no such file, no prompt in it, or a broken line (the message says which).
+        UserError: the file cannot be read or holds no prompt, a line is broken (the message says which), or
+            two prompts have the same id.
     """
     path, prompts = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # not splitlines: JSON strings may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         what_to_do = missing_advice(path, "give a file of prompts, one JSON object a line")
@@ -62,7 +70,7 @@ def read(path: str | Path) -> list[Prompt]:
                 f"{path}, line {number} is not a JSON object with {', '.join(names)} and {last}."
             ) from None
         if not all(text.strip() for text in texts):
-            raise UserError(f"{path}, line {number} asks nothing; write a prompt there, or delete it.")
+            raise UserError(f"{path}, line {number} has an empty prompt; write one, or delete the line.")
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path} holds no prompt.")
@@ -72,7 +80,7 @@ def read(path: str | Path) -> list[Prompt]:
 
 
 def _form(found: dict) -> tuple[str, ...]:
-    """The fields of the form that a line seems to be of."""
+    """The fields of the format that a line most likely has."""
     if "prompt" not in found:
         for form in (MT_BENCH, SELF_INSTRUCT):
             if any(field in found for field in form[-2:]):
@@ -81,7 +89,11 @@ def _form(found: dict) -> tuple[str, ...]:
 
 
 def _prompt(found: dict, form: tuple[str, ...], name: str) -> Prompt:
-    """The prompt of a line; `name` is the set's."""
+    """The prompt of a line.
+
+    Args:
+        name: of the set, used as the kind where the line has none.
+    """
     id, *values = (found[field] for field in form)
     if form is MT_BENCH:
         kind, turns = values
@@ -90,13 +102,13 @@ def _prompt(found: dict, form: tuple[str, ...], name: str) -> Prompt:
         return Prompt(str(id), turns[0], str(kind), tuple(turns[1:]))
     if form is SELF_INSTRUCT:
         instruction, instances = values
-        parts = instruction, instances[0]["input"]  # many need no input
+        parts = instruction, instances[0]["input"]  # the input may be empty
         return Prompt(str(id), "\n\n".join(filter(None, parts)), name)
     return Prompt(str(id), *values, str(found.get("kind", name)))
 
 
 def first_of_each_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    """The first `limit` prompts of each kind, in the file's order; None keeps all."""
+    """The first `limit` prompts of each kind, in the file's order; all if `limit` is None."""
     seen: dict[str, int] = {}
     kept = []
     for p in prompts:
@@ -107,6 +119,6 @@ def first_of_each_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]
 
 
 def sha256(prompts: list[Prompt]) -> str:
-    """One hash of the prompts themselves, to tell which ones a record was measured on."""
+    """Hash of ids and prompts, which identifies the prompts of a record."""
     text = "\n".join(json.dumps([p.id, p.prompt], ensure_ascii=False) for p in prompts)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,46 +1,46 @@
-"""Text from tokens as they come: segments that add up to the tokenizer's own decoding, and stop words."""
+"""Streaming text: a detokenizer whose segments add up to `tokenizer.decode`, and stop words."""
 
 import re
 from collections.abc import Collection, Sequence
 
 from ..common import UserError
 
-WINDOW, CONTEXT = 48, 8  # tokens that are decoded at once at most, and that are kept before new ones
-UNKNOWN = "\ufffd"  # stands for bytes that are no character, or not yet
+WINDOW, CONTEXT = 48, 8  # a window of more tokens is cut to its last CONTEXT tokens
+UNKNOWN = "\ufffd"  # replaces bytes that are not a character, or not yet
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Detokenizer:
-    """Segments of text whose concatenation is `tokenizer.decode` of all tokens.
+    """Streams text in segments whose concatenation is `tokenizer.decode` of all tokens.
 
-    A token's text may depend on its neighbours: characters are split between tokens, a leading space is
-    dropped, a run of single bytes is a character or none. So a window of tokens is decoded, and given out is
-    what no later token can change.
+    A token's text may depend on its neighbours: a character can be split between tokens, a leading space is
+    dropped, and byte tokens form a character only together. So a window of tokens is decoded each time, and
+    a segment contains only text that later tokens cannot change.
 
     Args:
         tokenizer: of mlx-lm or transformers.
-        eos: ids that end a text; they have no text of their own.
+        eos: end-of-text ids, which have no text.
     """
 
     def __init__(self, tokenizer, eos: Collection[int] = ()):
         self._tokenizer, self._eos = tokenizer, eos
         self._cleans = _cleans_spaces(tokenizer)
         self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were given out
+        self._given = 0  # characters of the window's text that are already returned
 
     def add(self, token: int) -> str:
-        """The text that is certain now; often of this token, sometimes empty."""
+        """Add a token; returns the text that is now final, which may be empty."""
         if token in self._eos:
             return ""
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # an id that pads the vocabulary
             return ""
         self._window.append(token)
-        if BYTE.fullmatch(piece):  # one wrong byte later in a run of them, and none of it is a character
+        if BYTE.fullmatch(piece):  # a later wrong byte in the run would make all of it undecodable
             return ""
         text = self._tokenizer.decode(self._window)
         end = len(text.rstrip(UNKNOWN))
-        if self._cleans:  # a space may go when the next word is known to be a full stop
+        if self._cleans:  # decoding drops a space if a punctuation mark follows
             end = min(end, max(0, text.rfind(" ")))
         segment = text[self._given : end]
         self._given = max(self._given, end)
@@ -50,14 +50,14 @@ class Detokenizer:
         return segment
 
     def finish(self) -> str:
-        """The rest of the text."""
+        """The remaining text."""
         text = self._tokenizer.decode(self._window)
         segment, self._given = text[self._given :], len(text)
         return segment
 
 
 def _cleans_spaces(tokenizer) -> bool:
-    """Whether decoding takes out spaces before punctuation; transformers refuses that for BPE."""
+    """Whether decoding removes spaces before punctuation; transformers does not do so for BPE."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -66,10 +66,10 @@ def _cleans_spaces(tokenizer) -> bool:
 
 
 class StopWords:
-    """Cuts a text before the first of some words, however its segments divide them.
+    """Cuts a streamed text before the first stop word, which may span segments.
 
     Raises:
-        UserError: one of them is empty.
+        UserError: a stop word is empty.
     """
 
     def __init__(self, words: Sequence[str] = ()):
@@ -78,10 +78,13 @@ class StopWords:
         self.words, self._held = tuple(words), ""
 
     def take(self, segment: str, last: bool = False) -> tuple[str, bool]:
-        """(The text up to a stop word, or up to what may become one; whether there was one).
+        """Add a segment; returns (text, found).
+
+        `text` ends before the stop word, or before a possible start of one, which is held back. `found` tells
+        whether there is a stop word.
 
         Args:
-            last: nothing follows this segment.
+            last: whether this is the last segment; nothing is then held back.
         """
         if not self.words:
             return segment, False
