@@ -21,7 +21,7 @@ from .tables import Table
 FILE = ROOT / "data" / "paper" / "devices.toml"  # the figures, with their sources
 FORMATS = {"16 bit": 2.0, "4 bit": 0.5}  # bytes a weight
 DEAR = 2.0  # v where several rows cost twice one, as that issue has it
-HEADS = ("machine", "weights", "free rows", "plain step", "c", "v", "speed-up", f"if v = {DEAR:g}")
+HEADS = ("machine", "weights", "free positions", "plain step", "c", "v", "speed-up", f"if v = {DEAR:g}")
 
 
 @dataclass(frozen=True)

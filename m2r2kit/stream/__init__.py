@@ -5,9 +5,9 @@ from ..common import on_demand
 __getattr__, __dir__ = on_demand(
     __name__,
     {
-        "distil": "DistilConfig TeacherBatch teacher_batch",
+        "distil": "DistilConfig TeacherBatch cosine teacher_batch",
         "evaluate": "agreement",
-        "stream": "AcceleratedStream StreamConfig intervals load_stream",
+        "stream": "AcceleratedStream FORMS StreamConfig intervals load_stream tau",
         "train": "teacher_batches train_stream",
     },
 )
