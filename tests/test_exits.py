@@ -119,7 +119,7 @@ def test_decoding_takes_arlas_second_look_as_the_forced_pass_does(waits):
         given = texts.tokens[row, at + 1].tolist()
         out = decoder.generate(prompt, 0.6, max_tokens=len(given), given=given)
         assert out.depth == [depths[e] for e in forced.exit[row, at]]
-    assert forced.vain[texts.gated].sum() > 0  # heads that were read and did not convince
+    assert forced.wasted[texts.gated].sum() > 0  # heads that were read and did not convince
     assert (forced.exit[texts.gated] != blind.exit[texts.gated]).any()
 
 

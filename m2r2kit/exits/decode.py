@@ -68,10 +68,10 @@ class ExitDecoder(Decoder):
         backbone, reader = self.backbone, self.reader
         numbers = [i for i in self.use if i <= j]  # of the trajectory so far
 
-        def body(entries, x, position, before, progress, *trajectory):
+        def body(caches, x, position, before, progress, *trajectory):
             x = backbone.embed(x) if j == self.use[0] else x
-            h = backbone.run(x, entries, runs.start, runs.stop)
-            p = reader.at(j, h, entries, position, before)
+            h = backbone.run(x, caches, runs.start, runs.stop)
+            p = reader.at(j, h, caches, position, before)
             starts, states = [*trajectory[: len(numbers) - 1], h], [*trajectory[len(numbers) - 1 :], p]
             starts, states = (dict(zip(numbers, each, strict=True)) for each in (starts, states))
             seen = Seen(backbone.head, progress, starts=starts, states=states)
@@ -101,11 +101,11 @@ class ExitDecoder(Decoder):
     def _filling(self, j: int, blocks: Sequence[int]):
         """The compiled body of filling blocks above exit j: only their keys and values are computed."""
 
-        def body(entries, h, p, before):
+        def body(caches, h, p, before):
             filled = self.fill(j, h, p, before)
             for l in blocks:
-                mask = entries[l].make_mask(1)
-                self.backbone.blocks[l](filled(l), mask, cache=entries[l])
+                mask = caches[l].make_mask(1)
+                self.backbone.blocks[l](filled(l), mask, cache=caches[l])
             return ()
 
         return body

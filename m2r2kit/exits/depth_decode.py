@@ -37,11 +37,11 @@ class DepthDecoder(Decoder):
         """Blocks begin..end-1 of one token, the first of them only if it is to `take` it: (state, what the
         next router says or, at the end, the token)."""
 
-        def body(entries, x):
+        def body(caches, x):
             h = self.backbone.embed(x) if begin == 0 else x
-            mask = entries[begin].make_mask(1)
+            mask = caches[begin].make_mask(1)
             for l in range(begin, end):
-                new = self.blocks[l](h, mask, cache=entries[l])
+                new = self.blocks[l](h, mask, cache=caches[l])
                 h = new if take or l > begin else h  # of a block that is passed by, only keys and values
             if end < len(self.blocks):
                 return h, self.module.score(end, h)

@@ -78,12 +78,12 @@ def by_exit(backbone: Backbone, reader, gate, fill, waits: bool = False, use=Non
     return out
 
 
-def mean(works: list[Work], exits: np.ndarray, vain: float = 0.0) -> Work:
-    """Of an average token; `exits` are the indices of the exits taken, `vain` the MACs of heads that were
+def mean(works: list[Work], exits: np.ndarray, wasted: float = 0.0) -> Work:
+    """Of an average token; `exits` are the indices of the exits taken, `wasted` the MACs of heads that were
     read at exits where the average token then stayed."""
     share = np.bincount(exits, minlength=len(works)) / len(exits)
     parts = ("blocks", "readers", "gates", "heads", "fill")
     found = Work(
         *(float(sum(s * getattr(w, part) for s, w in zip(share, works, strict=True))) for part in parts)
     )
-    return replace(found, heads=found.heads + vain)
+    return replace(found, heads=found.heads + wasted)

@@ -104,7 +104,7 @@ class Method:
                 works = self.works(threshold)
                 macs = np.array([w.total for w in works])[out.exit]
                 if self.gate.looks:
-                    macs = macs + out.vain * work.head_macs(self.backbone)
+                    macs = macs + out.wasted * work.head_macs(self.backbone)
                 readers = np.array([w.readers for w in works])[out.exit] / block
                 blocks = np.array([*self.reader.starts, self.backbone.depth])[out.exit] + readers
             if report:

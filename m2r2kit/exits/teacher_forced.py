@@ -56,7 +56,7 @@ class Outcome:
         right: whether the token given is the one that the whole model gives.
         nats: cross-entropy of that token.
         blocks: run for it, where that is not the exit's to say.
-        vain: heads read at exits where it did not leave, of gates that need them only with hope.
+        wasted: heads read at exits where it did not leave, of gates that need them only with hope.
         tokens: the token given at each position.
     """
 
@@ -65,7 +65,7 @@ class Outcome:
     right: np.ndarray
     nats: np.ndarray
     blocks: np.ndarray | None = None
-    vain: np.ndarray | int = 0
+    wasted: np.ndarray | int = 0
     tokens: np.ndarray | None = None
 
     @property
@@ -89,30 +89,30 @@ class ForcedPass:
         self.use = tuple(range(len(reader.exits))) if use is None else tuple(use)
         reader.prepare()
         mx.eval(gate.parameters(), fill.parameters())
-        entries = backbone.depth + (len(reader.reads) if waits else 0)  # those of the fill come last
-        self.traced = Traced(self._step, entries, range(entries))
+        count = backbone.depth + (len(reader.reads) if waits else 0)  # those of the fill come last
+        self.traced = Traced(self._step, count, range(count))
 
-    def _step(self, entries, token, gated, before, progress, chance, answer, threshold, caught):
+    def _step(self, caches, token, gated, before, progress, chance, answer, threshold, caught):
         """One token of each row: (exit's index, what the head reads, token given, nats, wasted head
         evaluations, caught); `caught` (reads, B) are the positions before which the blocks that a reader
         looks at have been run."""
         backbone, reader = self.backbone, self.reader
-        position = entries[0].offset
-        known = self._known(entries, caught) if self.waits else entries
-        mask = entries[0].make_mask(1)
+        position = caches[0].offset
+        known = self._known(caches, caught) if self.waits else caches
+        mask = caches[0].make_mask(1)
         seen = Seen(backbone.head, progress, chance, answer, used=threshold < mx.inf)
         h = backbone.embed(token)
         J = len(reader.exits)
         left, number = mx.zeros(gated.shape, mx.bool_), mx.full(gated.shape, J)
         fillings: list[tuple] = []
-        taken, vain = h, mx.zeros(gated.shape, mx.int32)
+        taken, wasted = h, mx.zeros(gated.shape, mx.int32)
         for l in range(backbone.depth):
             for j in [j for j in self.use if reader.starts[j] == l]:
                 seen.starts[j], seen.states[j] = h, reader.at(j, h, known, position, before)
                 there = gated & ~left
                 goes, looked = self.gate.ask(j, seen, threshold[j])
                 go = there & goes
-                vain = vain + (there & looked & ~goes)
+                wasted = wasted + (there & looked & ~goes)
                 taken = mx.where(go, seen.states[j], taken)
                 number = mx.where(go, j, number)
                 left = left | go
@@ -121,8 +121,8 @@ class ForcedPass:
             for go, filled in fillings:
                 x = mx.where(go, filled(l), x)
             if self.waits and l in reader.reads:  # only keys and values of it are evaluated
-                backbone.blocks[l](x, mask, cache=entries[backbone.depth + reader.reads.index(l)])
-            h = backbone.blocks[l](h if self.waits else x, mask, cache=entries[l])
+                backbone.blocks[l](x, mask, cache=caches[backbone.depth + reader.reads.index(l)])
+            h = backbone.blocks[l](h if self.waits else x, mask, cache=caches[l])
         run = mx.array([*reader.starts, backbone.depth])[number[:, 0, 0]]  # blocks
         caught = (
             mx.where(run > mx.array(reader.reads)[:, None], position + 1, caught) if self.waits else caught
@@ -131,13 +131,13 @@ class ForcedPass:
         logits = backbone.head(read)
         given = mx.argmax(logits, axis=-1).astype(mx.int32)
         chosen = mx.take_along_axis(logits, answer[..., None], -1)[..., 0]
-        return number[..., 0], read, given, mx.logsumexp(logits, axis=-1) - chosen, vain[..., 0], caught
+        return number[..., 0], read, given, mx.logsumexp(logits, axis=-1) - chosen, wasted[..., 0], caught
 
-    def _known(self, entries, caught) -> list:
+    def _known(self, caches, caught) -> list:
         """What a reader finds while tokens wait: true keys and values before `caught`, the fill's behind."""
-        N, known = self.backbone.depth, list(entries)
+        N, known = self.backbone.depth, list(caches)
         for i, l in enumerate(self.reader.reads):
-            true, filled = entries[l], entries[N + i]
+            true, filled = caches[l], caches[N + i]
             there = mx.arange(true.keys.shape[2])[:, None] < caught[i][:, None, None, None]
             pairs = (true.keys, filled.keys), (true.values, filled.values)
             known[l] = FixedKV(*(mx.where(there, t, f) for t, f in pairs), true.offset)
@@ -173,12 +173,12 @@ class ForcedPass:
         caught = mx.full((len(self.reader.reads), B), first)
         if self.waits:
             cache += [self.backbone.new_cache(T, B)[l] for l in self.reader.reads]
-            for entry in cache[N:]:
-                entry.offset = first  # never looked at before it: all is caught there
+            for layer_cache in cache[N:]:
+                layer_cache.offset = first  # never looked at before it: all is caught there
         out, token = [], tokens[:, first : first + 1]
         for t in range(first, T - 1):
             progress = np.clip((t - texts.first) / longest, 0, 1).astype(np.float32)[:, None, None]
-            number, before, given, nats, vain, caught = self.traced(
+            number, before, given, nats, wasted, caught = self.traced(
                 cache,
                 token,
                 mx.array(gated[:, t, None, None]),
@@ -192,15 +192,15 @@ class ForcedPass:
             token = tokens[:, t + 1 : t + 2]
             if not follow:
                 token = mx.where(mx.array(t >= texts.first)[:, None], given, token)
-            mx.eval(number, before, token, nats, vain, caught, [(c.keys, c.values) for c in cache])
-            out.append([np.array(x)[:, 0] for x in (number, given, nats, vain)])
+            mx.eval(number, before, token, nats, wasted, caught, [(c.keys, c.values) for c in cache])
+            out.append([np.array(x)[:, 0] for x in (number, given, nats, wasted)])
             if report:
                 report(B)
-        exit, given, nats, vain = (
+        exit, given, nats, wasted = (
             np.pad(np.stack([row[i] for row in out], axis=1), [(0, 0), (first, 0)]) for i in range(4)
         )
         right = gated & (given == texts.tokens[:, 1:])
-        return Outcome(gated, exit, right, nats, vain=vain, tokens=given)
+        return Outcome(gated, exit, right, nats, wasted=wasted, tokens=given)
 
 
 def differing(forced: ForcedPass, texts: Texts, threshold: float | Sequence[float]) -> np.ndarray:

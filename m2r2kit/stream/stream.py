@@ -252,8 +252,8 @@ class AcceleratedStream(nn.Module):
             merged = {l: self.block(l).merged() for l in range(a, b)}
             reads = [self.block(l).read for l in range(a, b)] if self.config.deep else ()
 
-            def body(entries, x, verified, position, *more):
-                return self._body(kind, x, entries, verified, position, a, b, merged, *more)
+            def body(caches, x, verified, position, *more):
+                return self._body(kind, x, caches, verified, position, a, b, merged, *more)
 
             writes = range(b if reads_near(self.config) else a)
             traced = Traced(body, self._backbone.depth, writes, reads)

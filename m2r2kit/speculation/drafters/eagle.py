@@ -73,8 +73,8 @@ class Eagle(Drafter):
     def __init__(self, backbone: Backbone, module: EagleBlock):
         self.learns = backbone.depth
 
-        def body(entry, states, tokens):
-            h = module(tokens, states, create_attention_mask(states, entry), entry)[:, -1:]
+        def body(layer_cache, states, tokens):
+            h = module(tokens, states, create_attention_mask(states, layer_cache), layer_cache)[:, -1:]
             return h, backbone.head(h)
 
         self.own = OwnPass(module, module.block.self_attn, body)

@@ -67,8 +67,8 @@ class Kangaroo(Drafter):
         self.backbone, self.threshold = backbone, module.config.threshold
         self.exit = self.learns = module.config.exit
 
-        def body(entry, h):
-            logits = backbone.unembed(module(h, create_attention_mask(h, entry), entry)[:, -1:])
+        def body(layer_cache, h):
+            logits = backbone.unembed(module(h, create_attention_mask(h, layer_cache), layer_cache)[:, -1:])
             return logits, confidence(logits)
 
         self.own = OwnPass(module, module.block.self_attn, body)

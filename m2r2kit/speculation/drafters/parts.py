@@ -44,7 +44,7 @@ class OwnPass:
     Args:
         module: whose weights the pass reads.
         attention: of the module, as mlx-lm's llama has it.
-        body: (entry, x (1, T, ..), *more) -> arrays of the newest position; it takes `entry` for a block's
+        body: (layer_cache, x (1, T, ..), *more) -> arrays of the newest position; it takes `layer_cache` for a block's
             cache. `more` has T positions too.
     """
 
@@ -52,7 +52,7 @@ class OwnPass:
         mx.eval(module.parameters())  # or the compiled pass would make them anew each time
         self.shape = attention.n_kv_heads, attention.head_dim
         self.body = body
-        self.traced = Traced(lambda entries, *x: body(entries[0], *x), 1, range(1))
+        self.traced = Traced(lambda caches, *x: body(caches[0], *x), 1, range(1))
         self.cache: list[FixedKV] = []
 
     def begin(self, capacity: int) -> None:
