@@ -185,7 +185,7 @@ def test_other_models_and_settings_are_refused(stream_folder, tmp_path):
         m2.load_stream(stream_folder, other, tokenizer)
     with pytest.raises(UserError, match="no setting 'speed'"):
         m2.train_stream(other, tokenizer, exits=(2,), speed=3)
-    with pytest.raises(UserError, match="Exits must rise"):
+    with pytest.raises(UserError, match="Exits must increase"):
         m2.train_stream(other, tokenizer, exits=(99,))
     with pytest.raises(UserError, match="give an expert store too"):
         m2.load(folder(), policy="lru")

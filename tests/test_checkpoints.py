@@ -86,8 +86,8 @@ def test_a_damaged_json(tmp_path, bytes_):
         ({"config": {"exits": 3}}, "is damaged"),
         ({"config": {"exits": ["3"]}}, "is damaged"),
         ({"config": {"rate": True}}, "is damaged"),
-        ({"config": {"exits": [9]}}, "Exits must rise"),
-        ({"config": {}}, "not of one piece"),  # the defaults ask for other shapes
+        ({"config": {"exits": [9]}}, "Exits must increase"),
+        ({"config": {}}, "does not match its JSON"),  # the defaults ask for other shapes
         ({"base_sha256": None}, "is damaged"),
         ({"weights_sha256": 3}, "is damaged"),
     ],
@@ -110,7 +110,7 @@ def test_damaged_weights(tmp_path, damage):
     else:
         flipped = whole[:-1] + bytes([whole[-1] ^ 1])
         file.write_bytes({"empty": b"", "truncated": whole[:-9], "one bit": flipped}[damage])
-    refused(tmp_path, "missing, damaged or not of one piece")
+    refused(tmp_path, "missing, damaged or does not match")
 
 
 def disk_full(*_):
@@ -164,7 +164,7 @@ def test_a_crash_between_the_two_files_is_found(tmp_path, monkeypatch):
         with pytest.raises(Crash):
             save(tmp_path, size=0.1)
     assert done == ["stream.safetensors"]
-    refused(tmp_path, "not of one piece with its JSON")
+    refused(tmp_path, "does not match its JSON")
 
 
 @pytest.mark.parametrize(

@@ -58,18 +58,18 @@ def test_an_interval_may_be_the_last_blocks_before_its_exit():
 def test_settings_that_a_model_cannot_have_are_refused():
     for settings, sentence in [
         ({"form": "cube"}, "There is no fast block 'cube'"),
-        ({"exits": ()}, "Exits must rise"),
+        ({"exits": ()}, "Exits must increase"),
         ({"exits": (0,)}, "between 1 and 3"),
         ({"exits": (tiny.BLOCKS,)}, "between 1 and 3"),
-        ({"exits": (2, 2)}, "Exits must rise"),
-        ({"exits": (3, 1)}, "Exits must rise"),
+        ({"exits": (2, 2)}, "Exits must increase"),
+        ({"exits": (3, 1)}, "Exits must increase"),
         ({"rate": 0.5}, "The rate must be at least 1"),
         ({"rate": float("nan")}, "The rate must be at least 1"),
-        ({"span": 0}, "at least one block; got 0"),
-        ({"rank": -1}, "can be negative"),
-        ({"ffn_width": -1}, "can be negative"),
-        ({"form": "adapter", "ffn_width": 0}, "needs an FFN of its own"),
-        ({"deep": 1.5}, "lies between 0 and 1; got 1.5"),
+        ({"span": 0}, "span of an interval must be at least 1; got 0"),
+        ({"rank": -1}, "rank and the FFN.s width must be at least 0"),
+        ({"ffn_width": -1}, "width must be at least 0"),
+        ({"form": "adapter", "ffn_width": 0}, "needs an FFN; give it a width"),
+        ({"deep": 1.5}, "must lie between 0 and 1; got 1.5"),
     ]:
         with pytest.raises(UserError, match=sentence):
             tiny.stream(**({"exits": (2,)} | settings))

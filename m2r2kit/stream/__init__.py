@@ -1,4 +1,4 @@
-"""The paper's idea: an accelerated residual stream p beside the model's own h, and how it is trained."""
+"""The accelerated residual stream p that runs beside the model's hidden state h, and its training."""
 
 from ..common import on_demand
 

@@ -1,9 +1,8 @@
-"""Trained small modules on disk: `NAME.safetensors` with `NAME.json` beside it.
+"""Trained small modules on disk: `NAME.safetensors` and `NAME.json`.
 
-The JSON holds the settings, the SHA-256 of the model that the module belongs to (loading it
-with another model is refused), and the SHA-256 of its own safetensors: two files cannot be
-replaced in one act, so a crash between the two is found when they are loaded. Nothing in
-either file is code.
+The JSON holds the settings, the SHA-256 of the base model, and the SHA-256 of the safetensors file. Loading
+a module with another model is refused. Two files cannot be replaced atomically, so a crash between the two
+writes is detected when they are loaded. Neither file contains code.
 """
 
 import hashlib
@@ -19,22 +18,22 @@ from mlx.utils import tree_flatten
 from ..common import UserError, parse_json, whole, write_whole
 
 FORMAT = 1
-GROUP = 32  # neighbouring weights that share a scale where a module is stored in few bits
+GROUP = 32  # quantisation group: neighbouring weights that share a scale
 
 
 def save(
     module: nn.Module, config, base_sha256: str, folder: str | Path, name: str, bits: int = 16, **facts
 ) -> None:
-    """Write a module's trainable weights (float16) and its settings; both or neither appear.
+    """Write a module's trainable weights (float16) and its settings. Both files appear, or neither.
 
     Args:
         config: a dataclass of plain values.
-        bits: below 16, matrices are stored as integers of so many bits (`mx.quantize`, affine); loading
-            decodes them.
-        facts: what else should be kept beside it (steps, seconds, the command).
+        bits: below 16, matrices are quantised to this many bits (`mx.quantize`, affine); loading dequantises
+            them.
+        facts: further values for the JSON (steps, seconds, the command).
 
     Raises:
-        UserError: the folder cannot be written, and why.
+        UserError: the folder cannot be written.
     """
     folder = Path(folder)
     weights = {k: v.astype(mx.float16) for k, v in tree_flatten(module.trainable_parameters())}
@@ -48,10 +47,10 @@ def save(
 
 
 def read_settings(folder: str | Path, name: str, config_type: type):
-    """The settings of a saved module: (config, everything in the JSON).
+    """Read the settings of a saved module: (config, the whole JSON).
 
     Raises:
-        UserError: there is none, or its JSON cannot be used.
+        UserError: the module does not exist, or its JSON is invalid.
     """
     path = Path(folder) / f"{name}.json"
     if not path.exists():
@@ -59,7 +58,7 @@ def read_settings(folder: str | Path, name: str, config_type: type):
     try:
         text = parse_json(path.read_text(), parse_constant=_finite, parse_float=_finite)
         if text["format"] != FORMAT:
-            raise UserError(f"{path} was written by another version of this kit; train anew.")
+            raise UserError(f"{path} was written by another version of m2r2kit; train again.")
         known = {f.name for f in fields(config_type)}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in text["config"].items()}
         if unknown := values.keys() - known:
@@ -72,32 +71,32 @@ def read_settings(folder: str | Path, name: str, config_type: type):
         _check_facts(text)
         return config, text
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again or train anew.") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again or train again.") from error
 
 
 def note(folder: str | Path, name: str, **facts) -> None:
-    """Add facts to the JSON of a saved module, or put others in their place.
+    """Add facts to the JSON of a saved module, or replace them.
 
     Raises:
-        UserError: the folder cannot be written, and why.
+        UserError: the folder cannot be written.
     """
     path = Path(folder) / f"{name}.json"
     write_whole(path, json.dumps(parse_json(path.read_text()) | facts, indent=1) + "\n")
 
 
 def trained(folder: str | Path, name: str, config_type: type) -> dict:
-    """What training a saved module took: `parameters` (how many), `train_steps` and
-    `train_seconds`, each None where nobody noted it.
+    """The cost of training a saved module: `parameters` (their number), `train_steps` and `train_seconds`.
+    Each of the last two is None if the JSON does not hold it.
 
     Raises:
-        UserError: there is no such module, or it is damaged.
+        UserError: the module does not exist, or it is damaged.
     """
     text = read_settings(folder, name, config_type)[1]
     path = Path(folder) / f"{name}.safetensors"
     try:
         parameters = sum(weight.size for weight in _weights(path).values())  # lazy: reads no weights
     except (OSError, RuntimeError, ValueError, LookupError, ArithmeticError) as error:
-        raise UserError(f"{path} is missing or damaged; copy it again or train anew.") from error
+        raise UserError(f"{path} is missing or damaged; copy it again or train again.") from error
     return {
         "parameters": parameters,
         "train_steps": text.get("steps"),
@@ -106,10 +105,10 @@ def trained(folder: str | Path, name: str, config_type: type) -> dict:
 
 
 def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | Path, name: str) -> None:
-    """Fill a module with saved weights, in float32 on a CPU.
+    """Load saved weights into a module, as float32.
 
     Raises:
-        UserError: they belong to another model, or do not fit.
+        UserError: the weights belong to another model, or they do not fit.
     """
     if text["base_sha256"] != base_sha256:
         raise UserError(
@@ -119,17 +118,17 @@ def load_weights(module: nn.Module, text: dict, base_sha256: str, folder: str | 
     path = Path(folder) / f"{name}.safetensors"
     try:
         if _sha256(path) != text["weights_sha256"]:
-            raise ValueError("not the file that the JSON was written for")
+            raise ValueError("its SHA-256 is not that in the JSON")
         module.load_weights(list(_weights(path).items()))
         mx.eval(module.parameters())
     except (OSError, RuntimeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
-            f"{path} is missing, damaged or not of one piece with its JSON; copy both again or train anew."
+            f"{path} is missing, damaged or does not match its JSON; copy both again or train again."
         ) from error
 
 
 def _quantized(weights: dict[str, mx.array], bits: int) -> dict[str, mx.array]:
-    """Matrices as packed integers beside their scales and biases; other tensors as they are."""
+    """Replace matrices by packed integers, scales and biases; keep other tensors."""
     stored = dict(weights)
     for name, w in weights.items():
         if w.ndim == 2 and w.shape[-1] % GROUP == 0:
@@ -138,7 +137,7 @@ def _quantized(weights: dict[str, mx.array], bits: int) -> dict[str, mx.array]:
 
 
 def _weights(path: Path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file in float32, quantised ones decoded; lazy."""
+    """The tensors of a safetensors file in float32, dequantised; lazy."""
     stored = {k: v if v.dtype == mx.uint32 else v.astype(mx.float32) for k, v in mx.load(str(path)).items()}
     for name in [name for name, w in stored.items() if w.dtype == mx.uint32]:
         scales, biases = stored.pop(f"{name}.scales"), stored.pop(f"{name}.biases")
@@ -153,14 +152,14 @@ def _sha256(path: Path) -> str:
 
 
 def _finite(number: str) -> float:
-    """A number of a JSON; raises ValueError for NaN and infinity, which Python's JSON allows."""
+    """Parse a JSON number; raise ValueError for NaN and infinity, which Python's JSON accepts."""
     if not math.isfinite(value := float(number)):
-        raise ValueError(f"{number} is no number that it can hold")
+        raise ValueError(f"{number} is not a finite number")
     return value
 
 
 def _check_facts(text: dict) -> None:
-    """Check what commands note beside the settings. Raises ValueError for what they never write."""
+    """Check the facts that commands write beside the settings; raise ValueError for invalid ones."""
     for name, is_right in FACTS.items():
         if name in text and not is_right(text[name]):
             raise ValueError(f"{name} is {text[name]!r:.60}")
@@ -188,7 +187,7 @@ def _drafts(value) -> bool:
 
 
 def _use(value) -> bool:
-    """Exits in use by method, as indices; None is all of them."""
+    """Exits in use by method, as indices; None means all of them."""
     return isinstance(value, dict) and all(
         exits is None or (isinstance(exits, list) and exits and all(map(_count, exits)))
         for exits in value.values()
@@ -196,8 +195,9 @@ def _use(value) -> bool:
 
 
 def _calibration(value) -> bool:
-    """What each threshold risks after the same words, and if measured how much of freely decoded answers
-    differs; by way of filling skipped blocks."""
+    """By fill: the thresholds, the mean loss at each, and, if measured, the fraction of differing tokens in
+    freely decoded answers.
+    """
     return isinstance(value, dict) and all(
         isinstance(known, dict)
         and _count(known["texts"])
@@ -209,7 +209,7 @@ def _calibration(value) -> bool:
 
 
 MOST_DRAFTS = 1024
-FACTS = {  # what commands note in a JSON, and whether a value can be that
+FACTS = {  # facts that commands write into a JSON, and a check for each
     "steps": _count,
     "train_seconds": _seconds,
     "asked": lambda value: isinstance(value, dict),
@@ -224,7 +224,7 @@ FACTS = {  # what commands note in a JSON, and whether a value can be that
 
 
 def _fits(value, default) -> bool:
-    """Whether a setting from JSON has the type of its default (None: a number or nothing)."""
+    """True if a setting from JSON has the type of its default (None: a number or None)."""
     if default is None or isinstance(default, float):
         return type(value) in (int, float) or (value is None and default is None)
     if isinstance(default, tuple):

@@ -1,15 +1,15 @@
-"""Distil a small module against the frozen model: the model is its own teacher.
+"""Distil a small module from the frozen model: the model is its own teacher.
 
-Each window of text takes one teacher forward, whose states, keys and values stay in memory as a teacher
-batch; the small module then learns from the same batches for several rounds, because a forward through
-all blocks costs far more than one step of training.
+Each batch of text windows takes one teacher forward. Its states, keys and values stay in memory as a teacher
+batch, and the small module trains on the same batches for several epochs, because a forward through all
+blocks costs far more than one training step.
 
-Loss, for each exit E (notebook 02):
+Loss for each exit E (notebook 02):
 
     KL(softmax H nu(h_N) || softmax H nu(p_E))  +  weight * mean over l of 1 - cos(p_l, h_tau(l))
 
-summed over the drafts of a chain, as it is decoded: the first draft knows the model's states of all
-tokens before it, each further one has the stream's own p_E in the place of the newest (`chain`).
+summed over the drafts of a chain, as in decoding: the first draft reads the model's states of all earlier
+tokens; each further draft reads the stream's own p_E in place of the newest state (`chain`).
 """
 
 import math
@@ -31,16 +31,28 @@ from .stream import AcceleratedStream, intervals, shifted, tau
 
 @dataclass
 class DistilConfig:
-    """Settings of `train stream`."""
+    """Settings of distillation.
+
+    Attributes:
+        steps: optimiser steps.
+        first_step: step at which a resumed run continues.
+        first_seconds: seconds that the resumed run had already taken.
+        learning_rate: peak rate of AdamW.
+        warmup: steps of linear warm-up.
+        align_weight: weight of 1 - cos(p_l, h_tau(l)) in the loss.
+        ahead: drafts of a chain in the loss; the gradient passes through all of them.
+        positions: positions of each window whose logits are compared, drawn anew for each draft.
+        seed: of the order of batches and of the positions.
+    """
 
     steps: int = 2000
-    first_step: int = 0  # where an interrupted run goes on
-    first_seconds: float = 0.0  # that it had taken by then
-    learning_rate: float = 4e-3  # the peak; AdamW
+    first_step: int = 0
+    first_seconds: float = 0.0
+    learning_rate: float = 4e-3
     warmup: int = 50
     align_weight: float = 0.1
-    ahead: int = 3  # drafts of a chain that are learnt from; the gradient passes through all of them
-    positions: int = 64  # tokens of each row whose logits are compared, drawn anew for each draft
+    ahead: int = 3
+    positions: int = 64
     seed: int = 0
 
 
@@ -48,7 +60,7 @@ class DistilConfig:
 
 
 class KeptKV:
-    """Keys and values of one block, as the stream reads them (`keys_and_values`, `offset`)."""
+    """Keys and values of one block, with the part of a layer cache's interface that the stream reads."""
 
     def __init__(self, keys, values):
         self.keys, self.values = keys, values
@@ -70,7 +82,9 @@ class TeacherBatch:
 def teacher_batch(
     backbone: Backbone, windows: np.ndarray, depths: set[int], blocks: set[int]
 ) -> TeacherBatch:
-    """One teacher forward over windows (B, T): the states at `depths`, the keys and values of `blocks`."""
+    """Run one teacher forward over windows (B, T); keep the states at `depths`, and the keys and values of
+    `blocks`.
+    """
     tokens = mx.array(windows)
     cache = backbone.new_cache()
     states = backbone.states(tokens, cache)
@@ -81,7 +95,7 @@ def teacher_batch(
 
 
 def needs(stream: AcceleratedStream) -> tuple[set[int], set[int]]:
-    """Depths of the states and blocks of the keys that a teacher batch must hold to train a stream."""
+    """Depths whose states and blocks whose keys and values a teacher batch must hold to train a stream."""
     depth, config = stream._backbone.depth, stream.config
     depths, blocks = {depth}, set()
     for a, b in intervals(config):
@@ -95,7 +109,7 @@ def needs(stream: AcceleratedStream) -> tuple[set[int], set[int]]:
 # --- losses ---------------------------------------------------------------------------------
 
 
-exp = mx.compile(row_exp)  # outside a compiled step it would be twenty passes over the logits
+exp = mx.compile(row_exp)  # uncompiled, it would pass over the logits twenty times
 
 
 @mx.custom_function
@@ -122,14 +136,15 @@ def divergence(
     read: Callable | None = None,
     among: np.ndarray | None = None,
 ) -> mx.array:
-    """Mean KL from the model's distribution to another's, without the model's entropy: the loss of the
-    stream and of every baseline, at `settings.positions` tokens a row, drawn anew each time.
+    """Mean KL from the model's distribution to the student's, without the model's entropy. The loss of the
+    stream and of every baseline. It compares `settings.positions` positions a sequence, drawn anew at each
+    call.
 
     Args:
-        guess: states (B, T, D') that are to say what the model's last states say.
-        final: the model's states h_N there, (B, T, D).
-        read: logits of such a guess; by default the model's norm and head.
-        among: the tokens to draw from, as indices 0..B T - 1; by default all.
+        guess: the student's states (B, T, D').
+        final: the model's states h_N at the same positions, (B, T, D).
+        read: maps the student's states to logits; by default the model's norm and head.
+        among: positions to draw from, as indices 0..B T - 1; by default all.
     """
     count = settings.positions * final.shape[0]
     guess, final = (x.reshape(-1, x.shape[-1]) for x in (guess, final))
@@ -140,12 +155,12 @@ def divergence(
 
 
 def cosine(x: mx.array, y: mx.array) -> mx.array:
-    """Cosine of the last axis."""
+    """Cosine similarity along the last axis."""
     return (x * y).sum(-1) * mx.rsqrt((x * x).sum(-1) * (y * y).sum(-1) + 1e-12)
 
 
 def targets_of(states, a: int, b: int, depth: int, rate: float | None) -> list[mx.array]:
-    """h_tau(l) for l = a + 1 .. b: the states that p_l approximates."""
+    """h_tau(l) for l = a + 1 .. b: the targets of p_l."""
     return [states[tau(l, a, b, depth, rate)] for l in range(a + 1, b + 1)]
 
 
@@ -155,10 +170,11 @@ def off_target(path: list[mx.array], targets: list[mx.array]) -> list[mx.array]:
 
 
 def chain(stream: AcceleratedStream, batch: TeacherBatch, ahead: int, exit: int | None = None):
-    """The drafts of a chain at all tokens at once: `ahead` lists p_a .. p_E, each (B, T, D).
+    """The drafts of a chain after every position at once: yields `ahead` lists p_a .. p_E, each (B, T, D).
 
-    The j-th (from 1) at token t is the draft after t where t and the j - 2 tokens before it are drafts
-    themselves: the model has verified the others, and p_E stands for its last state at t - 1.
+    Draft j (from 1) at position t is the one after token t when t and the j - 2 tokens before it are drafts
+    themselves. The earlier tokens are verified, and p_E of the previous draft replaces the model's last
+    state at t - 1.
     """
     carries = stream.config.carry
     before = shifted(batch.states[stream._backbone.depth]) if carries else None
@@ -169,13 +185,13 @@ def chain(stream: AcceleratedStream, batch: TeacherBatch, ahead: int, exit: int 
         before = shifted(p[-1]) if carries else None
 
 
-FADES = 0.8  # each further draft counts so much less: it is reached only if the ones before were right
+FADES = 0.8  # weight of each further draft: decoding reaches it only if the earlier ones are accepted
 
 
 def stream_loss(
     stream: AcceleratedStream, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator
 ) -> mx.array:
-    """The loss above, summed over the exits and drafts; one number."""
+    """The loss of this module's docstring, summed over exits and drafts; a scalar."""
     backbone, config = stream._backbone, stream.config
     depth, final = backbone.depth, batch.states[backbone.depth]
     total = 0.0
@@ -194,33 +210,33 @@ def stream_loss(
 
 @dataclass
 class History:
-    """Losses of a run, and what it took."""
+    """The losses of a run, and its duration."""
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def own_loss(module: nn.Module, *asked) -> mx.array:
-    """`module.loss(batch, config, rng)`, for `distil`."""
+    """Call `module.loss(batch, config, rng)`; the `loss` argument of `distil`."""
     return module.loss(*asked)
 
 
 def distil(
     module: nn.Module, loss, batches: list[TeacherBatch], config: DistilConfig, report=None, seconds=math.inf
 ) -> History:
-    """Train a small module on teacher batches, in rounds, with AdamW and a cosine rate.
+    """Train a small module on teacher batches, in epochs, with AdamW and a cosine schedule.
 
-    Among several processes (`parallel.py`) each brings batches of its own, as many as the others.
+    With several processes (`parallel.py`) each passes its own batches, as many as the others.
 
     Args:
         module: its trainable parameters change in place.
-        loss: (module, batch, config, rng) -> one number; `own_loss` for a module that has a `loss`.
+        loss: (module, batch, config, rng) -> scalar; `own_loss` for a module with a `loss` method.
         report: called with (step, loss) after each step.
-        seconds: stop early after this long, `first_seconds` included; the rate falls with time as with
-            steps.
+        seconds: time limit, `first_seconds` included; the learning rate follows whichever of steps and time
+            is further on.
 
     Raises:
-        UserError: the loss became infinite or not a number.
+        UserError: the loss became infinite or NaN.
     """
     rng = np.random.default_rng(config.seed)
     optimizer = optim.AdamW(learning_rate=config.learning_rate, betas=[0.9, 0.98], weight_decay=0.0)
@@ -241,7 +257,7 @@ def distil(
         mx.eval(value, module.parameters(), optimizer.state)
         if not math.isfinite(value.item()):
             raise UserError(
-                f"Training diverged: the loss is not a number at step {step}; "
+                f"Training diverged: the loss is not finite at step {step}; "
                 "use larger batches (--batch) or another --seed."
             )
         history.losses.append(value.item())

@@ -1,4 +1,4 @@
-"""How early the model's answer can be read: agreement and cosines, by depth and by readout."""
+"""Agreement with the model's final token and cosine to its states, by depth and by readout."""
 
 import mlx.core as mx
 import numpy as np
@@ -9,14 +9,15 @@ from .stream import AcceleratedStream, tau
 
 
 def agreement(backbone: Backbone, state: mx.array, final: mx.array) -> float:
-    """Share of the tokens whose likeliest next token is the same from `state` as from h_N; (B, T, D) each."""
+    """Fraction of positions at which `state` and h_N predict the same token; both are (B, T, D)."""
     mine, right = (mx.argmax(backbone.head(x), axis=-1) for x in (state, final))
     return (mine == right).mean().item()
 
 
 def by_depth(backbone: Backbone, tokens: np.ndarray) -> dict[str, list[float]]:
-    """The logit lens: for each depth l = 0..N of windows (B, T), `agreement` of H nu(h_l) with the
-    final token, and `cosine` of h_l with h_N."""
+    """The logit lens on windows (B, T): for each depth l = 0..N, `agreement` of H nu(h_l) with the final
+    token, and `cosine` of h_l with h_N.
+    """
     states = backbone.states(mx.array(tokens))
     final = states[-1]
     return {
@@ -26,10 +27,11 @@ def by_depth(backbone: Backbone, tokens: np.ndarray) -> dict[str, list[float]]:
 
 
 def of_readout(backbone: Backbone, readout, batches: list[TeacherBatch]) -> dict:
-    """Agreement, cross-entropy against the model's own choice, and cosine to h_N of a readout.
+    """`agreement` of a readout, its `cross_entropy` against the model's greedy token in nats, and its
+    `cosine_final` to h_N.
 
     Args:
-        readout: batch -> (B, T, D), what the head reads.
+        readout: maps a teacher batch to the state that the head reads, (B, T, D).
     """
     totals = np.zeros(3)
     for batch in batches:
@@ -48,7 +50,7 @@ def of_readout(backbone: Backbone, readout, batches: list[TeacherBatch]) -> dict
 def of_stream(
     backbone: Backbone, stream: AcceleratedStream, batches: list[TeacherBatch], exit: int | None = None
 ) -> dict:
-    """`of_readout` for p_E, and by block the cosine of p_l to h_tau(l) beside that of h_l."""
+    """`of_readout` and `of_chain` for p_E, and for each block the cosine to h_tau(l) of p_l and of h_l."""
     exit = exit or stream.config.exits[0]
     a, b = stream.interval(exit)
     figures = of_readout(backbone, lambda x: stream(x.states, x.cache, exit=exit)[-1], batches)
@@ -62,20 +64,22 @@ def of_stream(
     return figures | of_chain(backbone, stream, batches, exit)
 
 
-AHEAD = 6  # drafts of the chains below
+AHEAD = 6  # drafts of a chain in `of_chain`
 
 
 def of_chain(backbone: Backbone, stream: AcceleratedStream, batches: list[TeacherBatch], exit: int) -> dict:
-    """What chains of `AHEAD` drafts would yield from all tokens of rows that the model wrote: `chain_tau`,
-    tokens a verification, and `chain_acceptance`, a_1 .. of each draft after those before it were right."""
+    """Simulate chains of `AHEAD` drafts after every position of text that the model generated: `chain_tau`
+    is the number of tokens a verification yields; `chain_acceptance` holds a_1 .. a_AHEAD, the acceptance
+    rate of each draft given that the earlier ones are accepted.
+    """
     right = []
     for batch in batches:
         T = batch.tokens.shape[1]
         final = mx.argmax(backbone.head(batch.states[backbone.depth]), axis=-1)
         drafts = [mx.argmax(backbone.head(p[-1]), axis=-1) for p in chain(stream, batch, AHEAD, exit)]
-        # draft j of the chain that begins at token t stands at t + j
+        # draft j of the chain after position t is at position t + j
         same = [np.array(d == final)[:, j : T - AHEAD + j + 1] for j, d in enumerate(drafts)]
         right.append(np.cumprod(np.stack(same, axis=-1), axis=-1).reshape(-1, AHEAD))
-    reached = np.concatenate(right).mean(axis=0)  # share of chains that are right up to draft j
+    reached = np.concatenate(right).mean(axis=0)  # fraction of chains that are right up to draft j
     a = reached / np.maximum(np.concatenate([[1.0], reached[:-1]]), 1e-9)
     return {"chain_tau": float(1 + reached.sum()), "chain_acceptance": a.tolist()}

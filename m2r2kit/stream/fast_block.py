@@ -1,12 +1,12 @@
-"""One step of the accelerated stream: what a fast block is made of.
+"""The fast block: one step of the accelerated stream.
 
-    block       the base block, with a change of its matrices, of full or low rank
-    attention   the base attention, likewise, without the base FFN
+    block       the base block with trained changes of its matrices, of full or low rank
+    attention   the base attention with such changes, without the base FFN
     adapter     neither
 
-Beside each, if asked for, attention to a deeper block's keys, and after it a small FFN of its own. In
-a `block` that attention may also stand in the place of the base attention (`StreamConfig.near`).
-All that is new starts as "change nothing" (`residuals.py`).
+Optional parts: attention to the keys and values of a deeper block, and a small FFN at the end. In a `block`,
+that deep attention replaces the base attention, unless `StreamConfig.near` keeps both. All new parts are
+zero at initialisation, so they change nothing (`stream.py`).
 """
 
 import copy
@@ -23,11 +23,11 @@ from ..model.compiled import attention, product
 
 
 class SharedKV:
-    """The layer cache that a block gets when p passes it: it reads the slow one and writes nothing.
+    """The layer cache that a block sees when p passes it: it reads the slow cache and writes nothing.
 
     Args:
         slow: layer cache of the slow stream, which already holds the tokens of p.
-        positions: number of tokens of p: the newest of the slow stream.
+        positions: number of positions of p, the newest of the slow stream.
     """
 
     def __init__(self, slow, positions: int):
@@ -39,19 +39,19 @@ class SharedKV:
 
 
 def one_token_mask(layer_cache):
-    """What one new token may look at: everything, or of a cache of fixed size what is filled."""
+    """The attention mask of one new token: None, or for a cache of fixed size the filled positions."""
     return layer_cache.make_mask(1) if isinstance(layer_cache, FixedKV) else None
 
 
 def seen(layer_cache, verified):
-    """Keys and values of a layer cache at the first `verified` positions: (keys, values, mask).
+    """The first `verified` positions of a layer cache: (keys, values, mask).
 
     Args:
-        verified: one number for a single new token, or (T,) or (B, T) for whole sequences, one a token; then
-            the mask is additive, (T, T) or (B, 1, T, T).
+        verified: an int for a single new token, or (T,) or (B, T) for whole sequences, one for each
+            position. The mask is then additive, (T, T) or (B, 1, T, T).
 
-    While nothing is verified a token sees position 0, because attention needs one; before the very first
-    token there is none, and keys and values are None.
+    If nothing is verified, a token sees position 0, because attention needs at least one. Before the first
+    token the cache is empty, and all three are None.
     """
     if getattr(verified, "ndim", 0):
         keys, values = layer_cache.keys_and_values()
@@ -67,11 +67,13 @@ def seen(layer_cache, verified):
     return layer_cache.keys[..., :count, :], layer_cache.values[..., :count, :], None
 
 
-# --- changes of frozen matrices -------------------------------------------------------------
+# --- deltas of frozen matrices --------------------------------------------------------------
 
 
 class Delta(nn.Module):
-    """x -> x A B, zero at the start: A (in, r), B (r, out); x -> x B with B (in, out) if no rank is given."""
+    """x -> x A B, with A (in, r) and B (r, out); x -> x B with B (in, out) if rank is None. B is zero at
+    initialisation.
+    """
 
     def __init__(self, inputs: int, outputs: int, rank: int | None):
         super().__init__()
@@ -88,7 +90,7 @@ class Delta(nn.Module):
 
 
 class Changed(nn.Module):
-    """A frozen matrix with its change."""
+    """A frozen linear layer plus its delta."""
 
     def __init__(self, base: nn.Module, delta: Delta):
         super().__init__()
@@ -100,12 +102,12 @@ class Changed(nn.Module):
 
 
 class Merged(nn.Module):
-    """A frozen matrix and its change as one product."""
+    """A frozen linear layer and its delta as one matrix product."""
 
     def __init__(self, base: nn.Linear, delta: Delta | None):
         super().__init__()
         matrix = base.weight.T if delta is None else base.weight.T + delta.matrix()
-        self._matrix = mx.contiguous(matrix)  # (in, out), the order that few_rows.c is fastest in
+        self._matrix = mx.contiguous(matrix)  # (in, out), the fastest order for few_rows.c
         self._bias = base.bias if "bias" in base else None
         mx.eval(self._matrix)
 
@@ -114,11 +116,11 @@ class Merged(nn.Module):
         return y if self._bias is None else y + self._bias
 
 
-SMALL_BLOCK = 1 << 20  # parameters of a block that may be kept a second time, to save operations
+SMALL_BLOCK = 1 << 20  # a block of at most this many parameters is copied to save operations
 
 
 def is_small(block: nn.Module) -> bool:
-    """Whether a block's matrices may be merged with their changes: small, in float32, on a CPU."""
+    """True if a block's matrices may be merged with their deltas: small, float32, on the CPU."""
     weights = [w for _, w in tree_flatten(block.parameters())]
     quantized = any(isinstance(m, nn.QuantizedLinear) for m in block.modules())
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -134,7 +136,7 @@ def _matrix_shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def changed(module: nn.Module, make, path: str = "") -> nn.Module:
-    """A copy of a module that shares its weights; `make(matrix, name)` says what takes a matrix's place."""
+    """A copy of a module that shares its weights; `make(linear, name)` replaces each linear layer."""
     clone = copy.copy(module)
     for name, child in module.children().items():
         inner = f"{path}{name}"
@@ -146,7 +148,9 @@ def changed(module: nn.Module, make, path: str = "") -> nn.Module:
 
 
 def new_deltas(module: nn.Module, rank: int | None) -> dict[str, Delta]:
-    """A change for each matrix that p uses; its own keys and values would be thrown away."""
+    """A delta for each linear layer that p uses; keys and values come from the slow stream, so theirs need
+    none.
+    """
     found = {}
     if rank == 0:
         return found
@@ -160,7 +164,7 @@ def new_deltas(module: nn.Module, rank: int | None) -> dict[str, Delta]:
 
 
 class SmallFFN(nn.Module):
-    """Up s(Down norm(p)), zero at the start."""
+    """p -> Up silu(Down norm(p)); Up is zero at initialisation."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -174,10 +178,11 @@ class SmallFFN(nn.Module):
 
 
 class Carry(nn.Module):
-    """What p takes along from the token before: the model's last state there, h_N, or where the model
-    has not been yet, p_E, which stands for it. Adds norm(state) C to p_0; zero at the start.
+    """Adds norm(state) C to p_0, where `state` is the last state of the previous token: h_N if the model has
+    verified it, else p_E. C is zero at initialisation.
 
-    The recurrence is EAGLE's (arXiv 2401.15077, section 3), which begins a draft from the last state."""
+    The recurrence is EAGLE's (arXiv 2401.15077, section 3), which starts a draft from the last state.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -189,15 +194,15 @@ class Carry(nn.Module):
 
 
 class DeepAttention(nn.Module):
-    """Attention of p to the slow keys and values of a deeper block, of verified tokens only.
+    """Attention of p to the slow keys and values of a deeper block, verified tokens only.
 
-    p_l stands for a deeper state than h_l, and a deeper block's keys say more of what was read
-    than block l's. Tokens drafted and not yet verified have none there, and are left out.
+    p_l approximates a deeper state than h_l, so the keys of a deeper block fit it better than those of block
+    l. Drafted tokens have no keys there until they are verified.
     """
 
     def __init__(self, attention: nn.Module, width: int, heads: int, head_dim: int):
         super().__init__()
-        self._attention = attention  # for its scale and rotary embedding
+        self._attention = attention  # its scale and rotary embedding are used
         self.norm = nn.RMSNorm(width)
         self.q = mx.random.normal((width, heads * head_dim)) * width**-0.5
         self.o = mx.zeros((heads * head_dim, width))
@@ -214,14 +219,19 @@ class DeepAttention(nn.Module):
 
 
 class FastBlock(nn.Module):
-    """One step of p: block l of a model, by the stream's settings (`residuals.StreamConfig`);
-    `read` is the deeper slow block whose keys it reads, if any, `near` whether it reads block l's."""
+    """One step of p through block l of a model.
+
+    Args:
+        read: the deeper slow block whose keys and values it reads, or None.
+        near: whether it also reads those of block l.
+        config: the stream's settings (`stream.StreamConfig`).
+    """
 
     def __init__(self, backbone: Backbone, l: int, read: int | None, near: bool, config):
         super().__init__()
         block, parts = backbone.blocks[l], backbone.parts
         self._norm_after, self.read = parts.norm_after, read
-        self._part = None  # what of the base block p passes
+        self._part = None  # the part of the base block that p passes
         if config.form == "block" and near:
             self._part, base = "block", block
         elif config.form == "block":
@@ -244,20 +254,21 @@ class FastBlock(nn.Module):
         return Changed(matrix, self.deltas[name]) if name in self.deltas else matrix
 
     def merged(self) -> nn.Module | None:
-        """The base block with its current changes merged, for decoding; None if that saves nothing. Make it
-        anew after training."""
+        """The base block merged with its current deltas, for decoding; None if merging saves nothing. Call
+        it again after training.
+        """
         if self._part not in ("block", "ffn") or not is_small(self._unchanged):
             return None
         return changed(self._unchanged, lambda matrix, name: Merged(matrix, self.deltas.get(name)))
 
     def __call__(self, p, near: tuple | None, deep: tuple | None, merged: nn.Module | None = None):
-        """p_l -> p_{l+1}, where it reads block l's keys after the slow stream has left them there.
+        """p_l -> p_{l+1}. If it reads the keys of block l, the slow stream must have written them.
 
         Args:
             p: p_l, (B, T, D).
-            near: the slow keys and values of block l (`SharedKV`), and a mask as mlx-lm's blocks take it.
+            near: the slow layer cache of block l (`SharedKV`), and a mask as mlx-lm's blocks take it.
             deep: (keys, values, offset, mask) for `DeepAttention`.
-            merged: what `merged` gave, to stand for the part of the base block with its changes.
+            merged: the result of `merged`, which replaces the base block and its deltas.
         """
         added = self.deep(p, *deep).astype(p.dtype) if "deep" in self else 0
         base = merged or self._base if self._part else None
@@ -274,34 +285,37 @@ class FastBlock(nn.Module):
         return self.after_attention(p)
 
     def after_attention(self, p):
-        """What is left to do when p has passed the base block's part: (B, T, D) -> same."""
+        """The rest of the step after the base block's part: (B, T, D) -> same."""
         return p + self.ffn(p).astype(p.dtype) if "ffn" in self else p
 
     @property
     def begins_at_u(self) -> bool:
         """True if p's attention output at the start of an interval equals the base model's u_l and can be
-        reused."""
+        reused.
+        """
         return self._part == "attention" and not self.deltas and self.read is None
 
     def macs(self) -> int:
-        """Multiply-accumulates for one token."""
+        """Multiply-accumulates of one token."""
         parts = self.ffn.down.size + self.ffn.up.size if "ffn" in self else 0
         parts += self.deep.q.size + self.deep.o.size if "deep" in self else 0
         return parts + (matrix_sizes(self._unchanged) if self._part else 0)
 
     def _around(self, part, p):
-        """A part of the base block with its norms, before it, after it or both as the family has them."""
+        """Apply a part of the base block with its norms, which the model family places before it, after it,
+        or both.
+        """
         y = self._norm(part(p)) if self._norm_after else part(self._norm(p))
         return self._out(y) if self._out is not None else y
 
 
 def matrix_sizes(module: nn.Module) -> int:
-    """Number of weights in a module's matrices: the products for one token."""
+    """Number of weights in a module's matrices: its multiply-accumulates for one token."""
     return sum(w.size for _, w in tree_flatten(module.parameters()) if w.ndim == 2)
 
 
 def own_ffn(config, width: int) -> int:
-    """Width of the FFN that a fast block has on top of what its form gives it; 0 for none."""
+    """Hidden width of the FFN that a fast block adds to its form; 0 for none."""
     if config.ffn_width is not None:
         return config.ffn_width
     return 0 if config.form == "block" else 4 * width

@@ -1,12 +1,12 @@
-"""What else could be read at an exit, with as many parameters as the stream.
+"""Baselines of the stream: other readouts at an exit, with as many parameters.
 
-| readout | what it reads | kin |
+| readout | state that the head reads | related to |
 |---|---|---|
-| `Bare` | h_E as it is | logit lens, LayerSkip's draft |
-| `WideHead` | h_E + Up s(Down norm(h_E)) | tuned lens, Medusa's first head |
+| `Bare` | h_E | logit lens, LayerSkip's draft |
+| `WideHead` | h_E + Up silu(Down norm(h_E)) | tuned lens, Medusa's first head |
 | `ExtraBlock` | one more transformer block on h_E | Kangaroo, EESD |
 
-Each has the stream's interface for training: (batch) -> the state that the head reads.
+Each is called with a teacher batch and returns the state (B, T, D).
 """
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from .fast_block import SmallFFN, head_dim
 
 
 class Bare(nn.Module):
-    """The residual at the exit, as it is. Nothing to train."""
+    """The hidden state at the exit, unchanged. It has no parameters."""
 
     def __init__(self, exit: int):
         super().__init__()
@@ -28,7 +28,7 @@ class Bare(nn.Module):
 
 
 class WideHead(nn.Module):
-    """A residual layer before the head; its hidden width makes up the number of parameters."""
+    """A residual layer before the head; its hidden width follows from the number of parameters."""
 
     def __init__(self, backbone: Backbone, exit: int, parameters: int):
         super().__init__()
@@ -41,7 +41,7 @@ class WideHead(nn.Module):
 
 
 class ExtraBlock(nn.Module):
-    """One transformer block of its own on h_E, with keys and values of its own."""
+    """One more transformer block on h_E, with its own keys and values."""
 
     def __init__(self, backbone: Backbone, exit: int, parameters: int):
         super().__init__()

@@ -1,9 +1,9 @@
-"""What an accelerated block may compute, by name."""
+"""The forms of an accelerated block, by name."""
 
 from ..common import Entry, registry
 
 FORMS = registry(
-    Entry("block", "the base block with a change of its matrices"),
-    Entry("attention", "attention to the slow keys and values, and a small FFN of its own"),
-    Entry("adapter", "a small FFN of its own"),
+    Entry("block", "the base block with trained changes of its matrices"),
+    Entry("attention", "attention to the slow keys and values, and a small FFN"),
+    Entry("adapter", "a small FFN only"),
 )

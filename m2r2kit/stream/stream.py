@@ -1,16 +1,16 @@
-"""The hall: a residual stream that runs ahead of the model's own (M2R2, arXiv 2502.02040).
+"""The accelerated residual stream (M2R2, arXiv 2502.02040).
 
-The slow stream h is the unchanged model. The accelerated stream p starts as h and passes the
-same few blocks, but each of its steps stands for R steps of the slow one:
+The slow stream h is the unchanged model. The accelerated stream p starts at h and passes the same blocks,
+but each of its steps approximates R steps of the slow stream:
 
-    p_a     = h_a                                    (identity start of an interval a..b)
+    p_a     = h_a                                    (start of an interval a..b)
     p_{l+1} = FastBlock_l(p_l ; K, V of the slow stream)
     p_l     ~ h_{tau(l)},  tau(l) = min(N, a + R (l - a))
 
-It owns no KV cache: queries come from p, keys and values from h. Everything trained is small
-and the model is frozen, so whatever the model verifies is the model's own output.
+It has no KV cache of its own: queries come from p, keys and values from h. The model is frozen and only
+small modules are trained, so verified tokens are the model's own.
 
-We worked from the paper's abstract and texts about it; the equations are our reconstruction
+The equations are our reconstruction from the paper's abstract and from texts about it
 (`data/paper/choices.toml`).
 """
 
@@ -33,21 +33,21 @@ class StreamConfig:
     """Settings of an accelerated stream.
 
     Attributes:
-        form: FastBlock: `block` (the base block with a change of its matrices), `attention`
-            (shared-KV attention, own small FFN) or `adapter` (own small FFN only).
-        exits: depths E_1 < E_2 < .. at which p is read; each begins a new interval, in which
-            p starts again as h.
-        span: blocks of each interval, the last ones before its exit; None: all since the exit before.
-        rate: R; None means that p reaches the end of the model at every exit. 1 is the control.
-        rank: rank of the change of each base matrix; None is full rank, which costs nothing in decoding
-            where it is merged; 0 changes nothing.
-        ffn_width: width of the fast block's own FFN; 0 switches it off, and None is the form's
-            own: none for `block`, 4 D for the others.
+        form: the fast block: `block` (the base block with trained changes of its matrices), `attention`
+            (attention to the slow keys and values, and a small FFN) or `adapter` (a small FFN only).
+        exits: depths E_1 < E_2 < .. at which p is read; each ends an interval, and p starts the next one at
+            h.
+        span: length of each interval in blocks; None starts each interval at the previous exit.
+        rate: R; None is the rate at which p reaches depth N at every exit. 1 is the control.
+        rank: rank of the change of each base matrix; None is full rank, which is free in decoding where it
+            is merged; 0 is no change.
+        ffn_width: hidden width of the fast block's FFN; 0 disables it; None is the form's default: 0 for
+            `block`, 4 D for the others.
         deep: relative depth (0 to 1, from a to N) of the block whose KV cache p also reads, verified tokens
             only; 0 disables it.
         near: also attend to block l's own KV, drafted tokens included. Always on if `deep` is 0 or the form
-            is `attention`. Without it a draft needs only what the model has verified.
-        carry: p also begins with the last state of the token before it (`fast_blocks.Carry`).
+            is `attention`. Without it a draft reads only what the model has verified.
+        carry: p also starts from the last state of the previous token (`fast_block.Carry`).
     """
 
     form: str = "block"
@@ -62,18 +62,18 @@ class StreamConfig:
 
 
 def intervals(config: StreamConfig) -> list[tuple[int, int]]:
-    """The (a, b) of each interval: 0..E_1, E_1..E_2, .., or their last `span` blocks."""
+    """The (a, b) of each interval: 0..E_1, E_1..E_2, .., each at most `span` blocks long."""
     ends = zip((0, *config.exits[:-1]), config.exits, strict=True)
     return [(max(a, b - (config.span or b)), b) for a, b in ends]
 
 
 def reads_near(config: StreamConfig) -> bool:
-    """Whether p reads the slow keys of its own blocks, which then have to be there for drafted tokens."""
+    """True if p reads the slow keys and values of its own blocks, which drafted tokens must then compute."""
     return config.form == "attention" or (config.form == "block" and (config.near or not config.deep))
 
 
 def tau(l: int, a: int, b: int, depth: int, rate: float | None) -> int:
-    """The slow depth that p_l stands for, inside the interval a..b of a model of `depth` blocks."""
+    """The slow depth that p_l approximates, in the interval a..b of a model of `depth` blocks."""
     R = (depth - a) / (b - a) if rate is None else rate
     return min(depth, a + round(R * (l - a)))
 
@@ -85,11 +85,11 @@ class AcceleratedStream(nn.Module):
     """The accelerated residual stream of a model.
 
     Args:
-        backbone: the frozen model that it belongs to.
-        config: its settings.
+        backbone: the frozen model.
+        config: the stream's settings.
 
     Raises:
-        UserError: a form or an exit that this model cannot have.
+        UserError: the model cannot have this form, or one of these exits.
     """
 
     def __init__(self, backbone: Backbone, config: StreamConfig):
@@ -104,7 +104,7 @@ class AcceleratedStream(nn.Module):
         self.fast = list(blocks.values())
         if config.carry:
             self.carry = Carry(backbone.width)
-        # plain attributes, as MLX takes a module's dicts and lists for parameters
+        # plain attributes: MLX treats a module's dicts and lists as parameters
         object.__setattr__(self, "_traced", {})
         object.__setattr__(self, "_places", places(self))
         object.__setattr__(self, "_blocks", blocks)
@@ -116,7 +116,11 @@ class AcceleratedStream(nn.Module):
         return sum(v.size for _, v in tree_flatten(self.trainable_parameters()))
 
     def interval(self, exit: int) -> tuple[int, int]:
-        """The interval that ends at an exit."""
+        """The interval (a, b) that ends at an exit.
+
+        Raises:
+            UserError: the stream has no such exit.
+        """
         for a, b in intervals(self.config):
             if b == exit:
                 return a, b
@@ -125,26 +129,27 @@ class AcceleratedStream(nn.Module):
         )
 
     def block(self, l: int) -> FastBlock:
-        """The fast block that takes p_l to p_{l+1}."""
+        """The fast block that maps p_l to p_{l+1}."""
         return self._blocks[l]
 
     def slow_depth(self, exit: int) -> int:
-        """Number of slow blocks that a draft at an exit runs; verification resumes there. Where p reads
-        the keys of its own blocks, the last of them computes only these keys."""
+        """Number of slow blocks that a draft at an exit runs; verification resumes there. If p reads the
+        keys of its own blocks, the last of them computes only its keys and values.
+        """
         a, b = self.interval(exit)
         return b - 1 if reads_near(self.config) else a
 
     def __call__(self, states, cache, verified=None, exit: int | None = None, before=None) -> list[mx.array]:
-        """p_a .. p_E over whole sequences, for training and for measuring.
+        """p_a .. p_E over whole sequences, for training and evaluation.
 
         Args:
-            states: the slow states h_0, h_1, .. up to the exit at least, each (B, T, D).
+            states: the slow states h_0, h_1, .. at least up to the exit, each (B, T, D).
             cache: the slow KV cache after the same tokens (T positions in every block).
-            verified: (B, T) or (T,), how many positions before each token the model has
-                verified; None means all that come before it.
-            before: for `carry`, the last state of the token before each, (B, T, D); None means
-                the model's own, h_N.
-            exit: which exit; by default the first.
+            verified: (B, T) or (T,), the number of verified positions before each token; None means all
+                earlier ones.
+            before: for `carry`, the last state of the token before each, (B, T, D); None means the model's
+                h_N.
+            exit: the exit to read; by default the first.
 
         Returns:
             E - a + 1 arrays (B, T, D).
@@ -160,7 +165,7 @@ class AcceleratedStream(nn.Module):
         return p
 
     def begin(self, a: int, h: mx.array, before: mx.array | None) -> mx.array:
-        """p_a = h_a, the start of an interval; at block 0 plus what is carried from the token before.
+        """p_a = h_a, the start of an interval; at block 0 plus the state carried from the previous token.
 
         Args:
             h: h_a, (B, T, D).
@@ -173,17 +178,17 @@ class AcceleratedStream(nn.Module):
     def advance(
         self, l: int, p, cache, verified, position, mask=None, merged: dict | None = None
     ) -> mx.array:
-        """p_l -> p_{l+1}, (B, T, D): the one step of the recurrence, for whole sequences in training and
-        for single tokens in decoding.
+        """p_l -> p_{l+1}, (B, T, D): the one step of the recurrence, for whole sequences in training and for
+        single tokens in decoding.
 
         Args:
-            cache: layer caches of the slow stream; where p reads the keys of its own blocks (`reads_near`),
+            cache: layer caches of the slow stream. If p reads the keys of its own blocks (`reads_near`),
                 that of block l already holds the tokens of p.
-            verified: for each token, the number of positions whose deep keys it sees: one number, or (T,)
-                or (B, T) for whole sequences.
+            verified: number of positions of the deep cache that each token sees: an int, or (T,) or (B, T)
+                for whole sequences.
             position: of the first token of p.
-            mask: of block l's own attention over its keys, as mlx-lm's blocks take it.
-            merged: results of `FastBlock.merged` by block, which take the blocks' places.
+            mask: attention mask of block l, as mlx-lm's blocks take it.
+            merged: results of `FastBlock.merged` by block, which replace the blocks.
         """
         block, near, deep = self.block(l), None, None
         if self.config.deep:
@@ -194,21 +199,21 @@ class AcceleratedStream(nn.Module):
         return block(p, near, deep, merged[l] if merged else None)
 
     def step(self, h, cache, verified: int, exit: int | None = None, before=None, position=None):
-        """One new token through both streams: h_0 (1, 1, D) -> h at `slow_depth`, p_E, each (1, 1, D).
+        """One new token through both streams: h_0 (1, 1, D) -> h at `slow_depth` and p_E, each (1, 1, D).
 
-        Where p reads the keys of its own blocks, the slow cache of the blocks below the exit grows by one
-        position, else only that of the blocks before the interval; p writes nothing.
+        The slow cache of the blocks below the interval grows by one position, and so does that of its own
+        blocks if p reads their keys (`reads_near`). p writes nothing.
 
         Args:
-            verified: positions (from the first) that the model has verified: the deep keys.
-            before: for `carry`, the last state of the token before, (1, 1, D); None means zeros.
-            position: of the token; by default what block 0 holds, which does not grow with the drafts
-                where nothing of the slow stream is computed for them.
+            verified: number of verified positions, whose deep keys p reads.
+            before: for `carry`, the last state of the previous token, (1, 1, D); None means zeros.
+            position: of the token; by default the offset of block 0's cache, which drafts do not advance if
+                they run no slow block.
         """
         return self._one("step", h, cache, verified, exit, before, position)
 
     def read(self, token, cache, verified: int, exit: int | None = None, before=None, position=None):
-        """`step` from a token (1, 1) to what the head reads: (h, p_E, logits (1, 1, V))."""
+        """`step` for a token (1, 1), with its embedding and the head: (h, p_E, logits (1, 1, V))."""
         return self._one("read", token, cache, verified, exit, before, position)
 
     def _one(self, kind, x, cache, verified, exit, before, position):
@@ -222,33 +227,33 @@ class AcceleratedStream(nn.Module):
         return self._body(kind, x, cache, verified, position, a, b, None, *more)
 
     def _body(self, kind, x, cache, verified, position, a, b, merged, before=None):
-        """A step of one of the `kind`s above, through the blocks a..b-1 as `merged` if there are such."""
+        """One `step` or `read`; `merged` blocks, if any, replace blocks a..b-1."""
         h = self._backbone.run(self._backbone.embed(x) if kind == "read" else x, cache, 0, a)
         last, p = self.accelerate(h, cache, verified, position, b, before, merged)
         return (last, p) if kind == "step" else (last, p, self._backbone.head(p))
 
     def accelerate(self, h, cache, verified, position, exit: int, before=None, merged: dict | None = None):
-        """One token of each sequence through the interval a..b that ends at an exit: h_a (B, 1, D) ->
-        h at `slow_depth`, p_b, each (B, 1, D); arguments as for `step`.
+        """One token of each sequence through the interval a..b of an exit: h_a (B, 1, D) -> h at
+        `slow_depth` and p_b, each (B, 1, D). Arguments as for `step`.
 
         Args:
-            merged: what `FastBlock.merged` gave for the blocks, to be passed in their places.
+            merged: results of `FastBlock.merged` by block, which replace the blocks.
         """
         a, b = self.interval(exit)
         last, p, mask = h, self.begin(a, h, before), None
         for l in range(a, b):
             if reads_near(self.config):
                 last, mask = h, one_token_mask(cache[l])
-                h = self._backbone.run(h, cache, l, l + 1)  # lazy: of the last block only its keys
+                h = self._backbone.run(h, cache, l, l + 1)  # lazy: the last block computes only its KV
             p = self.advance(l, p, cache, verified, position, mask, merged)
         return last, p
 
     def _compiled(self, kind: str, a: int, b: int) -> Traced:
-        """A step compiled, and anew when training has put other weights in place."""
+        """A compiled step, compiled again after training has replaced the weights."""
         weights = [module[name] for module, name in self._places]
         known, traced = self._traced.get((kind, b), ([], None))
         if traced is None or any(x is not y for x, y in zip(known, weights, strict=True)):
-            mx.eval(weights)  # or the compiled pass would make them anew each time
+            mx.eval(weights)  # lazy weights would be recomputed in each pass
             merged = {l: self.block(l).merged() for l in range(a, b)}
             reads = [self.block(l).read for l in range(a, b)] if self.config.deep else ()
 
@@ -262,12 +267,12 @@ class AcceleratedStream(nn.Module):
 
 
 def shifted(states: mx.array) -> mx.array:
-    """For each token the state of the one before it, and zeros for the first: (B, T, D)."""
+    """The state of the previous token for each token, zeros for the first: (B, T, D)."""
     return mx.pad(states[:, :-1], [(0, 0), (1, 0), (0, 0)])
 
 
 def places(module) -> list[tuple[dict, str]]:
-    """Where a module keeps its own weights: (dict, name) of each array, frozen ones left out."""
+    """Where a module keeps its trainable arrays: (dict, name) of each."""
     found = []
     for name, value in module.items():
         if name.startswith("_"):
@@ -281,33 +286,33 @@ def places(module) -> list[tuple[dict, str]]:
 
 
 def check(backbone: Backbone, config: StreamConfig) -> None:
-    """Refuse settings that a model cannot have, in one sentence."""
+    """Raise UserError for settings that the model cannot have."""
     if config.form not in FORMS:
-        raise UserError(f"There is no fast block '{config.form}'; choose {', '.join(FORMS)}.")
+        raise UserError(f"There is no fast block '{config.form}'; choose one of {', '.join(FORMS)}.")
     if backbone.is_moe and config.form == "block":
         raise UserError(
-            "In a mixture of experts the form 'block' would ask for experts of its own; "
+            "The form 'block' of a mixture of experts would need experts of its own; "
             "use 'attention' or 'adapter'."
         )
     exits = config.exits
     if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] >= backbone.depth:
-        raise UserError(f"Exits must rise and lie between 1 and {backbone.depth - 1}; got {exits}.")
+        raise UserError(f"Exits must increase and lie between 1 and {backbone.depth - 1}; got {exits}.")
     if config.rate is not None and not (math.isfinite(config.rate) and config.rate >= 1):
         raise UserError(f"The rate must be at least 1; got {config.rate}.")
     if config.span is not None and config.span < 1:
-        raise UserError(f"An interval spans at least one block; got {config.span}.")
+        raise UserError(f"The span of an interval must be at least 1; got {config.span}.")
     if (config.rank or 0) < 0 or (config.ffn_width or 0) < 0:
-        raise UserError("Neither the rank nor the FFN's width can be negative.")
+        raise UserError("The rank and the FFN's width must be at least 0.")
     if not 0 <= config.deep <= 1:
         raise UserError(
-            f"The share of the depth at which keys are read lies between 0 and 1; got {config.deep}."
+            f"The relative depth of the keys that p reads must lie between 0 and 1; got {config.deep}."
         )
     if config.form != "block" and config.ffn_width == 0:
-        raise UserError(f"The form '{config.form}' needs an FFN of its own; give it a width of at least 1.")
+        raise UserError(f"The form '{config.form}' needs an FFN; give it a width of at least 1.")
 
 
 def load_stream(backbone: Backbone, folder) -> AcceleratedStream:
-    """The trained stream of a model, from `train stream`.
+    """Load the trained stream of a model, as written by `train stream`.
 
     Raises:
         UserError: there is none, it is damaged, or it belongs to another model.

@@ -1,6 +1,7 @@
-"""Train a stream for a model: text, teacher batches, rounds, and the result.
+"""Train a stream or a baseline on teacher batches, and evaluate it; used by `m2r2kit train stream` and
+notebook 02.
 
-Used by `m2r2kit train stream` and by notebook 02; the loss and the loop are in `training.py`.
+The loss and the training loop are in `distil.py`.
 """
 
 import math
@@ -18,27 +19,31 @@ from .distil import DistilConfig, TeacherBatch, distance, distil, stream_loss, t
 from .readouts import Bare, ExtraBlock, WideHead
 from .stream import AcceleratedStream, StreamConfig
 
-ROWS = 8  # of a teacher batch if nothing else is asked for
+ROWS = 8  # default rows of a teacher batch
 
 
 def teacher_batches(
     backbone: Backbone, text: np.ndarray, depths: set[int], blocks: set[int], batch: int = ROWS
 ) -> list[TeacherBatch]:
-    """Ask the teacher about rows of text (rows, WINDOW), in batches of `batch` rows: those of all
-    processes together, where several train."""
+    """Run the teacher on rows of text (rows, WINDOW), in batches of `batch` rows. With several training
+    processes a batch is divided among them.
+
+    Raises:
+        UserError: the text does not fill one batch.
+    """
     rows = max(1, batch // parallel.group().size())
     if len(text) < rows:
         raise UserError(f"{len(text)} rows of text do not fill one batch; ask for at least {batch}.")
     steps = range(0, len(text) - rows + 1, rows)
     return [
         teacher_batch(backbone, text[i : i + rows], depths, blocks)
-        for i in tqdm(steps, desc="the model teaches", leave=False)
+        for i in tqdm(steps, desc="teacher forward", leave=False)
     ]
 
 
 @dataclass
 class Trained:
-    """A trained module and its figures on held-out rows."""
+    """A trained module and its metrics on held-out rows."""
 
     module: object
     parameters: int
@@ -57,7 +62,7 @@ def train_stream(
     report: Callable | None = None,
     module: AcceleratedStream | None = None,
 ) -> Trained:
-    """Train a stream (or go on with `module`) and measure it on rows that it has not seen, if any."""
+    """Train a new stream, or continue with `module`, and evaluate it on held-out rows if there are any."""
     stream = module or AcceleratedStream(backbone, config)
     history = distil(stream, stream_loss, train, settings, report, seconds)
     figures = alignment.of_stream(backbone, stream, held_out) if held_out else {}
@@ -73,7 +78,7 @@ def train_readout(
     seconds: float = math.inf,
     report: Callable | None = None,
 ) -> Trained:
-    """The same training for a readout of `readouts.py`; `Bare` is only measured."""
+    """Train and evaluate a readout of `readouts.py` in the same way; `Bare` is only evaluated."""
     from mlx.utils import tree_flatten
 
     def loss(m, batch, *_):
@@ -90,8 +95,10 @@ def train_readout(
 
 
 def comparison(backbone: Backbone, exit: int, base: StreamConfig) -> list[tuple[str, object]]:
-    """What is compared at one exit: (name, stream settings or a maker of a readout). Forms of the
-    stream whose size differs are widened to the size of `base` through their own FFN."""
+    """The variants compared at one exit: (name, stream settings or a function that makes a readout). The
+    `adapter`, `attention` and `block, own cache depth` streams get an FFN that brings them to the size of
+    `base`.
+    """
     size = AcceleratedStream(backbone, base).parameter_count()
 
     def widened(config: StreamConfig) -> StreamConfig:

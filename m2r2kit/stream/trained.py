@@ -1,4 +1,4 @@
-"""A trained stream with what was chosen for it, so that whoever decodes reads its JSON once."""
+"""A trained stream and its tuned settings, read from disk once."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ class TrainedStream:
     """An accelerated stream (M2R2, arXiv 2502.02040) and its settings.
 
     Attributes:
-        module: the stream, bound to the view of its model.
-        facts: what was tuned (`drafts`, `threshold`, `tree`) and what training took (`steps`,
+        module: the stream, bound to a model.
+        facts: tuned settings (`drafts`, `threshold`, `tree`) and the cost of training (`steps`,
             `train_seconds`).
-        base_sha256: hash of the model that it was trained for, as saved; None if it was trained here.
+        base_sha256: SHA-256 of the model that it was trained for, as saved; None if it was trained in this
+            process.
     """
 
     module: AcceleratedStream
@@ -31,7 +32,7 @@ class TrainedStream:
         """Read a folder that `save` or `m2r2kit train stream` wrote.
 
         Args:
-            check: whether the model must be the one that it was trained for; else `bound_to` says so later.
+            check: refuse another model than the one it was trained for; if False, `bound_to` does so later.
 
         Raises:
             UserError: there is none, it is damaged, or it belongs to another model.
@@ -43,11 +44,11 @@ class TrainedStream:
 
     @property
     def backbone(self) -> Backbone:
-        """The view of the model that it is bound to."""
+        """The model that it is bound to."""
         return self.module._backbone
 
     def bound_to(self, backbone: Backbone) -> "TrainedStream":
-        """This stream for a view of its model.
+        """This stream, bound to another view of its model.
 
         Raises:
             UserError: it was trained for another model.
@@ -63,7 +64,7 @@ class TrainedStream:
         return TrainedStream(module, self.facts, base)
 
     def save(self, folder: str | Path) -> None:
-        """Write `stream.safetensors` and `stream.json`; both or neither appear.
+        """Write `stream.safetensors` and `stream.json`. Both appear, or neither.
 
         Raises:
             UserError: the folder cannot be written.

@@ -1,4 +1,6 @@
-"""DEED: exits at several depths, each with an adapter; a token goes on to the next if it is not sure."""
+"""DEED: exits at several depths, each with an adapter; a token with low confidence goes on to the next
+exit.
+"""
 
 from dataclasses import dataclass
 
@@ -20,9 +22,8 @@ class DeedConfig:
 
     Attributes:
         exits: depths at which a token may be drafted.
-        hidden: width of each adapter.
-        threshold: probability of the first choice with which a token is drafted there; at the last
-            exit it is drafted in any case.
+        hidden: hidden width of each adapter.
+        threshold: probability of the first choice at which a token is drafted; the last exit always drafts.
     """
 
     exits: tuple[int, ...] = (2, 4, 6)
@@ -37,12 +38,12 @@ class DeedConfig:
 
 
 class DeedExits(nn.Module):
-    """A small residual layer at each exit; at first all change nothing."""
+    """A small residual layer at each exit; at initialisation they change nothing."""
 
     def __init__(self, backbone: Backbone, config: DeedConfig):
         super().__init__()
         if not config.exits or list(config.exits) != sorted(set(config.exits)):
-            raise UserError(f"Exits must rise; got {config.exits}.")
+            raise UserError(f"Exits must increase; got {config.exits}.")
         for exit in config.exits:
             check_exit(backbone, exit)
         self.config, self._backbone = config, backbone
@@ -54,11 +55,11 @@ class DeedExits(nn.Module):
         return {*self.config.exits, self._backbone.depth}
 
     def __call__(self, h: mx.array, j: int) -> mx.array:
-        """What the model's head reads at exit j: h_E (B, T, D) -> (B, T, D)."""
+        """The state that the head reads at exit j: h_E (B, T, D) -> (B, T, D)."""
         return h + self.adapters[j](h)
 
     def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
-        """KL to the model's distribution of each next token, the mean of all exits (deep supervision)."""
+        """KL from the model's next-token distribution, averaged over the exits (deep supervision)."""
         backbone, exits = self._backbone, self.config.exits
         final = batch.states[backbone.depth]
         guesses = [self(batch.states[exit], j) for j, exit in enumerate(exits)]
@@ -66,12 +67,12 @@ class DeedExits(nn.Module):
 
 
 class Deed(Drafter):
-    """Drafts each token at the first exit that is sure of it.
+    """Drafts each token at the first exit that is confident.
 
-    DEED (arXiv 2311.08623) reports 30-60 % less latency for encoder-decoder models that exit early
-    and change their output; that the M2R2 paper means this one is our guess from the name. We have
-    its adapters before a shared head, its deep supervision, its confidence rule and the deeper states
-    of earlier tokens computed just in time; new is that the model verifies, so that nothing changes.
+    DEED (arXiv 2311.08623) reports 30-60 % less latency for encoder-decoder models that exit early and
+    change their output. We infer from the name that the M2R2 paper means this method. We implement its
+    adapters before a shared head, its deep supervision, its confidence rule and its just-in-time computation
+    of earlier tokens' deeper states. New here is the verification, which keeps the output unchanged.
     """
 
     def __init__(self, backbone: Backbone, module: DeedExits):
@@ -91,7 +92,7 @@ class Deed(Drafter):
 
     def __call__(self, text, drafts, sampler, cache):
         draft, token = Draft(), as_row(text[-1])
-        waiting: list[list[mx.array]] = [[] for _ in self.exits]  # states that have not gone on from an exit
+        waiting: list[list[mx.array]] = [[] for _ in self.exits]  # states of tokens that left at each exit
         for _ in range(drafts):
             h = self.backbone.run(self.backbone.embed(token), cache, 0, self.exit)
             draft.states.append(h)
@@ -100,12 +101,12 @@ class Deed(Drafter):
             for j in range(1, len(self.exits)):
                 if sure.item() >= self.leaves:
                     break
-                # with it go all tokens before it that left early: it attends to them
+                # earlier tokens that left here run along, because this token attends to them
                 h = mx.concatenate(waiting[j - 1], axis=1)
                 waiting[j - 1] = []
                 h = self.backbone.run(h, cache, self.exits[j - 1], self.exits[j])
                 waiting[j].append(h)
                 logits, sure = self.readers[j](h[:, -1:])
             token = draft.take(logits, sampler)
-        crop(cache[self.exit :], len(text) - 1)  # the verification runs all rows from the first exit
+        crop(cache[self.exit :], len(text) - 1)  # verification resumes at the first exit
         return draft
