@@ -102,7 +102,7 @@ def test_exits_begin_with_a_stream_of_the_same_first_interval(tmp_path, little):
     assert trained.load(view, tmp_path / "m2r2")[1]["steps"] == 5
     other = stream_arguments(tmp_path / "t", exit=2, rank=None, near=False, carry=True, tune=False)
     assert train_stream.run(other) == 0
-    with pytest.raises(UserError, match="cannot begin with that stream"):
+    with pytest.raises(UserError, match="cannot start from that stream"):
         train_exits.run(training(tmp_path / "x", "m2r2", start=tmp_path / "t", model=model))
     with pytest.raises(UserError, match=r"first interval is blocks 1\.\.2, the stream.s 0\.\.2"):
         train_exits.run(training(tmp_path / "x", "m2r2", exits=(2, 3), start=tmp_path / "t"))
@@ -202,7 +202,7 @@ def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path,
     assert set(json.loads(capsys.readouterr().out)["depth"]) == {2}
     for asked, said in (
         (["--exits", "1,7"], "not trained for exits at 7; choose among 1, 2, 3"),
-        ([], "never calibrated"),
+        ([], "not calibrated"),
     ):
         assert main([*line, *here, *asked]) == 2
         assert said in capsys.readouterr().err

@@ -360,7 +360,7 @@ def test_a_promise_is_worded_as_it_was_measured():
     assert promise.threshold == 0.9 and promise.free == 0.25
     assert str(promise) == (
         "after the same words at most 2.5% of the tokens differ from the whole model's, with a confidence of "
-        "99.5%; of answers of 40 tokens 25% of the tokens differed"
+        "99.5%; in freely decoded answers of 40 tokens 25% of the tokens differed"
     )
     assert promised(known, 0.025, 0.9999999).threshold and "99.99999%" in str(
         promised(known, 0.025, 0.9999999)
@@ -369,7 +369,7 @@ def test_a_promise_is_worded_as_it_was_measured():
     assert str(promised(known, 0.05, 0.95)).endswith("a confidence of 95%")
     assert promised(known | {"means": [0.3, 0.2]}, 0.05, 0.95).threshold is None
     assert "promised" in str(Promise(0.7)) and "nothing" in str(Promise(0.7))
-    with pytest.raises(UserError, match="never calibrated"):
+    with pytest.raises(UserError, match="not calibrated"):
         promised(None, 0.05, 0.95)
     with pytest.raises(UserError, match="4000 texts are too few"):
         promised(known, 1e-17, 0.95)

@@ -1,4 +1,4 @@
-"""Wing 1, dynamic compute: easy tokens leave early, hard ones pass all blocks."""
+"""Early exit (dynamic compute): easy tokens leave early, hard tokens pass all blocks."""
 
 from ..common import on_demand
 

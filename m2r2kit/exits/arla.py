@@ -1,14 +1,15 @@
-"""ARLA, the exit router of M2R2: it looks at the trajectory of the accelerated residual.
+"""ARLA, the exit router of M2R2, which scores the trajectory of the accelerated residual.
 
-The paper names it and gives no more; our reading is *accelerated residual latent attention*
-(`data/paper/choices.toml`). Every state on the way, those where an interval began and those read at its
-end, is projected to a small latent vector; the newest attends to all of them; a small layer reads from
-both how likely it is that the head is right here.
+The paper names it without details; we read it as *accelerated residual latent attention*
+(`data/paper/choices.toml`). Each state on the trajectory (the slow state at the start of an interval and the
+state read at its exit) is projected to a small latent vector. The newest latent attends to all of them, and
+a small layer predicts from both how likely the head is right at this exit.
 
-Two looks. The first is cheap: no head is evaluated for it (with a vocabulary of 4,096 that has as many
-products as three blocks of the pocket model, the router a tenth of one). Where it finds a token likely
-enough, the head is read, as it has to be where a token leaves, and what the head says is weighed with the
-trajectory. So the head is wasted only when the second score rejects what the first accepted.
+The router has two scores (the two looks of notebook 03). The first needs no head; for the pocket model
+(vocabulary 4,096) the head costs as much as three blocks, and the router a tenth of one. If the first score
+is high enough, the head is evaluated, which an exiting token needs in any case, and the second score
+combines its logits with the trajectory. The head is wasted only when the second score rejects what the first
+accepted.
 """
 
 import copy
@@ -20,7 +21,7 @@ import mlx.nn as nn
 from .gates import Gate, Seen
 
 SEES = ("starts", "states")
-FAR = 10.0  # nats beyond which what the head says is as good as certain
+FAR = 10.0  # nats; larger margins and smaller log probabilities are clipped
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,27 @@ class ArlaConfig:
     """Settings of the router.
 
     Attributes:
-        exits: how many exits it knows.
-        latent: width of a state's latent vector.
-        sees: which residuals: `states`, what is read at the exits, and `starts`, the slow ones from
-            which that was made.
-        hope: share of the threshold that the first look asks for, where a second one follows; set by hand,
-            not tuned.
+        exits: number of exits.
+        latent: width of a latent vector.
+        sees: which residuals it reads: `states` (read at the exits) and `starts` (the slow states they are
+            computed from).
+        first_share: fraction of the threshold that the first score must reach; set by hand, not tuned.
     """
 
     exits: int = 4
     latent: int = 64
     sees: tuple[str, ...] = SEES
-    hope: float = 0.6
+    first_share: float = 0.6
 
 
 class Arla(Gate):
-    """The router: (exit's index j, what is seen) -> probability of being right, (B, T, 1)."""
+    """The router: (exit index j, what is seen) -> probability that the head is right, (B, T, 1)."""
 
-    weighs = looks = True
+    is_confidence = two_scores = True
 
     def __init__(self, width: int, config: ArlaConfig):
         super().__init__()
-        self.config, self._width, self.hope = config, width, config.hope
+        self.config, self._width, self.first_share = config, width, config.first_share
         L, kinds = config.latent, len(config.sees)
         self.norms = [nn.RMSNorm(width) for _ in config.sees]
         self.down = [mx.random.normal((config.exits, width, L)) * width**-0.5 for _ in config.sees]
@@ -60,17 +60,17 @@ class Arla(Gate):
         self.out = mx.zeros((config.exits, 2 * L))
         self.bias = mx.zeros((config.exits,))
         self.sure = mx.zeros((config.exits, 2 * L))
-        self.said = mx.zeros((config.exits, 3))  # weights of what the head says, and a constant
+        self.said = mx.zeros((config.exits, 3))  # weights of two features of the logits, and a bias
 
     def latents(self, j: int, seen: Seen) -> list[mx.array]:
-        """The latent vectors of exit j, one (B, T, L) for each kind of residual that is seen."""
+        """The latent vectors of exit j, one (B, T, L) for each kind of residual."""
         return [
             norm(getattr(seen, kind)[j]) @ down[j] + self.place[j, i]
             for i, (kind, norm, down) in enumerate(zip(self.config.sees, self.norms, self.down, strict=True))
         ]
 
     def view(self, j: int, seen: Seen) -> mx.array:
-        """The trajectory at exit j as both looks read it, (B, T, 2 L)."""
+        """The features of the trajectory at exit j that both scores use, (B, T, 2 L)."""
         known, there = [], []
         for i, used in [*seen.before(j), (j, True)]:
             latents = self.latents(i, seen)
@@ -84,11 +84,11 @@ class Arla(Gate):
         return nn.silu(self.hidden(mx.concatenate([newest, attended], axis=-1)))
 
     def first(self, j: int, view: mx.array) -> mx.array:
-        """Log odds of being right, before the head is read, (B, T, 1)."""
+        """First score: log odds that the head is right, before the head is evaluated, (B, T, 1)."""
         return (view * self.out[j]).sum(-1, keepdims=True) + self.bias[j]
 
     def second(self, j: int, view: mx.array, logits: mx.array) -> mx.array:
-        """The same when the head has said logits (B, T, V)."""
+        """Second score: the log odds given the head's logits (B, T, V); (B, T, 1)."""
         best = logits.max(-1, keepdims=True)
         next_best = mx.where(logits == best, -mx.inf, logits).max(-1, keepdims=True)
         share = best - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -102,23 +102,23 @@ class Arla(Gate):
 
     def __call__(self, j, seen):
         view = self.view(j, seen)
-        if not self.looks:
+        if not self.two_scores:
             return mx.sigmoid(self.first(j, view))
         return mx.sigmoid(self.second(j, view, seen.head(seen.states[j])))
 
     def ask(self, j, seen, level):
-        if not self.looks:
+        if not self.two_scores:
             return super().ask(j, seen, level)
         view = self.view(j, seen)
-        looked = mx.sigmoid(self.first(j, view)) >= self.hope * level
+        looked = mx.sigmoid(self.first(j, view)) >= self.first_share * level
         return looked & (mx.sigmoid(self.second(j, view, seen.head(seen.states[j]))) >= level), looked
 
     def blind(self) -> "Arla":
-        """The same router with its first look only: a control."""
+        """A copy of the router with its first score only: a control."""
         one = copy.copy(self)
-        one.looks, one.hope = False, 1.0
+        one.two_scores, one.first_share = False, 1.0
         return one
 
     def macs(self, j):
-        L, n = self.config.latent, len(self.config.sees) * (j + 1)  # as if all exits before were in use
+        L, n = self.config.latent, len(self.config.sees) * (j + 1)  # counts all earlier exits as in use
         return len(self.config.sees) * self._width * L + L * L * (1 + n) + 4 * L * L + 3 * n * L

@@ -1,14 +1,14 @@
-"""A threshold with a promise: learn then test.
+"""Calibrate a threshold with a guarantee: learn then test.
 
-What is promised: after the same words, the share of tokens that differ from the whole model's is at most the
-asked risk, on average over texts, unless the calibration texts were a sample that comes up once in
-1 / (1 - confidence) times. Thresholds are tested from the safest down, each with a p-value that holds for any
-loss between 0 and 1, and the last one before a test fails is taken (Angelopoulos et al. 2021, arXiv
-2110.01052; CALM, arXiv 2207.07061, section 3).
+The promise: after the same words, the mean fraction of tokens that differ from the whole model's is at most
+the given risk. It fails only if the calibration texts are a sample that occurs with a probability of at most
+1 - confidence. Thresholds are tested from the safest down, each with a p-value that is valid for any loss
+between 0 and 1; the last one before a test fails is taken (Angelopoulos et al. 2021, arXiv 2110.01052; CALM,
+arXiv 2207.07061, section 3).
 
-The loss is measured token by token along the model's own texts, so the promise says nothing about a printed
-answer as a whole: there one token that differs changes the words after it, and most of the rest may differ
-too. How much of freely decoded answers differs is measured as well (`Promise.free`).
+The loss is measured token by token along the model's own texts, so the promise does not cover a generated
+answer: there, one token that differs changes the words after it, and most later tokens may differ too. The
+fraction that differs in freely decoded answers is measured separately (`Promise.free`).
 """
 
 import math
@@ -19,12 +19,13 @@ import numpy as np
 
 from ..common import UserError
 
-RISK, CONFIDENCE = 0.05, 0.95  # if nothing else is asked for
+RISK, CONFIDENCE = 0.05, 0.95  # defaults
 
 
 def p_value(mean: float, n: int, risk: float) -> float:
-    """How likely so low a mean loss of n texts would be if the true one lay above `risk` (Hoeffding-Bentkus);
-    each loss lies between 0 and 1."""
+    """Hoeffding-Bentkus p-value: the probability of a mean loss this low over n texts if the true mean is
+    above `risk`. Each loss lies between 0 and 1.
+    """
     if mean >= risk:
         return 1.0
     distance = mean * math.log(mean / risk) if mean > 0 else 0.0
@@ -33,7 +34,7 @@ def p_value(mean: float, n: int, risk: float) -> float:
 
 
 def binomial_below(k: int, n: int, p: float) -> float:
-    """P(X <= k) for X of n trials with chance p each."""
+    """P(X <= k) for a binomial X with n trials of probability p."""
     logs = [
         math.lgamma(n + 1)
         - math.lgamma(i + 1)
@@ -46,16 +47,15 @@ def binomial_below(k: int, n: int, p: float) -> float:
 
 
 def texts_needed(risk: float, confidence: float) -> int:
-    """Texts without which not even a gate that never errs could be promised to keep the risk."""
-    texts = math.log1p(-confidence) / math.log1p(-risk)
-    return math.ceil(min(texts, 1e15))  # beyond it there are never enough
+    """Number of texts that a gate without errors needs to pass the test for this risk."""
+    return math.ceil(min(math.log1p(-confidence) / math.log1p(-risk), 1e15))  # stays finite for a tiny risk
 
 
 def check(risk: float, confidence: float, texts: int) -> None:
-    """Refuse a promise that cannot be given, in one sentence."""
+    """Raise UserError for a risk, a confidence or a number of texts that allows no promise."""
     for name, value in (("risk", risk), ("confidence", confidence)):
         if not 0 < value < 1:
-            raise UserError(f"The {name} must lie between 0 and 1, ends excluded; got {value}.")
+            raise UserError(f"The {name} must lie between 0 and 1, both excluded; got {value}.")
     if texts < (least := texts_needed(risk, confidence)):
         raise UserError(
             f"{texts} texts are too few to promise a risk of {risk} with a confidence of {confidence}; "
@@ -65,14 +65,15 @@ def check(risk: float, confidence: float, texts: int) -> None:
 
 @dataclass(frozen=True)
 class Promise:
-    """What is known of a threshold.
+    """A threshold and what calibration promises for it.
 
     Attributes:
-        threshold: the score from which a token leaves; None if no threshold keeps the risk.
-        risk: share of tokens that differ after the same words, at most; None: nothing is promised.
+        threshold: the score at which a token exits; None if no threshold keeps the risk.
+        risk: upper bound of the mean fraction of tokens that differ after the same words; None if nothing is
+            promised.
         confidence: of the promise.
-        free: share of the tokens that differed in freely decoded answers of `tokens` tokens; None if it was
-            not measured.
+        free: fraction of tokens that differ in freely decoded answers of `tokens` tokens; None if not
+            measured.
     """
 
     threshold: float | None
@@ -83,7 +84,7 @@ class Promise:
 
     def __str__(self) -> str:
         if self.threshold is None:
-            return "no threshold keeps the risk: all blocks for every token"
+            return "no threshold keeps the risk: every token passes all blocks"
         if self.risk is None:
             said = f"threshold {self.threshold:g}, nothing promised"
         else:
@@ -92,26 +93,30 @@ class Promise:
                 f"model's, with a confidence of {percent(self.confidence)}"
             )
         if self.free is not None:
-            said += f"; of answers of {self.tokens} tokens {self.free:.0%} of the tokens differed"
+            said += (
+                f"; in freely decoded answers of {self.tokens} tokens {self.free:.0%} of the tokens differed"
+            )
         return said
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with all its digits: rounded, 0.995 would become a certainty."""
+    """A fraction as a percentage with all its digits: rounded, 0.995 would become 100 %."""
     exact = f"{Decimal(repr(share)) * 100:f}"
     return (exact.rstrip("0").rstrip(".") if "." in exact else exact) + "%"
 
 
 def promised(known: dict | None, risk: float, confidence: float) -> Promise:
-    """The lowest threshold that keeps a risk, by what `m2r2kit calibrate` noted: `thresholds`, the `means` of
-    the loss at each over so many `texts`, and if measured `free`, the share that differs in answers of
-    `free_tokens` tokens.
+    """The lowest threshold that keeps a risk, from the results of `m2r2kit calibrate`.
+
+    Args:
+        known: `thresholds`, the `means` of the loss at each over `texts` texts, and, if measured, `free`:
+            the fraction of tokens that differ in freely decoded answers of `free_tokens` tokens.
 
     Raises:
-        UserError: nothing was noted, or such a promise cannot be given.
+        UserError: the exits are not calibrated, or no such promise is possible.
     """
     if known is None:
-        raise UserError("These exits were never calibrated; run `m2r2kit calibrate`, or give a --threshold.")
+        raise UserError("These exits are not calibrated; run `m2r2kit calibrate`, or give a --threshold.")
     thresholds, means = known["thresholds"], known["means"]
     found = calibrate(thresholds, means, known["texts"], risk, confidence)
     if found is None:
@@ -125,8 +130,8 @@ def calibrate(thresholds, means, texts: int, risk: float, confidence: float) -> 
 
     Args:
         thresholds: (m,); the highest is the safest.
-        means: of the loss over the texts at each threshold, (m,).
-        texts: how many there are.
+        means: mean loss over the texts at each threshold, (m,).
+        texts: number of texts.
 
     Raises:
         UserError: a risk or a confidence outside (0, 1), or too few texts for them.
@@ -141,15 +146,15 @@ def calibrate(thresholds, means, texts: int, risk: float, confidence: float) -> 
 
 
 def holds(thresholds, losses: np.ndarray, risk: float, confidence: float, times: int = 100, seed: int = 0):
-    """How often the promise holds on fresh texts: calibrated on one half of the texts drawn at random, and
-    looked at on the other, `times` times.
+    """Check how often the promise holds on fresh texts: `times` times, calibrate on a random half of the
+    texts and evaluate on the other half.
 
     Args:
         losses: of each threshold on each text, (m, n).
 
     Returns:
-        (share of the times that the mean loss of the fresh half was at most `risk`; where no threshold was
-        found all tokens pass all blocks, and it holds, mean loss of the fresh halves).
+        (fraction of the trials in which the mean loss of the fresh half is at most `risk`, mean loss of the
+        fresh halves). Without a threshold all tokens pass all blocks, and the loss is 0.
     """
     rng, kept, seen = np.random.default_rng(seed), 0, []
     for _ in range(times):

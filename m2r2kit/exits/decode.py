@@ -1,13 +1,13 @@
-"""Decoding with exits: a token leaves where its gate says so, and the blocks above are skipped.
+"""Decoding with exits: a token leaves where its gate accepts it, and the blocks above are skipped.
 
-    probe j    the slow stream up to where exit j's interval begins, what is read at the exit, the gate's
-               score, or its first look                                 (one compiled pass)
-    look j     the head's token, and what a gate with two looks says of it  (another, if there is hope)
-    leave      emit that token; fill the skipped blocks, or let it wait for the next deep pass (FREE, Bae
-               et al. 2023), and fill only what the reader looks at, until that pass puts the true keys there
+    probe j    run the slow stream to the start of exit j's interval; compute the state that the head reads
+               and the gate's score, or its first score                          (one compiled pass)
+    score j    the head's token, and the second score of a gate that has two     (another pass, if needed)
+    leave      emit that token; fill the skipped blocks, or defer the token to the next deep pass (FREE, Bae
+               et al. 2023) and until then fill only the blocks that the reader reads
     or go on   to the next exit, and after the last one through all blocks
 
-With a threshold that nobody reaches it is plain decoding, to the bit.
+With the threshold `NEVER` it is plain decoding, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -30,16 +30,16 @@ class ExitDecoder(Decoder):
     """A model that decodes with exits.
 
     Args:
-        reader: of `readers.py`.
-        gate: of `gates.py`, or ARLA.
-        fill: of `fill.py`.
-        waits: whether skipped tokens run with the next one that goes deep.
-        use: indices of the exits to be tried, rising; by default all. Others cost nothing.
+        reader: a reader of `readouts.py`.
+        gate: a gate of `gates.py`, or ARLA.
+        fill: a fill of `fill.py`.
+        waits: defer skipped tokens to the next token that goes deep.
+        use: indices of the exits to try, increasing; by default all. Others cost nothing.
 
     Attributes:
-        threshold: score from which a token leaves, one for all exits or one for each; `NEVER` at first. It
-            may be changed between texts.
-        longest: length of an answer at which a schedule has come to its end.
+        threshold: score at which a token exits, one for all exits or one for each; `NEVER` at first. It may
+            change between texts.
+        longest: length of an answer at which a schedule ends.
     """
 
     def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits=False, use=None):
@@ -49,13 +49,13 @@ class ExitDecoder(Decoder):
         N = backbone.depth
         self.use = tuple(range(len(reader.exits))) if use is None else tuple(use)
         self.starts = [reader.starts[j] for j in self.use]
-        self.probes, self.looks, self.fills = [], [], []
+        self.probes, self.second_scores, self.fills = [], [], []
         for j, begin, end in zip(self.use, (0, *self.starts[:-1]), self.starts, strict=True):
-            # where tokens wait, they are run with the newest one, before the probe (`_catch_up`)
+            # deferred tokens run with the newest one before the probe (`_catch_up`)
             runs = range(begin, end) if not self.probes or not waits else range(0)
             self.probes.append(Traced(self._probe(j, runs), N, runs, reader.reads))
-            self.looks.append(mx.compile(self._look(j)) if gate.looks else None)
-            seen = waits or gate.monotone  # only what the reader looks at
+            self.second_scores.append(mx.compile(self._second_score(j)) if gate.two_scores else None)
+            seen = waits or gate.monotone  # fill only the blocks that the reader reads
             filled = [l for l in reader.reads if l >= end] if seen else range(end, N)
             self.fills.append(Traced(self._filling(j, filled), N, filled))
         self.choose = mx.compile(self._choice)
@@ -63,10 +63,11 @@ class ExitDecoder(Decoder):
         self.longest = 128
 
     def _probe(self, j: int, runs: range):
-        """The compiled body of one probe, with the slow blocks that it `runs`; its first input is a token
-        at the first exit, a state later."""
+        """The body of probe j's compiled pass, which runs the slow blocks `runs`. Its input is a token at
+        the first exit in use, and a state at later ones.
+        """
         backbone, reader = self.backbone, self.reader
-        numbers = [i for i in self.use if i <= j]  # of the trajectory so far
+        numbers = [i for i in self.use if i <= j]  # exits of the trajectory so far
 
         def body(caches, x, position, before, progress, *trajectory):
             x = backbone.embed(x) if j == self.use[0] else x
@@ -75,16 +76,16 @@ class ExitDecoder(Decoder):
             starts, states = [*trajectory[: len(numbers) - 1], h], [*trajectory[len(numbers) - 1 :], p]
             starts, states = (dict(zip(numbers, each, strict=True)) for each in (starts, states))
             seen = Seen(backbone.head, progress, starts=starts, states=states)
-            # a gate that needs the head has it; for others it is read out only where a token may leave
-            if self.gate.looks:
+            # a gate that needs the head evaluates it here; for others it runs only if the token leaves
+            if self.gate.two_scores:
                 view = self.gate.view(j, seen)
                 return h, p, mx.sigmoid(self.gate.first(j, view)), view
-            return h, p, self.gate(j, seen), *([self._choice(p)] if self.gate.probes else [])
+            return h, p, self.gate(j, seen), *([self._choice(p)] if self.gate.needs_head else [])
 
         return body
 
-    def _look(self, j: int):
-        """The compiled body of a second look at exit j: (score, the token that the head reads)."""
+    def _second_score(self, j: int):
+        """The compiled body of the second score at exit j: (score, the head's token)."""
 
         def body(p, view):
             with lean_pass():
@@ -94,12 +95,12 @@ class ExitDecoder(Decoder):
         return body
 
     def _choice(self, p: mx.array) -> mx.array:
-        """The token that the head reads in a state (1, 1, D)."""
+        """The head's token for a state (1, 1, D)."""
         with lean_pass():
             return mx.argmax(self.backbone.head(p), axis=-1)
 
     def _filling(self, j: int, blocks: Sequence[int]):
-        """The compiled body of filling blocks above exit j: only their keys and values are computed."""
+        """The compiled body that fills `blocks` above exit j; it computes only their keys and values."""
 
         def body(caches, h, p, before):
             filled = self.fill(j, h, p, before)
@@ -111,8 +112,9 @@ class ExitDecoder(Decoder):
         return body
 
     def token(self, token: int, state: "State", levels: Sequence[float], progress: float) -> tuple[int, int]:
-        """One token through the exits: (the next token, number of the exit, J for all blocks); `levels` are
-        the scores from which it leaves at each."""
+        """Decode one token: (the next token, index of its exit, J for all blocks). `levels` are the
+        scores at which it leaves, one for each exit.
+        """
         cache = state.cache
         x, starts, states = mx.array([[token]]), [], []
         progress = mx.full((1, 1, 1), progress)
@@ -124,14 +126,14 @@ class ExitDecoder(Decoder):
                 cache, x, mx.array(state.position), state.before, progress, *starts, *states
             )
             starts, states = [*starts, h], [*states, p]
-            leaves = not must and score.item() >= self.gate.hope * levels[j]
-            if leaves and self.gate.looks:
-                score, *more = self.looks[n](p, *more)
+            leaves = not must and score.item() >= self.gate.first_share * levels[j]
+            if leaves and self.gate.two_scores:
+                score, *more = self.second_scores[n](p, *more)
                 mx.async_eval(score, *more)
                 leaves = score.item() >= levels[j]
             if leaves:
                 choice = more[0] if more else self.choose(p)
-                mx.async_eval(choice)  # before the fill, which nobody waits for
+                mx.async_eval(choice)  # before the fill, which is not on the critical path
                 if self.fills[n].writes:
                     self.fills[n](cache, h, p, state.before)
                 if self.waits:
@@ -147,7 +149,9 @@ class ExitDecoder(Decoder):
         return mx.argmax(logits[:, -1], axis=-1).item(), len(self.reader.exits)
 
     def _catch_up(self, k: int, h: mx.array, state: "State") -> mx.array:
-        """The newest token, and with it those that wait at exit k, to the next exit, where they wait on."""
+        """Run the newest token and the tokens deferred at exit k to the next exit, where those stay
+        deferred.
+        """
         rows = self._with_waiting(k, h, state)
         rows = self.backbone.run(rows, state.cache, self.starts[k], self.starts[k + 1])
         if rows.shape[1] > 1:
@@ -155,7 +159,9 @@ class ExitDecoder(Decoder):
         return rows[:, -1:]
 
     def _with_waiting(self, k: int, h: mx.array, state: "State") -> mx.array:
-        """Those that wait at exit k and the newest, to be run on; what was filled for them is forgotten."""
+        """The tokens deferred at exit k and the newest one, ready to run on; their filled keys and values
+        are dropped from the caches.
+        """
         rows = mx.concatenate([*state.waiting[k], h], axis=1)
         state.waiting[k] = []
         stop = self.starts[k + 1] if k + 1 < len(self.starts) else self.backbone.depth
@@ -165,7 +171,7 @@ class ExitDecoder(Decoder):
         return rows
 
     def read(self, prompt: list[int], capacity: int) -> "State":
-        """A state that has read all of a prompt but its last token, through all blocks."""
+        """The state after all prompt tokens but the last, which pass all blocks."""
         cache = self.backbone.new_cache(capacity)
         before = mx.zeros((1, 1, self.backbone.width))
         if len(prompt) > 1:
@@ -201,7 +207,9 @@ class ExitDecoder(Decoder):
 
 @dataclass
 class State:
-    """Where a text stands: its cache, what was read of the last token, its length, and who waits where."""
+    """Decoding state of a text: its cache, the state read for the last token (1, 1, D), the position, and
+    the states deferred at each exit.
+    """
 
     cache: list
     before: mx.array

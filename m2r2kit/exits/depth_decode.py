@@ -1,6 +1,8 @@
-"""Decoding with the baselines of `depths.py`: first blocks only, or routers that let a token pass by blocks.
+"""Decoding with the baselines of `depths.py`: the first blocks only, or routers that let a token skip
+blocks.
 
-A router decides on the state at its block, so the pass stops there and goes on with the part that it chose:
+A router decides on the state at its block, so each pass ends there, and the next one depends on the
+decision:
 
     first part | router | block, or its keys and values only; blocks up to the next router | router | ..
 """
@@ -15,10 +17,10 @@ from .depths import MixtureOfDepths, Shallow
 
 
 class DepthDecoder(Decoder):
-    """A model that decodes with `Shallow` or `MixtureOfDepths`, with their weights of this moment.
+    """A model that decodes with `Shallow` or `MixtureOfDepths`, with the weights at construction.
 
     Attributes:
-        threshold: score from which a routed block takes a token. It may be changed between texts.
+        threshold: score above which a routed block processes a token. It may change between texts.
     """
 
     def __init__(self, backbone: Backbone, module: Shallow | MixtureOfDepths):
@@ -34,15 +36,16 @@ class DepthDecoder(Decoder):
         return isinstance(self.module, MixtureOfDepths) and l in self.module._routed
 
     def _part(self, begin: int, end: int, take: bool) -> Traced:
-        """Blocks begin..end-1 of one token, the first of them only if it is to `take` it: (state, what the
-        next router says or, at the end, the token)."""
+        """Blocks begin..end-1 for one token, the first of them only if `take`: (state, the next router's
+        score or, at the end, the token).
+        """
 
         def body(caches, x):
             h = self.backbone.embed(x) if begin == 0 else x
             mask = caches[begin].make_mask(1)
             for l in range(begin, end):
                 new = self.blocks[l](h, mask, cache=caches[l])
-                h = new if take or l > begin else h  # of a block that is passed by, only keys and values
+                h = new if take or l > begin else h  # a skipped block computes only keys and values
             if end < len(self.blocks):
                 return h, self.module.score(end, h)
             return h, mx.argmax(self.backbone.head(h), axis=-1)
@@ -50,8 +53,8 @@ class DepthDecoder(Decoder):
         return Traced(body, self.backbone.depth, range(begin, end))
 
     def token(self, token: int, cache: list, threshold: float) -> tuple[int, int]:
-        """(the next token, blocks run)."""
-        h, said, run, take = mx.array([[token]]), None, 0, True  # nothing stands before the first part
+        """(the next token, number of blocks run)."""
+        h, said, run, take = mx.array([[token]]), None, 0, True  # the first part has no router
         for part, (begin, end) in zip(self.parts, self.spans, strict=True):
             if begin:
                 take = said.item() > threshold
@@ -60,7 +63,7 @@ class DepthDecoder(Decoder):
         return said.item(), run
 
     def begin(self, prompt, capacity):
-        """The prompt passes the whole changed model."""
+        """Run the prompt through the modified model."""
         self._cache = self.backbone.new_cache(capacity)
         if len(prompt) > 1:
             for tokens in chunks(mx.array([prompt[:-1]])):
@@ -79,7 +82,7 @@ class DepthDecoder(Decoder):
         return driver.generate(self, prompt, max_tokens, given=given)
 
     def _read(self, tokens: mx.array, cache: list, threshold: float) -> None:
-        """A part (1, T) of a prompt, all its tokens at once."""
+        """Run a chunk of a prompt (1, T) in one pass."""
         h = self.backbone.embed(tokens)
         mask = cache[0].make_mask(tokens.shape[1])
         for l, block in enumerate(self.blocks):

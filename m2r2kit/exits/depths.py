@@ -1,15 +1,15 @@
-"""Two baselines that change the depth without exits: fewer blocks for all, and blocks that skip tokens.
+"""Two baselines that change the depth without exits: fewer blocks for all tokens, and blocks that skip
+tokens.
 
 | baseline | what runs |
 |---|---|
-| `Shallow` | the first blocks only, each with a change of its matrices, and the head |
-| `MixtureOfDepths` | all blocks, but a router before every second one lets tokens pass by it |
+| `Shallow` | the first blocks, with trained changes of their matrices, and the head |
+| `MixtureOfDepths` | all blocks, but a router before every second one lets tokens skip it |
 
-The model stays frozen; the changes are trained as the stream is, on the same rows. Mixture-of-depths
-(Raposo et al. 2024, arXiv 2404.02258) picks a share of each batch's tokens when it is trained, which looks
-at later tokens and saves nothing in decoding; here each token is judged by itself, as at decoding in that
-paper. A token that passes by still leaves its keys and values there: without them a frozen model suffers
-far more.
+The model stays frozen; the changes train like the stream, on the same rows. In training, mixture-of-depths
+(Raposo et al. 2024, arXiv 2404.02258) picks a fraction of each batch's tokens, which depends on later tokens
+and saves nothing in decoding. Here each token is routed by itself, as in that paper's decoding. A token that
+skips a block still computes its keys and values there: without them a frozen model loses far more quality.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .teacher_forced import Outcome, Texts
 
 
 class ChangedBlock(nn.Module):
-    """A frozen block with a trained change of its matrices, of some rank or full."""
+    """A frozen block with trained changes of its matrices, of rank `rank` (None: full)."""
 
     def __init__(self, block: nn.Module, rank: int | None):
         super().__init__()
@@ -37,7 +37,9 @@ class ChangedBlock(nn.Module):
         )
 
     def merged(self) -> nn.Module:
-        """The block with its change, as it is now, in as few operations as a block of this size allows."""
+        """The block merged with its current changes if it is small enough, else with the changes beside
+        it.
+        """
         if not is_small(self._block):
             return self._base
         return changed(self._block, lambda m, name: Merged(m, self.deltas.get(name)))
@@ -48,14 +50,14 @@ class ChangedBlock(nn.Module):
 
 @dataclass(frozen=True)
 class ShallowConfig:
-    """Settings of `Shallow`: how many blocks, and the rank of their change (None: full)."""
+    """Settings of `Shallow`: the number of blocks, and the rank of their changes (None: full)."""
 
     blocks: int = 4
     rank: int | None = None
 
 
 class Shallow(nn.Module):
-    """The first blocks of a model, trained to say what all of them say."""
+    """The first blocks of a model, trained to match the whole model's output."""
 
     def __init__(self, backbone: Backbone, config: ShallowConfig):
         super().__init__()
@@ -65,14 +67,14 @@ class Shallow(nn.Module):
         self.blocks = [ChangedBlock(b, config.rank) for b in backbone.blocks[: config.blocks]]
 
     def __call__(self, tokens: mx.array, threshold: float = 0.5):
-        """(last states (B, T, D), blocks run of each token (B, T))."""
+        """(last states (B, T, D), number of blocks run for each token (B, T))."""
         h = self._backbone.embed(tokens)
         for block in self.blocks:
             h = block(h, self._backbone.mask(h))
         return h, mx.full(tokens.shape, len(self.blocks))
 
     def macs(self, run: np.ndarray) -> np.ndarray:
-        """Products and sums of a token that ran so many blocks, the head's among them."""
+        """Multiply-accumulates of tokens that ran this many blocks, the head's included."""
         return run * work.block_macs(self._backbone) + work.head_macs(self._backbone)
 
     def loss(self, batch: TeacherBatch, settings: DistilConfig, rng) -> mx.array:
@@ -84,10 +86,10 @@ class DepthsConfig:
     """Settings of `MixtureOfDepths`.
 
     Attributes:
-        every: a router before each block whose number divided by this leaves `every` - 1.
-        capacity: share of the tokens that a routed block is trained to take.
-        rank: of the change of every block.
-        weight: of the squared distance from that share in the loss.
+        every: block l has a router if l % every == every - 1.
+        capacity: target fraction of the tokens that a routed block processes.
+        rank: of the changes of every block.
+        weight: weight in the loss of the squared distance from that fraction.
     """
 
     every: int = 2
@@ -97,7 +99,7 @@ class DepthsConfig:
 
 
 class MixtureOfDepths(nn.Module):
-    """A model whose tokens pass by some blocks, each as a router of one linear layer says."""
+    """A model whose tokens skip some blocks; a linear router for each of these blocks decides."""
 
     def __init__(self, backbone: Backbone, config: DepthsConfig):
         super().__init__()
@@ -110,14 +112,16 @@ class MixtureOfDepths(nn.Module):
         self.bias = mx.zeros((len(routed),)) + 1.0
 
     def score(self, l: int, h: mx.array) -> mx.array | None:
-        """How much a token needs block l, 0..1, (B, T, 1); None for blocks that take all."""
+        """Router score of block l, 0..1, (B, T, 1); None for blocks without a router."""
         if l not in self._routed:
             return None
         i = self._routed[l]
         return mx.sigmoid((self.norm(h) * self.routers[i]).sum(-1, keepdims=True) + self.bias[i])
 
     def __call__(self, tokens: mx.array, threshold: float = 0.5, shares: list | None = None):
-        """(last states (B, T, D), blocks run of each token (B, T)); `shares` gets each router's mean."""
+        """(last states (B, T, D), number of blocks run for each token (B, T)); each router's mean score
+        is appended to `shares`.
+        """
         h, run = self._backbone.embed(tokens), mx.zeros(tokens.shape)
         for l, block in enumerate(self.blocks):
             score, new = self.score(l, h), block(h, self._backbone.mask(h))
@@ -126,15 +130,16 @@ class MixtureOfDepths(nn.Module):
                 continue
             hard = (score > threshold).astype(h.dtype)
             run = run + hard[..., 0]
-            take = hard + score - mx.stop_gradient(score)  # the gradient as if it were soft
+            take = hard + score - mx.stop_gradient(score)  # straight-through gradient
             h = h + take * (new - h)
             if shares is not None:
                 shares.append(score.mean())
         return h, run
 
     def macs(self, run: np.ndarray) -> np.ndarray:
-        """Products and sums of a token that ran so many blocks: routers, and keys and values of the others
-        among them (the changes of the matrices are merged where the model decodes)."""
+        """Multiply-accumulates of tokens that ran this many blocks: the blocks, keys and values of the
+        skipped ones, routers and head (the changes are merged in decoding).
+        """
         passed = (self._backbone.depth - run) * work.key_value_macs(self._backbone)
         return (
             run * work.block_macs(self._backbone)
@@ -151,12 +156,14 @@ class MixtureOfDepths(nn.Module):
 
 
 def of_end(backbone: Backbone, h, batch: TeacherBatch, settings: DistilConfig, rng) -> mx.array:
-    """KL from the whole model at some tokens."""
+    """KL from the whole model's final distribution, at some positions."""
     return divergence(backbone, h, batch.states[backbone.depth], settings, rng)
 
 
 def along(backbone: Backbone, model, texts: Texts, threshold: float = 0.5) -> Outcome:
-    """What such a model would say along texts; `blocks` of the outcome are those that each token ran."""
+    """Teacher-forced predictions of such a model along texts; `Outcome.blocks` counts the blocks run for
+    each token.
+    """
     tokens = mx.array(texts.tokens)
     h, run = model(tokens[:, :-1], threshold)
     logits, answer = backbone.head(h), tokens[:, 1:]

@@ -1,17 +1,17 @@
-"""What later tokens find in the blocks that a token has skipped.
+"""Fills: the keys and values of the blocks that a token skips.
 
-A token that leaves at E_j has no keys and values in the blocks above. Each fill says which state
-enters block l in its place; the block's own matrices make keys and values of it, and nothing else
-of the block is computed.
+A token that leaves at E_j has no keys and values in the blocks above. Each fill provides the state that
+enters block l in place of h_l; the block's own matrices map it to keys and values, and the rest of the block
+is not computed.
 
-| fill | state that stands for h_l | source |
+| fill | replacement for h_l | source |
 |---|---|---|
 | `copy` | the slow state at the exit | CALM, Schuster et al. 2022 |
-| `p` | what the head read there: the accelerated residual, which stands for h_N | ours |
-| `linear` | a low-rank map for each block, from both and the last state of the token before | ours |
+| `p` | the accelerated state at the exit, which approximates h_N | ours |
+| `linear` | a low-rank map for each block, from both and the last state of the previous token | ours |
 
-Two more ways need no state: run the skipped tokens along with the next one that goes deep
-(`decode.py`, as FREE and EE-LLM do), or never go deeper again (`gates.Schedule`).
+Two alternatives need no fill: defer skipped tokens to the next deep pass (`decode.py`, as FREE and EE-LLM
+do), or never go deeper again (`gates.Schedule`).
 """
 
 from collections.abc import Callable
@@ -26,9 +26,10 @@ FILLS = ("copy", "p", "linear")
 
 
 class Fill(nn.Module):
-    """(exit's index j, slow state there, what was read there, last state of the token before), each state
-    (B, T, D) -> a function: block l -> the state that stands for h_l there. This one is `copy` or `p`;
-    nothing to train."""
+    """(exit index j, slow state there, state read there, last state of the previous token), each (B, T,
+    D) -> a function from block l to its replacement for h_l. This class is `copy` or `p` and has no
+    parameters.
+    """
 
     def __init__(self, kind: str):
         super().__init__()
@@ -38,15 +39,15 @@ class Fill(nn.Module):
         return lambda l: h if self.kind == "copy" else p
 
     def macs(self, l: int, j: int) -> int:
-        """Products and sums for block l, its key and value matrices not counted."""
+        """Multiply-accumulates for block l, without its key and value matrices."""
         return 0
 
 
 class LinearFill(Fill):
-    """c_jl norm(h) + norm([h, p, before]) U_j V_jl: some of the state where a token left, and what all three
-    say of the rest of h_l, through a bottleneck of width `rank`.
+    """c_jl norm(h) + norm([h, p, before]) U_j V_jl: a multiple of the exit's state, and a map of all three
+    states through a bottleneck of width `rank`.
 
-    Only the direction matters, as every block begins with a norm.
+    Only the direction of the result matters, because every block starts with a norm.
     """
 
     def __init__(self, starts: tuple[int, ...], depth: int, width: int, rank: int):
@@ -66,20 +67,21 @@ class LinearFill(Fill):
 
 
 def unit(x: mx.array) -> mx.array:
-    """x with a root mean square of 1 in the last axis."""
+    """x scaled to a root mean square of 1 along the last axis."""
     return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
 
 def features(h: mx.array, p: mx.array, before: mx.array) -> mx.array:
-    """(B, T, 3 D) of three states."""
+    """The three normalised states, concatenated, (B, T, 3 D)."""
     return mx.concatenate([unit(h), unit(p), unit(before)], axis=-1)
 
 
 def fit_linear(reader, batches, depth: int, width: int, rank: int) -> LinearFill:
-    """A `LinearFill` by reduced-rank regression on texts of the whole model (Izenman 1975), exactly.
+    """Fit a `LinearFill` in closed form, by reduced-rank regression on texts of the whole model (Izenman
+    1975).
 
     Args:
-        batches: an iterable; each holds the slow states of all depths 0..N.
+        batches: an iterable of teacher batches that hold the slow states of all depths 0..N.
         rank: at most 3 D.
     """
     J = len(reader.exits)
@@ -98,11 +100,11 @@ def fit_linear(reader, batches, depth: int, width: int, rank: int) -> LinearFill
     fill = LinearFill(reader.starts, depth, width, rank)
     for j in range(J):
         a = left[j] + 1e-4 * np.trace(left[j]) / len(left[j]) * np.eye(3 * width)
-        keep = kept[j, reader.starts[j] :] / np.trace(left[j][:width, :width])  # least squares of h alone
+        keep = kept[j, reader.starts[j] :] / np.trace(left[j][:width, :width])  # least squares on h alone
         right[j] -= keep[:, None, None] * left[j][:, :width]
         values, vectors = np.linalg.eigh(a)
         back = vectors * values**-0.5 @ vectors.T
-        seen = back @ np.concatenate(list(right[j]), axis=1)  # of the whitened features, all blocks
+        seen = back @ np.concatenate(list(right[j]), axis=1)  # on whitened features, for all blocks
         _, basis = np.linalg.eigh(seen @ seen.T)
         basis = basis[:, -rank:]
         fill.keep[j] = mx.array(keep.astype(np.float32))

@@ -1,15 +1,15 @@
-"""Who decides that a token may leave at an exit: a score, and a threshold that it has to reach.
+"""Gates: a score for each token at an exit; the token leaves if the score reaches a threshold.
 
 | gate | score at exit E_j | source |
 |---|---|---|
 | `Static` | 1 | - |
 | `Confidence` | difference of the two largest probabilities | CALM, Schuster et al. 2022 |
-| `Saturation` | cosine of what is read here and at the exit before | CALM |
-| `Schedule` | how late in the text the token stands | SkipDecode, Del Corro et al. 2023 |
+| `Saturation` | cosine of the states read at this exit and the previous one | CALM |
+| `Schedule` | progress in the text | SkipDecode, Del Corro et al. 2023 |
 | `Chance` | a random number | control |
-| `Oracle` | 1 if the head would be right, which nobody knows beforehand | bound |
+| `Oracle` | 1 if the head is right, which needs the answer | upper bound |
 
-ARLA, which looks at the trajectory of the accelerated residual, is in `arla.py`.
+ARLA, which scores the trajectory of the accelerated residual, is in `arla.py`.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ from ..stream.distil import cosine
 
 @dataclass
 class Seen:
-    """What is known of one token of each of B sequences when it stands at an exit.
+    """What a gate may read at an exit, for one token of each of B sequences.
 
     Attributes:
-        starts: the slow states from which it was read, by exit index, (B, 1, D) each.
-        states: what was read there, by exit index, (B, 1, D) each.
-        used: which of the exits anyone may leave at, bool (J,); None: those that have a state.
+        starts: the slow states at the start of each exit's interval, by exit index, (B, 1, D) each.
+        states: the states read at the exits, by exit index, (B, 1, D) each.
+        used: which exits are in use, bool (J,); None: all that have a state.
         head: state -> logits (B, 1, V).
-        progress: share of the longest text that lies before the token, (B, 1, 1).
-        chance: a random number of 0..1, (B, 1, 1).
-        answer: the token that the whole model gives, (B, 1), for who may know it.
+        progress: fraction of the maximum length that lies before the token, (B, 1, 1).
+        chance: a random number in 0..1, (B, 1, 1).
+        answer: the whole model's token, (B, 1); only the oracle reads it.
     """
 
     head: Callable
@@ -45,41 +45,52 @@ class Seen:
     used: Any = None
 
     def before(self, j: int) -> list[tuple[int, Any]]:
-        """The exits before j: (number, whether it is used), the latter True or an array without axes."""
+        """The exits before j: (index, whether it is in use), the latter True or a scalar array."""
         return [(i, True if self.used is None else self.used[i]) for i in sorted(self.states) if i < j]
 
 
 def rising(threshold: float, starts: tuple[int, ...]) -> list[float]:
-    """A threshold for each exit: the earlier a token leaves, the surer it has to be, as it leaves more blocks
-    without true keys for later tokens. What is missing to 1 grows with the blocks that have been run."""
+    """A threshold for each exit. Earlier exits ask for more, because a token that leaves there skips more
+    blocks and leaves more of them without true keys: 1 - threshold is scaled by the fraction of blocks
+    run.
+    """
     return [1 - (1 - threshold) * (start + 1) / (starts[-1] + 1) for start in starts]
 
 
 class Gate(nn.Module):
-    """(exit's index, what is seen) -> score (B, 1, 1); a token leaves where it reaches the threshold."""
+    """(exit index, what is seen) -> score (B, 1, 1); a token leaves if it reaches the threshold.
 
-    probes = False  # whether it needs the head's logits at each exit that it looks at
-    monotone = False  # whether no token goes deeper than one before it: nobody looks into the blocks it skips
-    weighs = False  # whether its score says how sure it is, so that more can be asked of an earlier exit
-    looks = False  # whether it needs the head's logits only where a first look, without them, gives it hope
-    hope = 1.0  # share of the threshold that this first look asks for
+    Attributes:
+        needs_head: it evaluates the head at every exit.
+        monotone: no token goes deeper than an earlier one, so skipped blocks are never read.
+        is_confidence: the score measures confidence, so that earlier exits may ask for more (`rising`).
+        two_scores: it evaluates the head only if a first score, without the head, is high enough.
+        first_share: fraction of the threshold that the first score must reach.
+    """
+
+    needs_head = False
+    monotone = False
+    is_confidence = False
+    two_scores = False
+    first_share = 1.0
 
     def __call__(self, j: int, seen: Seen) -> mx.array:
         raise NotImplementedError
 
     def ask(self, j: int, seen: Seen, level) -> tuple[mx.array, mx.array]:
-        """(whether the token leaves at exit j, whether the head was read for that), bool (B, 1, 1) each, if a
-        score of `level` is asked for."""
+        """(whether the token leaves at exit j, whether the head was evaluated), bool (B, 1, 1) each, for
+        a threshold `level`.
+        """
         score = self(j, seen)
-        return score >= level, mx.full(score.shape, self.probes)
+        return score >= level, mx.full(score.shape, self.needs_head)
 
     def macs(self, j: int) -> int:
-        """Products and sums of one look at exit j, without the head's."""
+        """Multiply-accumulates of the score at exit j, without the head's."""
         return 0
 
 
 class Static(Gate):
-    """Always; so the only exit in use is the one that all tokens take."""
+    """Always leave, so that all tokens take the only exit in use."""
 
     monotone = True
 
@@ -90,7 +101,7 @@ class Static(Gate):
 class Confidence(Gate):
     """Difference of the two largest probabilities (CALM's softmax response)."""
 
-    probes = weighs = True
+    needs_head = is_confidence = True
 
     def __call__(self, j, seen):
         logits = seen.head(seen.states[j])
@@ -101,9 +112,11 @@ class Confidence(Gate):
 
 
 class Saturation(Gate):
-    """How little the state still changes; at the first exit in use there is nothing to compare with."""
+    """How little the state changes: the cosine to the state at the previous exit in use; -1 at the first
+    one.
+    """
 
-    weighs = True
+    is_confidence = True
 
     def __call__(self, j, seen):
         last, any_used = seen.states[j], mx.array(False)
@@ -113,8 +126,9 @@ class Saturation(Gate):
 
 
 class Schedule(Gate):
-    """The later in the text, the earlier the exit: E_j from the share (N - E_j) / (N - E_1) of the text on,
-    times the threshold. Depth never rises, so no block's keys are ever missing."""
+    """Exit earlier the later the token is in the text: E_j after a fraction (N - E_j) / (N - E_1) of the
+    text, times the threshold. The depth never increases, so no keys are missing.
+    """
 
     monotone = True
 
@@ -127,16 +141,16 @@ class Schedule(Gate):
 
 
 class Chance(Gate):
-    """A coin."""
+    """A random number."""
 
     def __call__(self, j, seen):
         return seen.chance
 
 
 class Oracle(Gate):
-    """Knows the whole model's answer; leaves where the head would give it."""
+    """Knows the whole model's token and leaves if the head predicts it."""
 
-    probes = True
+    needs_head = True
 
     def __call__(self, j, seen):
         right = mx.argmax(seen.head(seen.states[j]), axis=-1) == seen.answer

@@ -1,7 +1,7 @@
-"""What decoding with exits costs, counted whole: blocks, readers, gates, heads and fills.
+"""The complete cost of decoding with exits: blocks, readers, gates, heads and fills.
 
-Counted are multiply-accumulates (MACs), one token at a time; attention's own products with
-keys and values are left out, as they depend on the text's length and are few here.
+The unit is multiply-accumulates (MACs) for each token. Attention's products with keys and values are left
+out: they depend on the length of the text and are small here.
 """
 
 from dataclasses import dataclass, replace
@@ -14,12 +14,14 @@ from ..stream.fast_block import matrix_sizes
 
 @dataclass(frozen=True)
 class Work:
-    """MACs of a token by what they are for.
+    """MACs of a token by purpose.
 
     Attributes:
         blocks: slow blocks.
-        readers: what turns their states into what the head reads.
-        gates, heads, fill: deciding, reading out (probes included), keys and values of skipped blocks.
+        readers: mapping their states to what the head reads.
+        gates: exit decisions, without heads.
+        heads: the head, once for each evaluation.
+        fill: keys and values of skipped blocks.
     """
 
     blocks: float
@@ -34,39 +36,40 @@ class Work:
 
 
 def block_macs(backbone: Backbone) -> int:
-    """Of one block."""
+    """MACs of one block."""
     return matrix_sizes(backbone.blocks[0])
 
 
 def head_macs(backbone: Backbone) -> int:
+    """MACs of the head."""
     return backbone.width * backbone.config["vocab_size"]
 
 
 def key_value_macs(backbone: Backbone) -> int:
-    """Of a block's key and value matrices."""
+    """MACs of a block's key and value matrices."""
     attention = backbone.blocks[0][backbone.parts.attention]
     named = {name: w for name, w in attention.named_modules() if name in ("k_proj", "v_proj")}
     return sum(m.weight.size for m in named.values()) or matrix_sizes(attention) // 2
 
 
 def whole(backbone: Backbone) -> Work:
-    """Of a token through all blocks of the model alone."""
+    """The work of one token through all blocks of the plain model."""
     return Work(backbone.depth * block_macs(backbone), 0, 0, head_macs(backbone), 0)
 
 
 def by_exit(backbone: Backbone, reader, gate, fill, waits: bool = False, use=None) -> list[Work]:
-    """Of a token that leaves at each of the J exits, and of one that never does: J + 1 of them.
+    """The work of a token for each exit taken, J of them, and for none: J + 1 results.
 
     Args:
-        waits: skipped tokens run along with a later pass: they cost all blocks, and filling what the
-            reader looks at.
-        use: indices of the exits that are tried; by default all.
+        waits: skipped tokens are deferred to a later pass: they cost all blocks, and the fill of the blocks
+            that the reader reads.
+        use: indices of the exits to try; by default all.
     """
     block, head, N, J = block_macs(backbone), head_macs(backbone), backbone.depth, len(reader.exits)
     out = []
     for j in range(J + 1):
         looked = [i for i in (range(J) if use is None else use) if i <= j]
-        heads = (len(looked) + (j == J) if gate.probes else 1) * head
+        heads = (len(looked) + (j == J) if gate.needs_head else 1) * head
         filled = 0
         if j < J:
             seen = reader.reads if waits or gate.monotone else range(N)
@@ -79,8 +82,12 @@ def by_exit(backbone: Backbone, reader, gate, fill, waits: bool = False, use=Non
 
 
 def mean(works: list[Work], exits: np.ndarray, wasted: float = 0.0) -> Work:
-    """Of an average token; `exits` are the indices of the exits taken, `wasted` the MACs of heads that were
-    read at exits where the average token then stayed."""
+    """The work of an average token.
+
+    Args:
+        exits: index of the exit that each token took.
+        wasted: MACs a token of heads evaluated at exits where the token stayed.
+    """
     share = np.bincount(exits, minlength=len(works)) / len(exits)
     parts = ("blocks", "readers", "gates", "heads", "fill")
     found = Work(

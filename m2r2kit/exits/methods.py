@@ -1,4 +1,4 @@
-"""A method of leaving early that is ready to run on a model, and its curve of quality against depth."""
+"""Early-exit methods, ready to run on a model, and their quality-depth curves."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .registry import DEPTHS, EQUAL, METHODS, split
 from .teacher_forced import ForcedPass, Outcome, Texts
 
 PROBABLE = (0.3, 0.5, 0.6, 0.7, 0.77, 0.83, 0.88, 0.92, 0.95, 0.97, 0.985, 0.995)
-THRESHOLDS = {  # of each gate: the points of its curve
+THRESHOLDS = {  # points of each gate's curve
     "arla": PROBABLE,
     "blind": PROBABLE,
     "confidence": PROBABLE,
@@ -32,7 +32,7 @@ THRESHOLDS = {  # of each gate: the points of its curve
 
 @dataclass
 class Point:
-    """A method at one threshold along texts: what came of it, blocks and MACs of each token (B, T - 1)."""
+    """A method at one threshold along texts: its outcome, and blocks and MACs of each token (B, T - 1)."""
 
     threshold: float
     outcome: Outcome
@@ -45,9 +45,11 @@ class Method:
     """A method that is ready to run on a model.
 
     Attributes:
-        module: what was trained for it.
-        thresholds: those of its curve, one point each; of a static exit, the exits' indices.
-        use: indices of the exits that are tried, None for all.
+        module: its trained module.
+        reader, gate, fill: of `readouts.py`, `gates.py` and `fill.py`; None for a method without exits.
+        waits: whether skipped tokens are deferred to the next deep pass.
+        thresholds: one for each point of its curve; for a static exit, the exits' indices.
+        use: indices of the exits to try; None for all.
     """
 
     name: str
@@ -62,36 +64,39 @@ class Method:
 
     @property
     def parts(self):
-        """Reader, gate, fill and whether tokens wait, as `ForcedPass` and `ExitDecoder` take them."""
+        """Reader, gate, fill and `waits`, as `ForcedPass` and `ExitDecoder` take them."""
         return self.reader, self.gate, self.fill, self.waits
 
     def levels(self, threshold: float) -> list[float]:
-        """The score from which a token leaves, at each exit; infinite where it is not in use. Where nothing
-        is missing in the blocks that it skips, as it waits, all exits ask the same."""
+        """The score at which a token leaves each exit; infinite for exits not in use. Deferred tokens
+        leave no keys missing, so with them all exits have the same level.
+        """
         J = len(self.reader.exits)
         asked = (
-            rising(threshold, self.reader.starts) if self.gate.weighs and not self.waits else [threshold] * J
+            rising(threshold, self.reader.starts)
+            if self.gate.is_confidence and not self.waits
+            else [threshold] * J
         )
         if isinstance(self.gate, Static):
             asked = [0.5] * J
         return [a if j in self.used(threshold) else math.inf for j, a in enumerate(asked)]
 
     def used(self, threshold: float) -> tuple[int, ...]:
-        """Indices of the exits that are tried: of a static exit that one, which the threshold names."""
+        """Indices of the exits to try; for a static exit, the one whose index is the threshold."""
         if isinstance(self.gate, Static):
             return (int(threshold),)
         return tuple(range(len(self.reader.exits))) if self.use is None else self.use
 
     def works(self, threshold: float) -> list[work.Work]:
-        """What a token costs that takes each of the exits, or none."""
+        """The work of a token for each exit taken, and for none."""
         return work.by_exit(self.backbone, *self.parts, self.used(threshold))
 
     def curve(self, texts: Texts, report=None) -> Iterator[Point]:
-        """Its points along texts, one by one.
+        """Yield the points of the curve along texts.
 
-        Blocks are those that are run one after another for an average token: several rows that pass one
-        together, as tokens that waited do, pass it once. Those of the reader are counted by their products,
-        so that an accelerated block is one.
+        `Point.blocks` is the sequential depth of each token: deferred tokens pass a block together with
+        another one, and count for nothing there. A reader counts in proportion to its MACs, so an
+        accelerated block is one.
         """
         block = work.block_macs(self.backbone)
         forced = None if self.reader is None else ForcedPass(self.backbone, *self.parts, use=self.use)
@@ -103,7 +108,7 @@ class Method:
                 out = forced(texts, self.levels(threshold))
                 works = self.works(threshold)
                 macs = np.array([w.total for w in works])[out.exit]
-                if self.gate.looks:
+                if self.gate.two_scores:
                     macs = macs + out.wasted * work.head_macs(self.backbone)
                 readers = np.array([w.readers for w in works])[out.exit] / block
                 blocks = np.array([*self.reader.starts, self.backbone.depth])[out.exit] + readers
@@ -113,20 +118,20 @@ class Method:
 
 
 def method(name: str, backbone: Backbone, folder: Path) -> Method:
-    """A method by name, with what was trained for it.
+    """A method by name, with its trained module.
 
     Args:
         folder: holds the trained kinds, a folder each (`trained.folder`).
 
     Raises:
-        UserError: no such method, or nothing trained for it.
+        UserError: the method does not exist, or its module is not trained.
     """
     if name in DEPTHS:
         module = trained.load(backbone, folder / name, name)[0]
         thresholds = THRESHOLDS["routers"] if isinstance(module.config, DepthsConfig) else (0.5,)
         return Method(name, backbone, module, thresholds=thresholds)
     if name not in METHODS:
-        raise UserError(f"There is no method {name}; choose of {', '.join(METHODS)}.")
+        raise UserError(f"There is no method {name}; choose one of {', '.join(METHODS)}.")
     kind, fill = METHODS[name].kind, split(name)[1]
     module, facts = trained.load(backbone, folder / kind, kind.removesuffix(EQUAL))
     use = facts.get("use", {}).get(name.replace(EQUAL, ""))
@@ -141,7 +146,12 @@ def with_gate(
     fill: str = "wait",
     use: tuple[int, ...] | None = None,
 ) -> Method:
-    """A trained reader with a gate of the table above and a way of filling."""
+    """A trained reader with a gate and a fill.
+
+    Args:
+        gate: a key of `THRESHOLDS`, or `static`.
+        fill: `copy`, `p`, `linear`, or `wait` to defer skipped tokens.
+    """
     reader = module.reader
     gates = {
         "arla": lambda: module.gate,

@@ -1,12 +1,12 @@
-"""What the head reads at an exit, behind one interface: the stream, or the slow residual.
+"""Readers: the state that the head reads at an exit, from the accelerated stream or the slow residual.
 
-| reader | at exit E_j it reads | of the slow stream it needs |
+| reader | state at exit E_j | slow blocks it needs |
 |---|---|---|
-| `StreamReader` | p_E, the accelerated residual | blocks below a_j, where its interval begins |
-| `LensReader` | h_E + Up s(Down norm(h_E)), a tuned lens for each exit | blocks below E_j |
-| `BareReader` | h_E as it is | blocks below E_j |
+| `StreamReader` | p_E, the accelerated residual | below a_j, the start of its interval |
+| `LensReader` | h_E + Up silu(Down norm(h_E)), a tuned lens for each exit | below E_j |
+| `BareReader` | h_E | below E_j |
 
-`reader.starts[j]` is that depth.
+`reader.starts[j]` is that number of blocks.
 """
 
 from dataclasses import dataclass
@@ -21,44 +21,45 @@ from ..stream.stream import AcceleratedStream, intervals, reads_near
 
 
 class BareReader(nn.Module):
-    """The slow residual as it is (LayerSkip's exit, on a model that was not trained for it)."""
+    """The unchanged slow residual (LayerSkip's exit, on a model that was not trained for it)."""
 
     def __init__(self, backbone: Backbone, exits: tuple[int, ...]):
         super().__init__()
         self._backbone = backbone
         self.exits = self.starts = tuple(exits)
-        self.reads: tuple[int, ...] = ()  # blocks whose keys it looks at, those of each exit in turn
+        self.reads: tuple[int, ...] = ()  # blocks whose keys it reads
 
     def prepare(self) -> None:
-        """Make ready for compiled passes, with the weights of this moment."""
-        mx.eval(self.parameters())  # or each pass would make them anew
+        """Prepare for compiled passes with the current weights."""
+        mx.eval(self.parameters())  # lazy weights would be recomputed in each pass
 
     def at(self, j: int, h: mx.array, cache, position, before) -> mx.array:
-        """What the head reads at exit j of one token of each sequence: h at `starts[j]`, (B, 1, D) -> same.
+        """The state that the head reads at exit j, for one token of each sequence: h at `starts[j]`, (B, 1,
+        D) -> same.
 
         Args:
-            cache: one entry a block, filled up to the token before.
-            position: of the token; its number of tokens before it.
-            before: what the head read of the token before, (B, 1, D).
+            cache: layer caches, filled up to the previous token.
+            position: of the token.
+            before: the state that the head read for the previous token, (B, 1, D).
         """
         return h
 
     def over(self, j: int, batch: TeacherBatch, cache=None, before=None) -> mx.array:
-        """The same for whole sequences, (B, T, D); `cache` and `before` in the place of the model's own."""
+        """The same for whole sequences, (B, T, D); `cache` and `before` replace the model's own."""
         return batch.states[self.exits[j]]
 
     def needs(self) -> tuple[set[int], set[int]]:
-        """Depths of the states and blocks of the keys that `over` reads from a teacher batch."""
+        """The depths whose states and the blocks whose keys and values `over` reads from a teacher batch."""
         return {self._backbone.depth, *self.exits}, set()
 
     def macs(self, j: int) -> int:
-        """Products and sums of reading at exit j, the head not counted."""
+        """Multiply-accumulates of the reader at exit j, without the head."""
         return 0
 
 
 @dataclass(frozen=True)
 class LensConfig:
-    """Settings of a `LensReader`: its exits, and the hidden width of the layer at each."""
+    """Settings of a `LensReader`: its exits, and the hidden width of each lens."""
 
     exits: tuple[int, ...] = (1,)
     width: int = 64
@@ -86,8 +87,8 @@ class StreamReader(nn.Module):
     """The accelerated residual at each of the stream's exits.
 
     Raises:
-        ValueError: a stream that reads the slow keys of its own blocks (`StreamConfig.near`): these would
-            have to be computed before it is known whether a token goes on.
+        ValueError: the stream reads the slow keys of its own blocks (`StreamConfig.near`), which would have
+            to be computed before the exit is decided.
     """
 
     def __init__(self, stream: AcceleratedStream):
@@ -98,7 +99,7 @@ class StreamReader(nn.Module):
         self.exits = tuple(stream.config.exits)
         self.starts = tuple(a for a, _ in intervals(stream.config))
         self.reads = tuple(sorted({block.read for block in stream.fast if block.read is not None}))
-        object.__setattr__(self, "_merged", None)  # a plain attribute: no parameters of its own
+        object.__setattr__(self, "_merged", None)  # a plain attribute, not a parameter
 
     def prepare(self):
         mx.eval(self.parameters())

@@ -1,12 +1,12 @@
-"""What a gate would do along given texts, many at once: depth, agreement and loss of every token.
+"""Teacher-forced evaluation of a gate along given texts: exit, agreement and loss of every token.
 
-The texts are the whole model's own (prompt and greedy answer). Each answer's tokens pass the exits
-as they would in decoding, and what a token leaves in the blocks that it skips is what later tokens
-find there; only the token that follows is the given one, or in `differing` the one that comes out.
-All rows run through all blocks, so this shows quality and depth, and no time; `decode.py` has the time.
+The texts are the whole model's own (prompt and greedy answer). The tokens of each answer pass the exits as
+in decoding, and later tokens read what the fill leaves in skipped blocks; only the next token is the given
+one, or in `differing` the predicted one. All rows run through all blocks, so this measures quality and
+depth, not time; `decode.py` is what gets timed.
 
-Where tokens wait for the next deep pass, all blocks have their true states; only a reader that looks
-at keys of blocks that a token has not yet been through finds the fill's there.
+With deferred tokens all blocks have their true states. The fill matters only for a reader that reads keys of
+blocks that a deferred token has not passed yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ from .gates import Gate, Seen
 
 @dataclass
 class Texts:
-    """Rows of text by the whole model.
+    """Texts of the whole model, padded to rows of equal length.
 
     Attributes:
-        tokens: int32 (B, T), prompt and answer; what follows a row's end is never looked at.
-        first: (B,) position whose token is the first to be gated: the last of the prompt.
-        end: (B,) positions that count, the last token being only an answer.
+        tokens: int32 (B, T), prompt and answer; tokens after a row's end are never read.
+        first: (B,) the first gated position: the last of the prompt.
+        end: (B,) the last position, whose token is only predicted.
     """
 
     tokens: np.ndarray
@@ -37,7 +37,7 @@ class Texts:
 
     @property
     def gated(self) -> np.ndarray:
-        """bool (B, T - 1): positions that stand before an exit."""
+        """bool (B, T - 1): positions whose token passes the gate."""
         at = np.arange(self.tokens.shape[1] - 1)
         return (at >= self.first[:, None]) & (at < self.end[:, None])
 
@@ -49,15 +49,15 @@ class Texts:
 
 @dataclass
 class Outcome:
-    """What came of a gate along texts; each (B, T - 1), meaningful where `gated`.
+    """The outcome of a gate along texts; each (B, T - 1), valid where `gated`.
 
     Attributes:
-        exit: number of the exit taken, J where all blocks ran.
-        right: whether the token given is the one that the whole model gives.
-        nats: cross-entropy of that token.
-        blocks: run for it, where that is not the exit's to say.
-        wasted: heads read at exits where it did not leave, of gates that need them only with hope.
-        tokens: the token given at each position.
+        exit: index of the exit taken, J if all blocks ran.
+        right: whether the predicted token is the whole model's.
+        nats: cross-entropy of the whole model's token.
+        blocks: number of blocks run, for methods without exits.
+        wasted: number of heads evaluated at exits where the token stayed, for gates with two scores.
+        tokens: the predicted token at each position.
     """
 
     gated: np.ndarray
@@ -70,6 +70,7 @@ class Outcome:
 
     @property
     def agreement(self) -> float:
+        """Fraction of gated positions whose token is the whole model's."""
         return float(self.right[self.gated].mean())
 
 
@@ -77,11 +78,11 @@ class ForcedPass:
     """A gate and a fill, compiled for one token of many texts.
 
     Args:
-        reader: of `readers.py`.
-        gate: of `gates.py`, or ARLA.
-        fill: of `fill.py`.
-        waits: whether skipped tokens run along with the next one that goes deep (`decode.py`).
-        use: indices of the exits that may be tried, all by default; others are not even computed.
+        reader: a reader of `readouts.py`.
+        gate: a gate of `gates.py`, or ARLA.
+        fill: a fill of `fill.py`.
+        waits: defer skipped tokens to the next token that goes deep (`decode.py`).
+        use: indices of the exits to try, by default all; others are not computed.
     """
 
     def __init__(self, backbone: Backbone, reader, gate: Gate, fill: Fill, waits: bool = False, use=None):
@@ -89,13 +90,14 @@ class ForcedPass:
         self.use = tuple(range(len(reader.exits))) if use is None else tuple(use)
         reader.prepare()
         mx.eval(gate.parameters(), fill.parameters())
-        count = backbone.depth + (len(reader.reads) if waits else 0)  # those of the fill come last
+        count = backbone.depth + (len(reader.reads) if waits else 0)  # caches with filled keys come last
         self.traced = Traced(self._step, count, range(count))
 
     def _step(self, caches, token, gated, before, progress, chance, answer, threshold, caught):
-        """One token of each row: (exit's index, what the head reads, token given, nats, wasted head
-        evaluations, caught); `caught` (reads, B) are the positions before which the blocks that a reader
-        looks at have been run."""
+        """One token of each row: (exit index, state that the head reads, predicted token, nats, wasted
+        heads, caught). `caught` (reads, B) counts the positions at which each block of `reader.reads` has
+        true keys.
+        """
         backbone, reader = self.backbone, self.reader
         position = caches[0].offset
         known = self._known(caches, caught) if self.waits else caches
@@ -120,7 +122,7 @@ class ForcedPass:
             x = h
             for go, filled in fillings:
                 x = mx.where(go, filled(l), x)
-            if self.waits and l in reader.reads:  # only keys and values of it are evaluated
+            if self.waits and l in reader.reads:  # lazy: only its KV
                 backbone.blocks[l](x, mask, cache=caches[backbone.depth + reader.reads.index(l)])
             h = backbone.blocks[l](h if self.waits else x, mask, cache=caches[l])
         run = mx.array([*reader.starts, backbone.depth])[number[:, 0, 0]]  # blocks
@@ -134,7 +136,9 @@ class ForcedPass:
         return number[..., 0], read, given, mx.logsumexp(logits, axis=-1) - chosen, wasted[..., 0], caught
 
     def _known(self, caches, caught) -> list:
-        """What a reader finds while tokens wait: true keys and values before `caught`, the fill's behind."""
+        """The caches that a reader sees with deferred tokens: true keys and values before `caught`,
+        filled ones after it.
+        """
         N, known = self.backbone.depth, list(caches)
         for i, l in enumerate(self.reader.reads):
             true, filled = caches[l], caches[N + i]
@@ -168,13 +172,13 @@ class ForcedPass:
         tokens, N = mx.array(texts.tokens), self.backbone.depth
         cache = self.backbone.new_cache(T, B)
         before = mx.zeros((B, 1, self.backbone.width))
-        if first:  # the beginning that no row gates, in one pass
+        if first:  # positions before any gate, in one pass
             before = self.backbone.run(self.backbone.embed(tokens[:, :first]), cache)[:, -1:]
         caught = mx.full((len(self.reader.reads), B), first)
         if self.waits:
             cache += [self.backbone.new_cache(T, B)[l] for l in self.reader.reads]
             for layer_cache in cache[N:]:
-                layer_cache.offset = first  # never looked at before it: all is caught there
+                layer_cache.offset = first  # earlier positions are true and never read here
         out, token = [], tokens[:, first : first + 1]
         for t in range(first, T - 1):
             progress = np.clip((t - texts.first) / longest, 0, 1).astype(np.float32)[:, None, None]
@@ -204,9 +208,10 @@ class ForcedPass:
 
 
 def differing(forced: ForcedPass, texts: Texts, threshold: float | Sequence[float]) -> np.ndarray:
-    """Decode the answers of texts freely, each token after those given before it, and compare them with the
-    whole model's: the share of positions at which the two differ, (B,). An answer that ends before the other
-    differs from there on."""
+    """Decode the answers freely, each token after the predicted ones, and compare them with the whole
+    model's: the fraction of positions that differ, (B,). If one answer is shorter, the remaining
+    positions count as different.
+    """
     most = int((texts.end - texts.first).max())
     open_ended = replace(texts, end=np.minimum(texts.first + most, texts.tokens.shape[1] - 1))
     out, eos, shares = forced(open_ended, threshold, follow=False), forced.backbone.eos, []
@@ -220,7 +225,7 @@ def differing(forced: ForcedPass, texts: Texts, threshold: float | Sequence[floa
 
 
 def texts_of(backbone: Backbone, prompts: list[list[int]], max_tokens: int) -> Texts:
-    """The whole model's greedy answers to prompts, as rows; an answer ends with its end-of-text mark."""
+    """The whole model's greedy answers to prompts, as rows; an answer ends with an end-of-text token."""
     from ..text.self_generated import continue_greedily
 
     length = max(map(len, prompts)) + max_tokens

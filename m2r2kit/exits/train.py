@@ -1,8 +1,8 @@
-"""Training for exits: readers at all exits at once, and ARLA, both on texts with holes.
+"""Losses for exits: readers at all exits at once, and ARLA, both on texts with holes.
 
-In decoding, tokens that left early have no true keys in the deeper blocks and no last state; what stands
-there is the fill's. A reader that has never seen that reads it badly. So in training, too, tokens drawn at
-random have left at exits drawn at random, and the others read what a fill has put in their places.
+In decoding, tokens that left early have no true keys in deeper blocks and no last state; the fill provides
+replacements. A reader trained without them reads them badly. In training, too, random tokens therefore leave
+at random exits, and the others read what the fill provides.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from .arla import Arla
 from .fill import LinearFill
 from .gates import Seen
 
-LEFT = 0.6  # share of the tokens that have left early in training
+LEFT = 0.6  # fraction of the tokens that leave early in training
 
 
 class CaughtKV:
-    """Takes the place of a cache and keeps the keys and values that a block makes of whole rows."""
+    """A layer cache that keeps the keys and values a block computes for whole rows."""
 
     offset = 0
 
@@ -32,8 +32,9 @@ class CaughtKV:
 
 
 def keys_of(backbone: Backbone, l: int, states: mx.array) -> KeptKV:
-    """Keys and values that block l makes of states (B, T, D) at positions 0..T-1; the rest of the block
-    is never evaluated."""
+    """Keys and values of block l for states (B, T, D) at positions 0..T-1; the rest of the block is never
+    evaluated.
+    """
     caught = CaughtKV()
     backbone.blocks[l](states, None, cache=caught)
     return KeptKV(caught.keys, caught.values)
@@ -44,10 +45,10 @@ class Holes:
     """A teacher batch in which some tokens have left early.
 
     Attributes:
-        number: of the exit at which each token left, J for none; int (B, T, 1).
-        cache: keys and values by block, true ones and those of the fill.
-        before: what was read of the token before each, (B, T, D).
-        states: the fill's state for a block, (B, T, D), where a token has left before it: block -> state.
+        number: index of the exit at which each token left, J for none; int (B, T, 1).
+        cache: keys and values by block, true or filled.
+        before: the state read for the token before each, (B, T, D).
+        states: block -> the fill's states (B, T, D), for tokens that left before it.
     """
 
     number: mx.array
@@ -56,12 +57,14 @@ class Holes:
     states: Callable
 
     def gone(self, l: int, starts) -> mx.array:
-        """Which tokens have left before block l, (B, T, 1)."""
+        """Which tokens have left before block l, bool (B, T, 1)."""
         return mx.any(mx.stack([(self.number == j) & (s <= l) for j, s in enumerate(starts)]), axis=0)
 
 
 def holes(reader, batch: TeacherBatch, fill, rng: np.random.Generator, share: float = LEFT) -> Holes:
-    """Draw who has left where, a share of all, and put the fill's states in the places of theirs."""
+    """Let a random fraction `share` of the tokens leave at random exits, and replace their keys and
+    states with the fill's.
+    """
     backbone = reader_backbone(reader)
     B, T = batch.tokens.shape
     J = len(reader.exits)
@@ -92,7 +95,7 @@ def holes(reader, batch: TeacherBatch, fill, rng: np.random.Generator, share: fl
 
 
 def exits_loss(reader, batch: TeacherBatch, settings: DistilConfig, rng, fill=None) -> mx.array:
-    """KL from the whole model at every exit; with a fill, on a batch with holes. One number."""
+    """Sum over the exits of the KL from the whole model; with a fill, on a batch with holes. A scalar."""
     backbone = reader_backbone(reader)
     final = batch.states[backbone.depth]
     cut = holes(reader, batch, fill, rng) if fill is not None else None
@@ -107,8 +110,9 @@ def exits_loss(reader, batch: TeacherBatch, settings: DistilConfig, rng, fill=No
 
 
 def deep_loss(reader, batch: TeacherBatch, settings: DistilConfig, fill, cut: Holes, rng) -> mx.array:
-    """The same at the whole model's own end, for tokens that went through all blocks past those holes:
-    what a fill is for. The gradient passes through the frozen blocks into the fill."""
+    """KL at the model's last block for tokens that pass all blocks and read the holes: the loss that a
+    fill minimises. The gradient passes through the frozen blocks into the fill.
+    """
     backbone = reader_backbone(reader)
     final, h = batch.states[backbone.depth], batch.states[reader.starts[0]]
     for l in range(reader.starts[0], backbone.depth):
@@ -119,7 +123,7 @@ def deep_loss(reader, batch: TeacherBatch, settings: DistilConfig, fill, cut: Ho
 
 
 def reader_backbone(reader) -> Backbone:
-    """The model that a reader belongs to."""
+    """The model of a reader."""
     return reader.stream._backbone if "stream" in reader else reader._backbone
 
 
@@ -133,9 +137,11 @@ def seen_in(reader, batch: TeacherBatch, cache, before, head) -> Seen:
 
 
 def gate_loss(gate: Arla, reader, batch: TeacherBatch, settings: DistilConfig, rng, fill) -> mx.array:
-    """Binary cross-entropy of both looks of `Arla` against "the head is right here", over all exits, at some
-    positions; one number. Drawn anew each time: these, how many tokens have left (few leave holes where
-    tokens wait), and which of the exits are in use, so that any may be left out in decoding."""
+    """Binary cross-entropy of both scores of `Arla` against "the head is right here", summed over the
+    exits, at some positions; a scalar. Each call draws the positions, the fraction of tokens that have
+    left (small when tokens are deferred), and the exits in use, so that decoding may leave any of them
+    out.
+    """
     backbone, T = reader_backbone(reader), batch.tokens.shape[1]
     cut = holes(reader, batch, fill, rng, LEFT * rng.random())
     seen = seen_in(reader, batch, cut.cache, cut.before, backbone.head)

@@ -1,7 +1,8 @@
-"""Everything that is trained for exits (`registry.KINDS`), made, trained, saved and loaded in one way.
+"""All trained kinds of exits (`registry.KINDS`): made, trained, saved and loaded in one way.
 
-All learn from the same rows for as many steps; `m2r2` and `lens` have as many parameters. The first exit of
-`m2r2` may begin with a trained stream (`Exits.begin_with`), which is then ahead of the others.
+All train on the same rows for the same number of steps; `m2r2` and `lens` have the same number of
+parameters. The first exit of `m2r2` may start from a trained stream (`Exits.begin_with`), and has then
+trained for longer than the others.
 """
 
 import math
@@ -28,21 +29,21 @@ from .fill import LinearFill, fit_linear
 from .readouts import BareReader, LensConfig, LensReader, StreamReader
 from .train import exits_loss, gate_loss
 
-FIT_ROWS = 256  # of text from which a linear fill is computed
-STEPS = 800  # if nothing else is asked for
-SHARES = (0.4, 0.2, 0.4)  # of the steps: readers alone, readers and fill past holes, the router
+FIT_ROWS = 256  # rows of text for the fit of a linear fill
+STEPS = 800  # default
+SHARES = (0.4, 0.2, 0.4)  # fractions of the steps: readers alone, readers and fill on holes, router
 
 
 @dataclass(frozen=True)
 class ExitsConfig:
-    """Settings of what is trained for exits.
+    """Settings of trained exits.
 
     Attributes:
         reader: `m2r2`, `lens` or `bare`.
-        exits: blocks after which a token may leave; by default those of the pocket model of 24 blocks.
-        fill_rank: rank of the fill's map.
+        exits: blocks after which a token may leave; the default fits the pocket model of 24 blocks.
+        fill_rank: rank of the linear fill.
         latent: width of ARLA's latents.
-        sees: residuals that ARLA looks at (`arla.ArlaConfig`).
+        sees: residuals that ARLA reads (`arla.ArlaConfig`).
     """
 
     reader: str = "m2r2"
@@ -59,7 +60,7 @@ class Exits(nn.Module):
         super().__init__()
         self._backbone, self.config = backbone, config
         N, exits = backbone.depth, config.exits
-        stream = AcceleratedStream(backbone, StreamConfig(exits=exits, span=1))  # refuses exits out of order
+        stream = AcceleratedStream(backbone, StreamConfig(exits=exits, span=1))  # checks the exits
         if config.reader == "m2r2":
             self.reader = StreamReader(stream)
         elif config.reader == "bare":
@@ -78,23 +79,25 @@ class Exits(nn.Module):
         return Arla(self._backbone.width, ArlaConfig(len(c.exits), c.latent, c.sees))
 
     def begin_with(self, stream: AcceleratedStream) -> None:
-        """Take the first exit from a trained stream of the same model that has it.
+        """Initialise the first exit from a trained stream of the same model.
 
         Raises:
-            UserError: its first interval is another, or these exits read no stream.
+            UserError: its first interval differs, or these exits read no stream.
         """
         own = self.reader.stream if "stream" in self.reader else None
         if own is None:
-            raise UserError(f"Exits of kind {self.config.reader} read no stream; only m2r2 begins with one.")
+            raise UserError(
+                f"Exits of kind {self.config.reader} read no stream; only m2r2 can start from one."
+            )
         (a, b), (first, last) = intervals(own.config)[0], intervals(stream.config)[0]
         if (a, b) != (first, last):
             raise UserError(
-                f"These exits cannot begin with that stream: their first interval is blocks {a}..{b}, "
+                f"These exits cannot start from that stream: their first interval is blocks {a}..{b}, "
                 f"the stream's {first}..{last}; use exit 1 for both, or leave --start out."
             )
         if stream.config != replace(own.config, exits=own.config.exits[:1], span=stream.config.span):
             raise UserError(
-                f"These exits cannot begin with that stream: it has other settings ({stream.config}); "
+                f"These exits cannot start from that stream: it has other settings ({stream.config}); "
                 f"train one with `m2r2kit train stream --exit {b}` and no other settings."
             )
         own.fast[0].update(stream.fast[0].trainable_parameters())
@@ -109,8 +112,11 @@ class Exits(nn.Module):
         report: Callable | None = None,
         seconds: float = math.inf,
     ) -> list[float]:
-        """Readers, fill and router in turn; `rows` (n, T) are texts for the fill's first map. Returns the
-        loss of each step."""
+        """Train readers, fill and router in turn; return the loss of each step.
+
+        Args:
+            rows: texts (n, T) for the closed-form fit of the fill.
+        """
         done, stream, losses = 0, self.reader.stream if "stream" in self.reader else None, []
 
         def part(module, loss, share, rate):
@@ -123,7 +129,7 @@ class Exits(nn.Module):
 
         begun = [stream.fast[0], stream.carry] if self.started else []
         for ready in begun:
-            ready.freeze()  # it has learnt for longer than what is beside it will
+            ready.freeze()  # it is already trained; the other exits are not
         if self.config.reader != "bare":
             part(self.reader, exits_loss, SHARES[0], 1)
         for ready in begun:
@@ -149,13 +155,13 @@ class Exits(nn.Module):
         return gate_loss(gate, self.reader, batch, settings, rng, self.fill)
 
     def needs(self) -> tuple[set[int], set[int]]:
-        """Depths of the states and blocks of the keys that a teacher batch must hold."""
+        """The depths whose states and the blocks whose keys and values a teacher batch must hold."""
         depths, blocks = self.reader.needs()
         return depths | set(self.reader.starts), blocks | set(self.reader.reads)
 
 
 class Pair(nn.Module):
-    """A reader and a fill, trained at once."""
+    """A reader and a fill, trained together."""
 
     def __init__(self, reader, fill):
         super().__init__()
@@ -166,15 +172,16 @@ MODULES = {DepthsConfig: MixtureOfDepths, ShallowConfig: Shallow, ExitsConfig: E
 
 
 def settings_of(kind: str, exits: tuple[int, ...] = ExitsConfig.exits):
-    """The settings of a kind, with these exits, or for `shallow` the first as its number of blocks."""
+    """The settings of a kind with these exits; for `shallow` the first exit is its number of blocks."""
     if kind == "mixture-of-depths":
         return DepthsConfig()
     return ShallowConfig(exits[0]) if kind == "shallow" else ExitsConfig(reader=kind, exits=exits)
 
 
 def default_exits(kind: str, depth: int) -> tuple[int, ...]:
-    """The exits of a model of `depth` blocks if none are asked for: at the same relative depths as those of
-    the pocket model (`ExitsConfig.exits`); for `shallow` the number of its blocks."""
+    """Default exits for a model of `depth` blocks, at the relative depths of the pocket model's
+    (`ExitsConfig.exits`); for `shallow` its number of blocks.
+    """
     pocket, blocks = (ShallowConfig().blocks,) if kind == "shallow" else ExitsConfig().exits, 24
     scaled = {min(max(1, round(exit * depth / blocks)), depth - 1) for exit in pocket}
     return tuple(sorted(scaled))
@@ -184,7 +191,7 @@ def new(backbone: Backbone, kind: str, exits: tuple[int, ...] | None = None, see
     """An untrained module of a kind.
 
     Raises:
-        UserError: exits that this model cannot have.
+        UserError: the model cannot have these exits.
     """
     mx.random.seed(seed)
     config = settings_of(kind, exits or default_exits(kind, backbone.depth))
@@ -201,9 +208,10 @@ def train(
     seconds: float = math.inf,
     router_only: bool = False,
 ) -> History:
-    """Train a module on rows of text (n, T), in batches of `batch` rows, for the settings' steps or so many
-    seconds, whichever ends first. With `router_only` a new router takes the place of the one of a trained
-    `Exits`, and learns for all of the steps."""
+    """Train a module on rows of text (n, T), in batches of `batch` rows, until the settings' steps or
+    `seconds` are over. `router_only` trains a new router for an already trained `Exits`, with all of the
+    steps.
+    """
     depths, blocks = module.needs() if isinstance(module, Exits) else ({backbone.depth}, set())
     batches = distillation.teacher_batches(backbone, rows, depths, blocks, batch)
     begun = time.perf_counter()
@@ -219,7 +227,9 @@ def train(
 
 
 def folder(model: str | Path, exits: str | Path | None) -> Path:
-    """Where a model's trained exits lie, a folder for each kind: as given, or `trained_folder`."""
+    """The folder of a model's trained exits, with one folder for each kind: `exits` if given, else
+    `trained_folder`.
+    """
     return Path(exits) if exits else trained_folder(model, "exits")
 
 
@@ -230,12 +240,16 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
 
 
 def save(module: nn.Module, backbone: Backbone, folder: str | Path, **facts) -> None:
-    """Write a module, bound to its model."""
+    """Write a module and the SHA-256 of its model.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     checkpoints.save(module, module.config, backbone.sha256, folder, "exits", **facts)
 
 
 def load(backbone: Backbone, folder: str | Path, kind: str = "m2r2") -> tuple[nn.Module, dict]:
-    """A saved module, and everything that its JSON says.
+    """Load a saved module: (module, its whole JSON).
 
     Raises:
         UserError: there is none, it is of another kind, damaged, or belongs to another model.
@@ -243,7 +257,7 @@ def load(backbone: Backbone, folder: str | Path, kind: str = "m2r2") -> tuple[nn
     config, text = checkpoints.read_settings(folder, "exits", type(settings_of(kind)))
     made = MODULES[type(config)]
     if text.get("kind") != made.__name__ or getattr(config, "reader", kind) != kind:
-        raise UserError(f"{folder} holds no {kind}; name its own folder.")
+        raise UserError(f"{folder} holds no {kind}; give the folder of a trained {kind}.")
     module = made(backbone, config)
     checkpoints.load_weights(module, text, backbone.sha256, folder, "exits")
     return module, text
