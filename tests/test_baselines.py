@@ -274,7 +274,7 @@ def test_a_draft_model_has_a_tenth_of_the_parameters():
 
 
 def test_a_draft_model_with_other_tokens_is_refused():
-    with pytest.raises(UserError, match="knows 4096 tokens and the model 96; they must share a tokenizer"):
+    with pytest.raises(UserError, match="has 4096 tokens and the model 96; both must use the same tokenizer"):
         DraftModel(tiny.backbone(), DraftModelConfig())
 
 

@@ -1,4 +1,6 @@
-"""Wing 2: draft a few tokens cheaply, verify them with the model in one pass, lose nothing."""
+"""Speculative decoding: draft a few tokens cheaply, verify them with the model in one pass; the output is
+unchanged.
+"""
 
 from ..common import on_demand
 

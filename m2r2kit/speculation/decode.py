@@ -1,11 +1,11 @@
-"""The decoder that drafts, verifies and accepts. With 0 drafts it is plain decoding.
+"""The speculative decoder: draft, verify, accept. With 0 drafts it is plain decoding.
 
-A step begins with one pending token, emitted but not yet in the cache:
+A step starts with one pending token, emitted but not yet in the cache:
 
     draft    K tokens, running the blocks below the exit E on each        (drafters/)
     verify   the K + 1 positions through blocks E..N, in one pass
-    accept   the longest right prefix and one token of the model's own    (accept.py)
-    crop     the cache to what was accepted, and tell the drafter
+    accept   the longest correct prefix and one token of the model        (accept.py)
+    crop     the cache to the accepted tokens, and pass their states to the drafter
 """
 
 from collections.abc import Callable
@@ -24,13 +24,14 @@ MOST_DRAFTS = 16
 
 
 class Speculation(Decoder):
-    """A model that decodes with a drafter; the tokens are those of plain decoding whatever the drafter is.
+    """A model that decodes with a drafter. The output is that of plain decoding, whatever the drafter.
 
     Args:
-        drafter: who drafts; None is plain decoding.
-        drafts: K, tokens drafted in a step, 0..16.
-        cache: an empty cache for the next text, for a caller that wants to look at it; by default a new
-            one for each text.
+        drafter: None is plain decoding.
+        drafts: K, number of tokens drafted in a step, 0..16.
+        sampler: by default greedy.
+        cache: an empty cache for the next text, for a caller that inspects it; by default each text gets a
+            new one.
 
     Raises:
         UserError: a draft count out of range.
@@ -53,13 +54,13 @@ class Speculation(Decoder):
         self.cache = self.backbone.new_cache(capacity) if self._empty is None else self._empty
         self._empty, self._eos = None, self.backbone.eos
         self._text, self._ahead = list(prompt), None
-        self._verified = len(prompt) - 1  # positions of the cache that hold the model's own states
+        self._verified = len(prompt) - 1  # verified positions of the cache
         self.drafter.begin(prompt, capacity)
         if self._verified:
             read_prompt(self.backbone, self.drafter, prompt, self.cache)
 
     def step(self, pending, left):
-        k, drafter, cache = min(self.drafts, left - 1), self.drafter, self.cache  # the pass adds one token
+        k, drafter, cache = min(self.drafts, left - 1), self.drafter, self.cache  # the model adds one token
         if k == 0 or isinstance(drafter, Plain):
             return self._plain(pending, left > 1)
         emitted, drafted, states = draft_and_verify(
@@ -71,14 +72,14 @@ class Speculation(Decoder):
         if drafter.learns is not None:
             drafter.learn(states[:, : len(kept)])
         self._text += kept
-        return Emitted(kept, drafted, min(len(emitted) - 1, len(kept)))  # the last one is the model's own
+        return Emitted(kept, drafted, min(len(emitted) - 1, len(kept)))  # the last token is the model's
 
     def _plain(self, pending: int, more: bool) -> Emitted:
         """A step without drafts."""
         emitted, self._ahead = one_token(self.backbone, pending, self._ahead, more, self.sampler, self.cache)
         self._verified += 1
         self._text += emitted
-        if emitted[0] in self._eos:  # the token after it has been read already
+        if emitted[0] in self._eos:  # the next pass has already written to the cache
             crop(self.cache, self._verified)
         return Emitted(emitted)
 
@@ -104,7 +105,7 @@ def generate(
 
 
 def read_prompt(backbone: Backbone, drafter: Drafter, prompt: list[int], cache: list) -> None:
-    """All but the last token of a prompt into the cache, and to the drafter if it wants their states."""
+    """Run all prompt tokens but the last, and pass their states to the drafter if it needs them."""
     h = backbone.embed(mx.array([prompt[:-1]]))
     h = backbone.run(h, cache, 0, drafter.exit)
     if drafter.learns == drafter.exit:
@@ -116,10 +117,10 @@ def read_prompt(backbone: Backbone, drafter: Drafter, prompt: list[int], cache: 
 
 
 def one_token(backbone: Backbone, pending, ahead, more: bool, sampler: Sampler, cache: list):
-    """A step without drafts: ([token], what to pass as `ahead` next time).
+    """A step without drafts: ([token], `ahead` for the next call).
 
-    While a token is read, the next is already being computed (if there is to be one `more`), as
-    mlx-lm does; with drafts that is not possible, since the next step starts where they fail.
+    With greedy decoding the next token is computed while this one is read (if `more` follow), as in mlx-lm.
+    Drafting excludes this, because the next step depends on which drafts are accepted.
     """
 
     def first_choice(token):
@@ -137,11 +138,10 @@ def one_token(backbone: Backbone, pending, ahead, more: bool, sampler: Sampler, 
 def draft_and_verify(
     backbone: Backbone, drafter: Drafter, text: list[int], k: int, sampler: Sampler, cache: list
 ) -> tuple[list[int], int, mx.array | None]:
-    """One step with up to k >= 1 drafts: (tokens that it emits, how many were drafted, states).
+    """One step with up to k >= 1 drafts: (emitted tokens, number of drafts, states (1, .., D)).
 
-    Of K drafts (in a tree: on its longest path) it emits 1..K + 1 tokens. The cache grows by as many
-    positions at least, of which the caller keeps as many as were emitted; so it does of the states
-    (1, .., D), which the drafter may want.
+    K drafts (in a tree: on its longest path) emit 1..K + 1 tokens. The cache grows by at least as many
+    positions. The caller keeps as many positions, and states for the drafter, as tokens were emitted.
     """
     draft = drafter(text, k, sampler, cache)
     logits, states = verify(backbone, drafter, draft, text[-1], cache)
@@ -152,7 +152,7 @@ def draft_and_verify(
         return emitted, K, states[:, mx.array(path)]
     if sampler.greedy:
         choices = mx.argmax(logits, axis=-1)
-        if K and isinstance(draft.tokens[0], mx.array):  # one wait for the draft and its verification
+        if K and isinstance(draft.tokens[0], mx.array):  # one synchronisation for both
             ids = mx.concatenate([*(t[0] for t in draft.tokens), choices]).tolist()
         else:
             ids = [*draft.tokens, *choices.tolist()]
@@ -163,17 +163,17 @@ def draft_and_verify(
 def verify(
     backbone: Backbone, drafter: Drafter, draft: Draft | Tree, pending: int, cache: list
 ) -> tuple[mx.array, mx.array | None]:
-    """The pending token and K drafts through all blocks that they have not been through: logits
-    (K + 1, V), and the states that the drafter wants (`Drafter.learn`), (1, K + 1, D).
+    """Run the pending token and K drafts through the blocks they have not passed: logits (K + 1, V), and the
+    states that the drafter learns from (`Drafter.learn`), (1, K + 1, D).
 
-    Of a `Tree` those of all rows, and the last states; the cache then holds rows to choose from
-    (`accept_tree`).
+    For a `Tree`: logits and last states of all its rows; `accept_tree` then selects the rows to keep in the
+    cache.
     """
     if isinstance(draft, Tree):
         return verify_tree(backbone, draft, pending, cache)
     E = drafter.exit
     read = sum(h.shape[1] for h in draft.states)
-    unread = [pending, *draft.tokens][read:]  # such as the last draft, which nobody has drafted after
+    unread = [pending, *draft.tokens][read:]  # such as the last draft
     if all(isinstance(token, int) for token in unread):
         unread = mx.array([unread]) if unread else None
     else:

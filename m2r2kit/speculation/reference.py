@@ -1,4 +1,4 @@
-"""mlx-lm's own generation of the same weights, as a decoder: what plain decoding is compared with."""
+"""mlx-lm's own generation with the same weights, as a decoder: the reference for plain decoding."""
 
 from contextlib import nullcontext
 
@@ -10,10 +10,10 @@ from ..model.mlxlm import generate_step
 
 
 class MlxLm(Decoder):
-    """`mlx_lm.generate.generate_step`, step by step; it reads the prompt with the first one.
+    """`mlx_lm.generate.generate_step`, one token a step. The first step reads the prompt.
 
     Args:
-        sampler: as `mlx_lm.sample_utils.make_sampler` makes them; by default greedy.
+        sampler: as made by `mlx_lm.sample_utils.make_sampler`; by default greedy.
     """
 
     def __init__(self, backbone: Backbone, sampler=None):
@@ -23,14 +23,14 @@ class MlxLm(Decoder):
         self._prompt, self._steps, self._eos = mx.array(prompt), None, self.backbone.eos
 
     def step(self, pending, left):
-        if self._steps is None:  # now the most that it may emit is known
+        if self._steps is None:  # `left` is the token limit in the first step
             self._steps = generate_step(
                 self._prompt, self.backbone.model, max_tokens=left, sampler=self.sampler
             )
         token = int(next(self._steps)[0])
         if left == 1 or token in self._eos:
-            self._steps.close()  # it has set a stream of its own
+            self._steps.close()  # restores MLX's stream
         return Emitted([token])
 
     def threads(self):
-        return nullcontext()  # as a user of mlx-lm has them
+        return nullcontext()  # mlx-lm's default threads

@@ -1,7 +1,6 @@
-"""The ways of decoding by name, as the command line, the benches and the notebooks ask for them.
+"""The decoding methods by name, for the command line, the benches and the notebooks.
 
-Only names and sentences are read when this file is imported; what a method computes with comes when it is
-asked for.
+Importing this file reads only names and descriptions; a method's code is imported when it is used.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 METHODS = registry(
     Entry("plain", "the model alone, one token a pass"),
-    Entry("mlx_lm", "the model alone, by mlx-lm's own loop"),
+    Entry("mlx_lm", "the model alone, with mlx-lm's own loop"),
     Entry("early-exit", "first blocks, bare residual", source="as in LayerSkip (Elhoushi et al. 2024)"),
     Entry(
         "m2r2",
@@ -32,33 +31,38 @@ METHODS = registry(
     Entry("lookahead", "guesses a window of tokens and keeps n-grams", source="LookAhead (Fu et al. 2024)"),
     Entry(
         "draft-model",
-        "a small model of its own",
+        "a separate small model",
         "train drafter",
         "Leviathan et al. 2023; Chen et al. 2023",
     ),
     Entry(
         "eagle",
-        "a block that goes on with the last states",
+        "a block that continues the last states",
         "train drafter",
         "as in EAGLE (Li et al. 2024)",
     ),
     Entry("medusa", "a head for each position ahead", "train drafter", "as in Medusa (Cai et al. 2024)"),
     Entry("kangaroo", "first blocks and a trained one", "train drafter", "as in Kangaroo (Liu et al. 2024)"),
     Entry(
-        "deed", "first blocks and an adapter, sure or not", "train drafter", "as in DEED (Tang et al. 2024)"
+        "deed",
+        "first blocks and adapters, the exit by confidence",
+        "train drafter",
+        "as in DEED (Tang et al. 2024)",
     ),
 )
 TRAINED = tuple(name for name, entry in METHODS.items() if entry.needs == "train drafter")
-DRAFTS = 4  # where the stream does not say better
+DRAFTS = 4  # default draft length of an untuned stream
 
 
 def stream_folder(model: str | Path, stream: str | Path | None) -> Path:
-    """Where the trained stream of a model lies: as given, or beside its weights."""
+    """The folder of a model's trained stream: `stream` if given, else the one beside the weights."""
     return Path(stream) if stream else trained_folder(model, "stream")
 
 
 def drafters_folder(model: str | Path, drafters: str | Path | None) -> Path:
-    """Where the trained baselines of a model lie, a folder each: as given, or beside its weights."""
+    """The folder of a model's trained baselines, one folder each: `drafters` if given, else the one
+    beside the weights.
+    """
     return Path(drafters) if drafters else trained_folder(model, "drafters")
 
 
@@ -70,17 +74,18 @@ def ready(
     exit: int | None = None,
     drafts: int | None = None,
 ) -> tuple[Drafter, int]:
-    """The drafter of a method, and how many tokens it drafts in a step.
+    """The drafter of a method, and the number of tokens it drafts in a step.
 
     Args:
-        stream: the trained stream or its folder, for `m2r2` and `m2r2-tree`; for others that are not
-            trained, how long its drafts are and where its first exit is.
-        drafters: folder of the trained baselines, a folder each.
-        exit: the depth at which `m2r2`, `m2r2-tree` and `early-exit` draft; by default the stream's first.
-        drafts: as many, without stopping earlier; by default as tuned, the threshold included.
+        stream: the trained stream or its folder, for `m2r2` and `m2r2-tree`; for untrained methods it gives
+            the default draft length and exit.
+        drafters: folder of the trained baselines, one folder each.
+        exit: the depth at which `m2r2`, `m2r2-tree` and `early-exit` draft; by default the stream's first
+            exit.
+        drafts: draft exactly this many tokens; by default the tuned number and threshold.
 
     Raises:
-        UserError: nothing trained, or for another model, or an exit that it does not have.
+        UserError: the module is not trained, belongs to another model, or lacks this exit.
     """
     from ..stream.trained import TrainedStream
     from . import trained as baselines
@@ -104,8 +109,8 @@ def ready(
         given = isinstance(stream, TrainedStream)
         trained = stream if given else TrainedStream.load(backbone, stream)
         trained = trained.bound_to(backbone)
-        facts, tuned = trained.facts, drafts is None and exit is None  # a threshold is of its own exit
-        if method == "m2r2-tree":  # before it was tuned, as the chain
+        facts, tuned = trained.facts, drafts is None and exit is None  # a threshold is tuned for its exit
+        if method == "m2r2-tree":  # an untuned tree has the chain's settings
             facts = {"leaves": LEAVES, "drafts": DRAFTS} | facts.get("tree", facts)
         threshold = float(facts.get("threshold", 0.0)) if tuned else 0.0
         if method == "m2r2":
@@ -123,7 +128,9 @@ def ready(
 
 
 def _settings(stream: Path | TrainedStream | None, needed: bool) -> tuple[int | None, dict]:
-    """(First exit, facts) of a stream that is not run; where it is not `needed`, there may be none."""
+    """(first exit, facts) of a stream that is not run; (None, {}) if there is none and it is not
+    `needed`.
+    """
     from ..stream import checkpoints
     from ..stream.stream import StreamConfig
 
@@ -140,11 +147,14 @@ def _settings(stream: Path | TrainedStream | None, needed: bool) -> tuple[int | 
 
 
 def training(method: str, stream: Path, drafters: Path) -> dict:
-    """`parameters`, `train_steps` and `train_seconds` of a method, 0 where it trains nothing; the folders
-    are as for `drafter`.
+    """`parameters`, `train_steps` and `train_seconds` of a method, 0 for untrained methods.
+
+    Args:
+        stream: folder of the trained stream.
+        drafters: folder of the trained baselines, one folder each.
 
     Raises:
-        UserError: it needs training and has had none.
+        UserError: the method needs training and is not trained.
     """
     from ..stream import checkpoints
     from ..stream.stream import StreamConfig

@@ -1,7 +1,7 @@
-"""The baselines that need training: made, trained, saved and loaded in one way.
+"""Trained baselines: made, trained, saved and loaded in one way.
 
-Each is a small module beside the frozen model, with `loss(batch)` and the `depths` of the states
-that its loss reads, and a drafter that decodes with it.
+Each is a small module beside the frozen model, with a `loss`, the `depths` of the states that its loss
+reads, and a drafter that decodes with it.
 """
 
 import math
@@ -27,7 +27,7 @@ from .drafters.medusa import Medusa, MedusaConfig, MedusaHeads
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of baseline: its settings, its module (backbone, settings), its drafter (backbone, module)."""
+    """A kind of baseline: its settings, its module (backbone, settings), its drafter (backbone, module)."""
 
     settings: type
     module: type[nn.Module]
@@ -44,7 +44,7 @@ KINDS = {
 
 
 def new(backbone: Backbone, kind: str, exit: int | None = None, seed: int = 0) -> nn.Module:
-    """An untrained baseline, in the shape for a model; some kinds have an `exit`."""
+    """An untrained baseline with the shapes of a model; some kinds have an `exit`."""
     mx.random.seed(seed)
     return KINDS[kind].module(backbone, KINDS[kind].settings.for_model(backbone, exit))
 
@@ -56,35 +56,43 @@ def train(
     report: Callable | None = None,
     seconds: float = math.inf,
 ) -> History:
-    """Distil a baseline from the model, with the optimiser and the rows of the accelerated stream."""
+    """Distil a baseline from the model, with the optimiser and the teacher batches of the stream."""
     return distil(module, own_loss, batches, settings, report, seconds)
 
 
 def mean_loss(module: nn.Module, batches: list[TeacherBatch], settings: DistilConfig) -> float:
-    """Its mean loss on teacher batches, as in training, in nats."""
+    """Mean loss on teacher batches, as in training, in nats."""
     rng = np.random.default_rng(0)
     return float(np.mean([module.loss(batch, settings, rng).item() for batch in batches]))
 
 
 def drafter(backbone: Backbone, kind: str, module: nn.Module) -> Drafter:
-    """Who drafts with a baseline; made after training, for it keeps compiled passes."""
+    """The drafter of a trained baseline. Make a new one after more training, because it keeps compiled
+    passes.
+    """
     return KINDS[kind].drafter(backbone, module)
 
 
 def save(module: nn.Module, backbone: Backbone, folder: str | Path, **facts) -> None:
-    """Write a baseline, bound to its model."""
+    """Write a baseline and the SHA-256 of its model.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     checkpoints.save(module, module.config, backbone.sha256, folder, "drafter", **facts)
 
 
 def load(backbone: Backbone, kind: str, folder: str | Path) -> tuple[nn.Module, dict]:
-    """A saved baseline, and everything that its JSON says.
+    """Load a saved baseline: (module, its whole JSON).
 
     Raises:
         UserError: there is none, it is of another kind, damaged, or belongs to another model.
     """
     config, text = checkpoints.read_settings(folder, "drafter", KINDS[kind].settings)
     if text.get("kind") != KINDS[kind].module.__name__:
-        raise UserError(f"{folder} holds a {text.get('kind')}, which is no {kind}; name its own folder.")
+        raise UserError(
+            f"{folder} holds a {text.get('kind')} and no {kind}; give the folder of a trained {kind}."
+        )
     module = KINDS[kind].module(backbone, config)
     checkpoints.load_weights(module, text, backbone.sha256, folder, "drafter")
     return module, text

@@ -1,8 +1,8 @@
-"""A tree of drafts: verified in one masked pass, of which the best path is accepted.
+"""Draft trees: verified in one masked pass, of which the best path is accepted.
 
-The drafts are certain (no dice chose them), so sampling accepts by the rule for such candidates
-(SpecInfer, arXiv 2305.09781; EAGLE-2 likewise): a candidate with its probability in p; if it is
-refused, p goes on without it. A chain is a tree of width one.
+The drafts are deterministic (q is one-hot), so sampling uses the rule for such candidates (SpecInfer, arXiv
+2305.09781; also EAGLE-2): accept a candidate with its probability in p; if it is rejected, remove it from p
+and try the next. A chain is a tree of width one.
 """
 
 from dataclasses import dataclass, field
@@ -18,20 +18,20 @@ from .accept import Sampler
 
 @dataclass
 class Tree:
-    """Drafts that branch, and rows that the drafter wants to see but nobody accepts.
+    """A tree of drafts, and extra rows that the model computes for the drafter but that are never accepted.
 
     Row 0 of the pass is the pending token, row i the i-th draft.
 
     Attributes:
-        tokens: the drafts, a parent before its children.
-        parents: for each draft the row of the token that it follows; 0 is the pending one.
-        extra: tokens of the further rows; all see the text and the pending token.
-        distance: of each extra row from the pending token.
-        among: bool (n, n), which extra rows each extra row sees, itself among them.
+        tokens: the drafts, each parent before its children.
+        parents: for each draft the row of the token it follows; 0 is the pending token.
+        extra: tokens of the extra rows; all attend to the text and the pending token.
+        distance: distance of each extra row from the pending token, in positions.
+        among: bool (n, n), which extra rows each extra row attends to, itself included.
 
     Raises:
-        UserError: a parent that is missing or comes after its child, or two children of one parent
-            with the same token.
+        UserError: a parent that is missing or comes after its child, or two children of one parent with the
+            same token.
     """
 
     tokens: list[int]
@@ -43,14 +43,15 @@ class Tree:
     def __post_init__(self):
         misplaced = any(not 0 <= parent < row for row, parent in enumerate(self.parents, 1))
         if len(self.parents) != len(self.tokens) or misplaced:
-            raise UserError("Each draft of a tree needs a parent, which comes before it.")
+            raise UserError("Each draft of a tree needs a parent that comes before it.")
         if len(self.rows_of()) < len(self.tokens):
             raise UserError("Drafts that follow the same token must differ; leave the second one out.")
 
     @classmethod
     def of_chains(cls, chains: list[list[int]], *extra) -> "Tree":
-        """Chains that may follow the pending token; where they begin alike they are one path.
-        `extra` are the attributes after `parents`."""
+        """Merge chains that follow the pending token; common prefixes become one path. `extra` are the
+        attributes after `parents`.
+        """
         rows: dict[tuple[int, int], int] = {}
         for chain in chains:
             row = 0
@@ -64,7 +65,7 @@ class Tree:
 
     @property
     def depths(self) -> list[int]:
-        """How far each row is from the pending token, which is at depth 0."""
+        """Distance of each row from the pending token, which has depth 0."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
@@ -72,16 +73,16 @@ class Tree:
 
     @property
     def depth(self) -> int:
-        """Drafts on the longest path: as many can be accepted at most."""
+        """Number of drafts on the longest path, the most that can be accepted."""
         return max(self.depths)
 
     def rows(self, pending: int, position: int) -> tuple[list[int], list[int], np.ndarray]:
-        """What the masked pass takes: tokens, positions and mask of all rows, extra ones last."""
+        """Tokens, positions and mask of all rows for the masked pass, extra rows last."""
         drafts = 1 + len(self.tokens)
         T = drafts + len(self.extra)
         mask = np.eye(T, dtype=bool)
         for row, parent in enumerate(self.parents, 1):
-            mask[row] |= mask[parent]  # a draft sees what the one before it sees, and itself
+            mask[row] |= mask[parent]  # a draft sees itself and what its parent sees
         mask[drafts:, 0] = True
         mask[drafts:, drafts:] = self.among
         places = [position + d for d in [*self.depths, *self.distance]]
@@ -92,13 +93,13 @@ def verify_tree(backbone: Backbone, tree: Tree, pending: int, cache: list) -> tu
     """Logits (T, V) and last states (1, T, D) of all rows; the cache grows by T positions.
 
     Raises:
-        UserError: the tree reaches behind the model's context.
+        UserError: the tree extends beyond the model's context.
     """
     start = cache[0].offset
     if (capacity := backbone.context - start - 1) < tree.depth:
         raise UserError(
-            f"A tree of depth {tree.depth} does not fit into the context, which has {capacity} tokens left; "
-            "draft fewer."
+            f"A tree of depth {tree.depth} does not fit the context, which has {capacity} tokens left; "
+            "draft fewer tokens."
         )
     tokens, positions, mask = tree.rows(pending, start)
     h, logits = masked_states(backbone, mx.array([tokens]), mx.array(positions), mx.array(mask), cache)
@@ -108,11 +109,11 @@ def verify_tree(backbone: Backbone, tree: Tree, pending: int, cache: list) -> tu
 def accept_tree(
     tree: Tree, logits: mx.array, sampler: Sampler, cache: list, start: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Accept the best path, and leave its rows in the cache, behind `start` verified positions.
+    """Accept the best path, and keep only its rows in the cache after `start` verified positions.
 
     Returns:
-        the tokens that the step emits, the rows that stay (that of the pending token and those of
-        the accepted drafts), and the model's first choice after each extra row.
+        the emitted tokens, the rows that stay (the pending token and the accepted drafts), and the model's
+        first choice after each extra row.
     """
     first = 1 + len(tree.tokens)
     choices = mx.argmax(logits, axis=-1).tolist() if sampler.greedy or tree.extra else []
@@ -125,8 +126,8 @@ def accept_tree(
 
 
 def best_path(tree: Tree, choices: list[int]) -> tuple[list[int], list[int]]:
-    """What greedy decoding emits, the longest path that agrees and the model's next token: (tokens,
-    rows of the pending token and the path).
+    """The tokens that greedy decoding emits, the longest path that agrees and the model's next token:
+    (tokens, rows of the pending token and the path).
 
     Args:
         choices: the model's first choice after each row.
@@ -138,7 +139,7 @@ def best_path(tree: Tree, choices: list[int]) -> tuple[list[int], list[int]]:
 
 
 def sampled_path(tree: Tree, p: np.ndarray, sampler: Sampler) -> tuple[list[int], list[int]]:
-    """What sampling emits: (tokens, rows of the pending token and of the drafts among them).
+    """The tokens that sampling emits: (tokens, rows of the pending token and the accepted drafts).
 
     Args:
         p: (rows, V), the model's probabilities after the pending token and each draft.

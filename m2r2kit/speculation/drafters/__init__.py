@@ -1,1 +1,1 @@
-"""One file a drafter."""
+"""Drafters, one file each."""

@@ -1,8 +1,8 @@
-"""Who drafts: the one interface of the loop, and the drafters that need nothing of their own.
+"""The drafter interface, and the drafters without modules of their own.
 
-A drafter may run the blocks below its exit on the tokens that it reads. The slow states, keys and
-values of those blocks are then already those of the model, and the verification goes on from
-there. `exit` 0 means that nothing was computed ahead: the verification starts from the embeddings.
+A drafter may run the blocks below its exit on the tokens it reads. Their slow states, keys and values are
+then already the model's, and verification resumes at the exit. `exit` 0 means that nothing is computed
+ahead: verification starts from the embeddings.
 """
 
 from dataclasses import dataclass, field
@@ -19,14 +19,14 @@ from ..accept import Sampler
 
 @dataclass
 class Draft:
-    """What a drafter hands over for verification.
+    """The drafts of one step.
 
     Attributes:
-        tokens: drafted tokens, in order; ints, or lazy (1, 1) arrays while greedy. None at all
-            makes the step one of plain decoding.
-        states: slow states h_E (1, n, D) of the pending token and of those drafts that have been
-            through the blocks below the exit, in order; empty where the exit is 0.
-        q: for each token what it was drawn from, (V,) each; empty while greedy.
+        tokens: drafted tokens in order; ints, or lazy (1, 1) arrays if greedy. An empty list makes the step
+            one of plain decoding.
+        states: slow states h_E (1, n, D) of the pending token and of the drafts that have passed the blocks
+            below the exit, in order; empty if the exit is 0.
+        q: for each token the probabilities it was drawn from, (V,) each; empty if greedy.
     """
 
     tokens: list = field(default_factory=list)
@@ -35,12 +35,12 @@ class Draft:
 
     @property
     def depth(self) -> int:
-        """Drafts that can be accepted at most."""
+        """Number of drafts, the most that can be accepted."""
         return len(self.tokens)
 
     def take(self, logits: mx.array, sampler: Sampler) -> mx.array:
-        """Draft one more token, from logits (1, 1, V); returns it as the (1, 1) array to read next."""
-        if sampler.greedy:  # nobody waits for it: it is computed while the next one is being prepared
+        """Draft one more token from logits (1, 1, V); return it as the (1, 1) array to read next."""
+        if sampler.greedy:  # computed while the next pass is prepared
             self.tokens.append(mx.argmax(logits, axis=-1))
             mx.async_eval(self.tokens[-1])
             return self.tokens[-1]
@@ -49,19 +49,20 @@ class Draft:
         return as_row(self.tokens[-1])
 
     def take_certain(self, tokens: list[int], sampler: Sampler, vocabulary: int) -> None:
-        """Draft tokens that no dice chose: each is drawn from a distribution that is all its own."""
+        """Append deterministic drafts (q is one-hot)."""
         self.tokens += tokens
         if not sampler.greedy:
             self.q += list(np.eye(1, vocabulary, token)[0] for token in tokens)
 
 
 class Drafter:
-    """The interface. The loop calls `begin` once, then in each step `__call__`, verifies, and calls `learn`.
+    """The interface of a drafter. The decoder calls `begin` once for a text, then in each step `__call__`,
+    verifies, and calls `learn`.
 
     Attributes:
-        exit: E, blocks that it runs on each token it reads.
-        learns: depth of the states that `learn` is given, E or N; None if it needs none.
-        threshold: how sure it must be to draft on; 0 if it never stops by itself.
+        exit: E, number of blocks that it runs on each token it reads.
+        learns: depth of the states passed to `learn`, E or N; None if it needs none.
+        threshold: confidence below which it stops drafting; 0 never stops.
     """
 
     exit = 0
@@ -69,49 +70,50 @@ class Drafter:
     threshold = 0.0
 
     def begin(self, prompt: list[int], capacity: int) -> None:
-        """Forget the last text; the caches start with a capacity of `capacity` tokens."""
+        """Start a new text; caches start with a capacity of `capacity` tokens."""
 
     def learn(self, states: mx.array) -> None:
-        """Slow states at the depth `learns` of the tokens that have just been verified, (1, T, D):
-        after the first pass those of the prompt but for its last token, later those of the pending
-        token and the accepted drafts."""
+        """Receive the slow states (1, T, D), at depth `learns`, of the tokens just verified: first those
+        of the prompt without its last token, then in each step those of the pending token and the
+        accepted drafts.
+        """
 
     def look(self, choices: list[int]) -> None:
-        """The model's first choices after the extra rows of a tree (tree.py), from the pass just made."""
+        """Receive the model's first choices after the extra rows of a tree (tree.py)."""
 
     def __call__(self, text: list[int], drafts: int, sampler: Sampler, cache: list) -> Draft:
-        """Draft after a text.
+        """Draft tokens after a text; the result is a `Draft` or a `Tree`.
 
         Args:
-            text: prompt and answer; all but the last token, which is pending, are verified.
-            drafts: draft at most this many tokens, at least 1.
-            cache: the model's; the blocks below the exit grow by the tokens that are read, the
-                others hold the verified len(text) - 1 positions.
+            text: prompt and answer; all tokens but the last, the pending one, are verified.
+            drafts: maximum number of drafts, at least 1.
+            cache: the model's cache with len(text) - 1 verified positions; the blocks below the exit grow by
+                the tokens read.
 
-        Several continuations are a `Tree` (tree.py); `learn` is then given the last states, whatever
-        `learns` is, and the cache must hold the verified positions only.
+        After a `Tree` (tree.py), `learn` receives the last states, whatever `learns` is; the cache must hold
+        the verified positions only.
         """
         raise NotImplementedError
 
 
 def as_row(token) -> mx.array:
-    """A token as the models read it, (1, 1)."""
+    """A token as an array (1, 1)."""
     return token if isinstance(token, mx.array) else mx.array([[token]])
 
 
 class Plain(Drafter):
-    """Drafts nothing: the loop is then plain decoding."""
+    """Drafts nothing: the decoder is then plain decoding."""
 
     def __call__(self, text, drafts, sampler, cache):
         return Draft()
 
 
 class EarlyExit(Drafter):
-    """Reads the bare residual h_E at the exit (the logit lens).
+    """Drafts from the bare residual h_E at the exit (the logit lens).
 
-    LayerSkip (arXiv 2404.16710) reports up to 2.16x on CNN/DM; of its parts we have the draft from
-    the first E blocks, the shared states and keys and the verification by the rest, not the training
-    with layer dropout and early-exit loss.
+    LayerSkip (arXiv 2404.16710) reports up to 2.16x on CNN/DM. We implement drafting with the first E
+    blocks, sharing their states and keys, and verification with the rest; not its training with layer
+    dropout and an early-exit loss.
     """
 
     def __init__(self, backbone: Backbone, exit: int):
@@ -119,8 +121,9 @@ class EarlyExit(Drafter):
         self.backbone, self.exit = backbone, exit
 
     def _read(self, token: mx.array, cache: list, verified: int, position: int) -> tuple[mx.array, mx.array]:
-        """What comes of one token (1, 1) at a position, where `verified` positions are: the slow state at
-        the exit (1, 1, D), and logits (1, 1, V)."""
+        """Read one token (1, 1) at a position, with `verified` positions before it: the slow state at the
+        exit (1, 1, D), and logits (1, 1, V).
+        """
         return self.backbone.read(token, cache, self.exit)
 
     def __call__(self, text, drafts, sampler, cache):
@@ -133,15 +136,15 @@ class EarlyExit(Drafter):
 
 
 class M2R2(EarlyExit):
-    """Reads the accelerated residual p_E, which stands for the end of the model.
+    """Drafts from the accelerated residual p_E, which approximates the model's last state.
 
-    The verification begins where the drafts have left the slow stream (`AcceleratedStream.slow_depth`):
-    that, and not E, is the `exit` of this drafter.
+    Verification resumes where drafting left the slow stream (`AcceleratedStream.slow_depth`); that depth,
+    not E, is this drafter's `exit`.
 
     Args:
         exit: E, where p is read; by default the stream's first exit.
-        threshold: draft on while the chance that all drafts so far are right, by p_E's own
-            probabilities, is at least this; 0 drafts as many as it is asked for.
+        threshold: stop drafting when the probability that all drafts so far are correct, by p_E's own
+            probabilities, is below this; 0 always drafts the maximum.
     """
 
     def __init__(
@@ -149,11 +152,11 @@ class M2R2(EarlyExit):
     ):
         self.backbone, self.stream, self.threshold = backbone, stream, threshold
         self.read_at = exit or stream.config.exits[0]
-        stream.interval(self.read_at)  # refuses an exit that it was not trained for
+        stream.interval(self.read_at)  # raises for an exit that it was not trained for
         self.exit = stream.slow_depth(self.read_at)
         self.learns = backbone.depth if stream.config.carry else None
-        self._last = None  # the model's last state, of the newest verified token
-        self._before = None  # the last state of the token before: the model's, then the draft's own
+        self._last = None  # h_N of the newest verified token
+        self._before = None  # last state of the previous token: h_N, then the draft's p_E
 
     def begin(self, prompt, capacity):
         self._last = None
@@ -178,13 +181,13 @@ class M2R2(EarlyExit):
             token = draft.take(logits, sampler)
             if self.threshold == 0:
                 continue
-            if not sampler.greedy:  # its numbers are here already
+            if not sampler.greedy:  # the probabilities are already computed
                 chance *= float(draft.q[-1][draft.tokens[-1]])
                 if chance < self.threshold:
                     break
                 continue
-            # the next draft is under way before it is known whether it was worth it: that is quicker
-            # than to wait each time, and the last one is thrown away
+            # start the next draft before its predecessor's confidence is known, and drop the last draft:
+            # faster than a synchronisation for each draft
             before, sure = sure, confidence(logits)
             mx.async_eval(sure)
             if before is not None:
@@ -192,7 +195,7 @@ class M2R2(EarlyExit):
                 if chance < self.threshold:
                     del draft.tokens[-1], draft.states[len(draft.tokens) :]
                     break
-        # below the last block as far as the drafts go; in it the verification writes its keys again
+        # keep the drafts' keys below the exit; from there on verification writes them
         crop(cache[: self.exit], len(text) - 1 + len(draft.states))
         crop(cache[self.exit : self.read_at], len(text) - 1)
         return draft
@@ -200,11 +203,11 @@ class M2R2(EarlyExit):
 
 @mx.compile
 def confidence(logits: mx.array) -> mx.array:
-    """Probability of the first choice, from logits (1, 1, V); one number."""
+    """Probability of the first choice, from logits (1, 1, V); a scalar."""
     return 1 / fast_exp(logits.astype(mx.float32) - logits.max()).sum()
 
 
 def check_exit(backbone: Backbone, exit: int) -> None:
-    """Refuse an exit that a model does not have."""
+    """Raise UserError for an exit that the model does not have."""
     if not 1 <= exit < backbone.depth:
         raise UserError(f"The exit must lie between 1 and {backbone.depth - 1}; got {exit}.")

@@ -1,4 +1,4 @@
-"""Two models: a small llama drafts for the large one."""
+"""A separate draft model: a small llama drafts for the large model."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from .base import Draft, Drafter
 
 @dataclass(frozen=True)
 class DraftModelConfig:
-    """The shape of a draft model."""
+    """Shape of a draft model."""
 
     blocks: int = 2
     width: int = 104
@@ -30,24 +30,26 @@ class DraftModelConfig:
 
     @classmethod
     def for_model(cls, backbone: Backbone, exit: int | None = None) -> "DraftModelConfig":
-        """A tenth of the model's parameters; few blocks, since each costs operations, and so wide ones."""
+        """About a tenth of the model's parameters, in few wide blocks, because each block costs
+        operations.
+        """
         tenth = sum(w.size for _, w in tree_flatten(backbone.model.parameters())) / 10
         V, blocks = backbone.config["vocab_size"], max(2, backbone.depth // 12)
         width = 8
-        while V * (width + 8) + blocks * 9 * (width + 8) ** 2 <= tenth:  # as counted with these shapes
+        while V * (width + 8) + blocks * 9 * (width + 8) ** 2 <= tenth:  # parameters of these shapes
             width += 8
         return cls(blocks, width, 4, 2, 2 * width, V, backbone.context)
 
 
 class DraftModel(nn.Module):
-    """A small llama, trained to say what the large model says."""
+    """A small llama, distilled from the large model."""
 
     def __init__(self, backbone: Backbone, config: DraftModelConfig):
         super().__init__()
         if config.vocabulary != backbone.config["vocab_size"]:
             raise UserError(
-                f"The draft model knows {config.vocabulary} tokens and the model "
-                f"{backbone.config['vocab_size']}; they must share a tokenizer."
+                f"The draft model has {config.vocabulary} tokens and the model "
+                f"{backbone.config['vocab_size']}; both must use the same tokenizer."
             )
         self.config, self._backbone = config, backbone
         check(config)
@@ -61,7 +63,7 @@ class DraftModel(nn.Module):
         return {self._backbone.depth}
 
     def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
-        """KL to the model's distribution of each next token."""
+        """KL from the model's next-token distribution."""
         bias = causal_bias(*batch.tokens.shape, self.config)
         p = self.llama.parameters()
         x = hidden_states(p, batch.tokens, bias, self.config)
@@ -74,9 +76,9 @@ class DraftModel(nn.Module):
 class TwoModels(Drafter):
     """Drafts with the small model, token by token.
 
-    Speculative decoding with two models (arXiv 2211.17192, 2302.01318) is the common baseline; Spec-Bench
-    (arXiv 2401.07851) measured 1.66x on MT-Bench for a 7B model with one of 68M. We have all of it, and
-    the small model is distilled from the large one.
+    Speculative decoding with two models (arXiv 2211.17192, 2302.01318) is the usual baseline; Spec-Bench
+    (arXiv 2401.07851) measured 1.66x on MT-Bench for a 7B model with a 68M draft model. We implement all of
+    it, with a draft model distilled from the large one.
     """
 
     def __init__(self, backbone: Backbone, module: DraftModel):
@@ -88,7 +90,7 @@ class TwoModels(Drafter):
 
     def __call__(self, text, drafts, sampler, cache):
         crop(self.cache, len(text) - 1)
-        # what it has not read: the pending token, and after a full acceptance the draft before it
+        # unread tokens: the pending one, and the last draft if all were accepted
         draft, token = Draft(), mx.array([text[self.cache[0].offset :]])
         if token.shape[1] > FEW:  # a prompt: logits of its last token only
             self.small.run(self.small.embed(token[:, :-1]), self.cache)

@@ -1,4 +1,4 @@
-"""EAGLE: one block that continues the model's own last states."""
+"""EAGLE: one block that continues the model's last states."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ class EagleConfig:
     """Settings of an EAGLE block.
 
     Attributes:
-        unroll: passes in training, each on the states that the one before it guessed, as in drafting.
-        align_weight: of 1 - cos(guess, h_N) in the loss.
+        unroll: passes in training, each on the states predicted by the previous one, as in drafting.
+        align_weight: weight of 1 - cos(prediction, h_N) in the loss.
     """
 
     unroll: int = 3
@@ -31,7 +31,9 @@ class EagleConfig:
 
 
 class EagleBlock(nn.Module):
-    """(token i + 1, h_N of token i) -> a guess of h_N of token i + 1; at first the state it was given."""
+    """(token i + 1, h_N of token i) -> prediction of h_N of token i + 1; at initialisation it returns the
+    given state.
+    """
 
     def __init__(self, backbone: Backbone, config: EagleConfig):
         super().__init__()
@@ -47,12 +49,14 @@ class EagleBlock(nn.Module):
         return {self._backbone.depth}
 
     def __call__(self, tokens, states, mask="causal", cache=None) -> mx.array:
-        """tokens (B, T) and states (B, T, D) -> guesses (B, T, D)."""
+        """tokens (B, T) and states (B, T, D) -> predictions (B, T, D)."""
         x = [self.norm_token(self._backbone.embed(tokens)), self.norm_state(states)]
         return self.block(mx.concatenate(x, axis=-1) @ self.fuse, mask, cache)
 
     def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
-        """KL to the model's distribution and 1 - cos to its state, from its states and from own guesses."""
+        """KL from the model's distribution plus weighted 1 - cos to its state, from the model's states
+        and from the block's own predictions.
+        """
         final = states = batch.states[self._backbone.depth]
         total = 0.0
         for ahead in range(1, self.config.unroll + 1):
@@ -63,11 +67,11 @@ class EagleBlock(nn.Module):
 
 
 class Eagle(Drafter):
-    """Drafts from the last state of each verified token, then from its own guesses of the next ones.
+    """Drafts from the last state of each verified token, then from its own predictions of the next states.
 
     EAGLE's authors report 3x with Vicuna-13B (arXiv 2401.15077), and 4x and 5.6x for its later versions
-    (2406.16858, 2503.01840); we have the block on states and tokens, the loss on states and training on
-    own guesses as in the third, not its states of several depths, and a chain in place of their trees.
+    (2406.16858, 2503.01840). We implement the block on states and tokens, the loss on states, and training
+    on its own predictions as in EAGLE-3; not its states of several depths, and a chain instead of trees.
     """
 
     def __init__(self, backbone: Backbone, module: EagleBlock):
@@ -81,17 +85,17 @@ class Eagle(Drafter):
 
     def begin(self, prompt, capacity):
         self.own.begin(capacity)
-        self.states = None  # h_N of what was verified last
+        self.states = None  # h_N of the tokens verified last
 
     def learn(self, states):
         self.states = states
 
     def __call__(self, text, drafts, sampler, cache):
         draft = Draft()
-        if self.states is None:  # a text of one token: the model has said nothing yet
+        if self.states is None:  # a text of one token: the model has no states yet
             return draft
-        known = len(text) - 1 - self.states.shape[1]  # positions that were read with the model's own states
-        self.own.crop(known)  # the others were guesses
+        known = len(text) - 1 - self.states.shape[1]  # positions read with the model's states
+        self.own.crop(known)  # the others were read with predicted states
         h, logits = self.own(self.states, mx.array([text[known + 1 :]]))
         while True:
             token = draft.take(logits, sampler)

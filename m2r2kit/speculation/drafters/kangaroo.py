@@ -1,4 +1,4 @@
-"""Kangaroo: an early exit with one trained block, that stops when it is not sure."""
+"""Kangaroo: an early exit with one trained block, which stops when its confidence is low."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ class KangarooConfig:
     """Settings of a Kangaroo drafter.
 
     Attributes:
-        exit: blocks of the model that run on each drafted token.
-        threshold: a draft ends before a token whose first choice has less probability than this;
-            the first token is drafted in any case.
+        exit: number of the model's blocks that run on each drafted token.
+        threshold: the draft ends before a token whose first choice has a lower probability; the first token
+            is always drafted.
     """
 
     exit: int = 2
@@ -32,7 +32,7 @@ class KangarooConfig:
 
 
 class KangarooBlock(nn.Module):
-    """One block on h_E with keys and values of its own; at first it changes nothing."""
+    """One block on h_E with its own keys and values; at initialisation it changes nothing."""
 
     def __init__(self, backbone: Backbone, config: KangarooConfig):
         super().__init__()
@@ -47,20 +47,22 @@ class KangarooBlock(nn.Module):
         return {self.config.exit, self._backbone.depth}
 
     def __call__(self, h, mask="causal", cache=None) -> mx.array:
-        """h_E (B, T, D) -> what the head reads, normalised, (B, T, D)."""
+        """h_E (B, T, D) -> the normalised state that the head reads, (B, T, D)."""
         return self._backbone.norm(self.block(h, mask, cache)) * self.scale
 
     def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
-        """KL to the model's distribution of each next token."""
+        """KL from the model's next-token distribution."""
         backbone, guess = self._backbone, self(batch.states[self.config.exit])
         return divergence(backbone, guess, batch.states[backbone.depth], settings, rng, backbone.unembed)
 
 
 class Kangaroo(Drafter):
-    """Drafts from the block at the exit while it is sure of its first choice; the model goes on from h_E.
+    """Drafts with the block at the exit while its first choice is likely enough; verification resumes at
+    h_E.
 
-    Kangaroo (arXiv 2404.18911) reports up to 1.68x on Spec-Bench, a chain; we have the shared first
-    blocks, the adapter with its own cache (ours a whole block; theirs has no FFN) and the confidence stop.
+    Kangaroo (arXiv 2404.18911) reports up to 1.68x on Spec-Bench with a chain. We implement the shared first
+    blocks, the adapter with its own cache (here a whole block; the paper's has no FFN) and the confidence
+    threshold.
     """
 
     def __init__(self, backbone: Backbone, module: KangarooBlock):
@@ -75,15 +77,15 @@ class Kangaroo(Drafter):
 
     def begin(self, prompt, capacity):
         self.own.begin(capacity)
-        self.states = None  # h_E of what was verified last
+        self.states = None  # h_E of the tokens verified last
 
     def learn(self, states):
         self.states = states
 
     def __call__(self, text, drafts, sampler, cache):
         self.own.crop(len(text) - 1)
-        # h_E of drafts are those of the text; missing are only the prompt's and, when all drafts
-        # were accepted, that of the last one
+        # accepted drafts are already in the block's cache; missing are the prompt and, if all drafts
+        # were accepted, the last one
         missing = len(text) - 1 - self.own.offset
         unread = [self.states[:, -missing:]] if missing else []
         draft, token = Draft(), as_row(text[-1])

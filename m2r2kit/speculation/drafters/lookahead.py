@@ -10,20 +10,20 @@ from .base import Drafter
 
 
 class Lookahead(Drafter):
-    """Drafts n-grams that begin with the pending token, from a pool that the model fills by the way.
+    """Drafts n-grams that start with the pending token, from a pool that the model fills during decoding.
 
-    A window of W columns and n - 1 levels runs beside the text. Column i guesses what stands 1 + i
-    positions after the pending token, and each level what follows the level before it; level 0 sees
-    its earlier columns, later ones only their own column. In each pass the model says what follows
-    the last level: that closes W n-grams for the pool, and is the next window's last level.
+    A window of W columns and n - 1 levels runs beside the text. Column i guesses the token 1 + i positions
+    after the pending one, and each level the token after the previous level's. Level 0 attends to its
+    earlier columns, later levels only to their own column. In each pass the model predicts the token after
+    the last level: this completes W n-grams for the pool and becomes the last level of the next window.
 
-    Lookahead decoding (arXiv 2402.02057) reports up to 1.8x on MT-Bench; we have all of it for one
-    device: window, pool (also from the prompt), both branches in one masked pass, exact sampling.
+    Lookahead decoding (arXiv 2402.02057) reports up to 1.8x on MT-Bench. We implement all of it for one
+    device: the window, the pool (also from the prompt), both branches in one masked pass, exact sampling.
 
     Args:
         window: W.
         ngram: n, tokens of an n-gram; n - 1 of them are drafts.
-        candidates: n-grams with the same first token in the pool, and chains in a pass.
+        candidates: maximum number of n-grams with the same first token in the pool, and of chains in a pass.
     """
 
     def __init__(self, backbone: Backbone, window: int = 5, ngram: int = 4, candidates: int = 5):
@@ -37,11 +37,13 @@ class Lookahead(Drafter):
         self.pool: dict[int, list[tuple]] = {}
         for i in range(len(prompt) - self.ngram + 1):
             self.remember(prompt[i : i + self.ngram])
-        random = np.random.default_rng(0)  # level 0 begins with any tokens of the prompt
+        random = np.random.default_rng(0)  # level 0 starts with random prompt tokens
         self.levels = [random.choice(prompt, self.window + self.ngram - 2).tolist()]
 
     def remember(self, ngram: list[int]) -> None:
-        """Put an n-gram into the pool, the newest last; the oldest with its first token may go."""
+        """Add an n-gram to the pool, the newest last; drop the oldest with the same first token if there
+        are too many.
+        """
         known, rest = self.pool.setdefault(ngram[0], []), tuple(ngram[1:])
         if rest in known:
             known.remove(rest)
@@ -51,11 +53,11 @@ class Lookahead(Drafter):
     def __call__(self, text, drafts, sampler, cache):
         found = self.pool.get(text[-1], [])[::-1]
         chains = [list(rest[:drafts]) for rest in found]
-        capacity = self.context - len(text)  # the cache must not grow for positions beside the text
+        capacity = self.context - len(text)  # positions left in the context
         while len((tree := Tree.of_chains(chains)).tokens) > capacity:
             chains.pop()
         if len(tree.tokens) + sum(map(len, self.levels)) > capacity:
-            return tree  # what the window finds is for later, of which little is left
+            return tree  # near the end of the context the window is left out
         wide, deep = len(self.levels[0]), len(self.levels)
         level, column = np.divmod(np.arange(deep * wide), wide)
         same = (column[:, None] == column) & (level <= level[:, None])
@@ -64,11 +66,11 @@ class Lookahead(Drafter):
         return Tree.of_chains(chains, extra, (1 + level + column).tolist(), same | before)
 
     def look(self, choices: list[int]) -> None:
-        """The model's first choices after the rows of the window, from the pass just made."""
+        """Receive the model's first choices after the rows of the window."""
         if not choices:
             return  # the window was left out
         new = choices[-len(self.levels[0]) :]
-        if len(self.levels) < self.ngram - 1:  # still filling; the text has moved on by one
+        if len(self.levels) < self.ngram - 1:  # the window still grows; the text is one further
             self.levels = [tokens[1:] for tokens in [*self.levels, new]]
             return
         for ngram in zip(*self.levels, new, strict=True):

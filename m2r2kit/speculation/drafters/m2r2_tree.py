@@ -1,4 +1,4 @@
-"""M2R2 with a tree: its chain of drafts, and beside it the tokens that p_E held second best."""
+"""M2R2 with a tree: its chain of drafts, and the next likeliest tokens of p_E as leaves."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,26 +11,25 @@ from ..accept import Sampler
 from ..tree import Tree
 from .base import M2R2
 
-LEAVES = 2  # where the stream was not tuned
+LEAVES = 2  # default of an untuned stream
 
 
 class M2R2Tree(M2R2):
-    """Drafts M2R2's greedy chain, and as leaves on it the likeliest of p_E's further choices.
+    """Drafts M2R2's greedy chain, with the likeliest of p_E's other choices as leaves.
 
-    The tree goes from the embeddings through all blocks in one masked pass: the states of the chain
-    below the exit are computed again, as a leaf needs them beside it. Choosing leaves needs the
-    draft's numbers, so this drafter waits for them where the chain is verified without a stop.
+    The tree runs from the embeddings through all blocks in one masked pass, so the chain's states below the
+    exit are computed again. Choosing leaves needs the draft's logits, so this drafter synchronises before
+    verification; a chain does not.
 
-    A leaf adds one token at most, in place of the chain's first error, and costs its row in each
-    pass and, where it is accepted, a move of its row in every block's cache. On the two CPU cores
-    that this kit was made on, the pocket model's leaves added tokens to a step and no speed: the
-    chain was as fast or faster. Where rows cost less, as on a GPU, that may turn; `m2r2kit tune`
-    chooses among numbers of leaves (0 is a chain).
+    A leaf adds at most one token, in place of the chain's first error. It costs one row in each pass and, if
+    it is accepted, a move of its row in every block's cache. On the two CPU cores used for our measurements,
+    leaves added tokens to a step but no speed: the chain was as fast or faster. If rows cost less, as on a
+    GPU, this may change; `m2r2kit tune` chooses the number of leaves (0 is a chain).
 
     Args:
-        threshold: as for `M2R2`; when sampling too, the chance is of p_E's own first choices.
-        leaves: further drafts beside the chain, those with the greatest chance of being on the
-            path by p_E's probabilities; fewer where the context ends.
+        threshold: as for `M2R2`, but always by the probabilities of p_E's first choices, in sampling too.
+        leaves: number of drafts beside the chain, those most likely to be on the accepted path by p_E's
+            probabilities; fewer at the end of the context.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class M2R2Tree(M2R2):
 
     def __call__(self, text, drafts, sampler, cache):
         self._logits: list[mx.array] = []
-        # the candidates of a tree are certain, so the chain is greedy whatever the sampler is
+        # a tree's drafts are deterministic, so the chain is greedy for every sampler
         depth = super().__call__(text, drafts, Sampler(), cache).depth
         crop(cache[: self.exit], len(text) - 1)  # the tree writes its own rows
         logits = np.asarray(mx.concatenate(self._logits[:depth]).astype(mx.float32))  # (K, V)
@@ -63,7 +62,7 @@ class M2R2Tree(M2R2):
 
 
 def with_leaves(logits: np.ndarray, leaves: int) -> Tree:
-    """The first choices of p_E as a chain, and of all others the likeliest as leaves on it.
+    """The first choices of p_E as a chain, and the likeliest of all other choices as leaves.
 
     A token's chance is the product of p_E's probabilities along its path.
 
@@ -77,7 +76,7 @@ def with_leaves(logits: np.ndarray, leaves: int) -> Tree:
         chance = logits - logits.max(-1, keepdims=True)
         chance -= np.log(np.exp(chance).sum(-1, keepdims=True))
         first = chance[np.arange(K), chain]
-        chance += (np.cumsum(first) - first)[:, None]  # that of the path so far; logarithms all
+        chance += (np.cumsum(first) - first)[:, None]  # log probability of the path
         chance[np.arange(K), chain] = -np.inf
         leaves = min(leaves, K * (V - 1))
         best = np.argpartition(chance, -leaves, axis=None)[-leaves:]

@@ -1,4 +1,4 @@
-"""Medusa: heads that each guess one position further ahead, from one state."""
+"""Medusa: heads that each predict one position further ahead, from one state."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ class MedusaConfig:
     """Settings of Medusa heads.
 
     Attributes:
-        heads: tokens that can be drafted.
-        decay: weight of each head's loss in that of the one before it.
+        heads: number of tokens that can be drafted.
+        decay: weight of each head's loss relative to the previous head's.
     """
 
     heads: int = 5
@@ -30,8 +30,9 @@ class MedusaConfig:
 
 
 class MedusaHeads(nn.Module):
-    """Head k reads in h_N of a token what stands k + 1 positions after it: H(x + s(x W_k + b_k)) with
-    x = nu(h_N). At first each says what the model says of the next token."""
+    """Head k predicts the token k + 1 positions after the next one from h_N: H(x + silu(x W_k + b_k))
+    with x = nu(h_N). At initialisation every head predicts the model's next token.
+    """
 
     def __init__(self, backbone: Backbone, config: MedusaConfig):
         super().__init__()
@@ -51,7 +52,7 @@ class MedusaHeads(nn.Module):
         return (x + nn.silu(x @ self.matrices + self.biases)).reshape(1, -1, x.shape[-1])
 
     def loss(self, batch: TeacherBatch, settings: DistilConfig, rng: np.random.Generator) -> mx.array:
-        """KL of each head to what the model says at its position, weighted."""
+        """Weighted mean over the heads of the KL from the model's distribution at the head's position."""
         h = batch.states[self._backbone.depth]
         x, total, weights = self._backbone.norm(h), 0.0, 0.0
         for k in range(self.config.heads):
@@ -66,10 +67,10 @@ class MedusaHeads(nn.Module):
 class Medusa(Drafter):
     """Drafts all tokens at once from the last verified token's state.
 
-    Medusa (arXiv 2401.10774) reports over 2.2x with frozen models (Medusa-1) and 2.3-3.6x with trained
-    ones; we have the first, with its heads of one residual layer each, their matrices H shared with
-    the model, and each head's first choice as a chain in place of its tree; its typical acceptance,
-    which changes the output, is left out.
+    Medusa (arXiv 2401.10774) reports over 2.2x with frozen models (Medusa-1) and 2.3-3.6x with trained ones.
+    We implement Medusa-1, with heads of one residual layer that share the model's matrix H, and a chain of
+    each head's first choice instead of a tree. Its typical acceptance is left out, because it changes the
+    output.
     """
 
     def __init__(self, backbone: Backbone, module: MedusaHeads):
@@ -90,7 +91,7 @@ class Medusa(Drafter):
 
     def __call__(self, text, drafts, sampler, cache):
         draft = Draft()
-        if self.last is not None:  # a text of one token: the model has said nothing yet
+        if self.last is not None:  # a text of one token: the model has no states yet
             logits = self.logits(self.last)
             for k in range(min(drafts, logits.shape[1])):
                 draft.take(logits[:, k : k + 1], sampler)

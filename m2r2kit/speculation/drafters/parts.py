@@ -1,4 +1,4 @@
-"""What trained baselines have of their own: a block, and a KV cache that is cut back with the text."""
+"""Building blocks for trained drafters: a transformer block, and a compiled pass with its own KV cache."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from ...stream.fast_block import head_dim
 
 
 def new_block(backbone: Backbone) -> llama.TransformerBlock:
-    """A block of a llama, of the shape of the model's blocks; it changes nothing before training."""
+    """A llama block with the shapes of the model's blocks; before training it changes nothing."""
     config = backbone.config
     heads = config["num_attention_heads"]
     block = llama.TransformerBlock(
@@ -36,38 +36,37 @@ def new_block(backbone: Backbone) -> llama.TransformerBlock:
 
 
 class OwnPass:
-    """A pass of a trained module through one attention with keys and values of its own.
+    """A pass of a trained module through one attention with its own keys and values.
 
-    Like the model's passes it is compiled for few rows. The weights are those of this moment: after
-    more training, make a new one.
+    Like the model's passes it is compiled for few positions. It uses the weights at construction: make a new
+    one after more training.
 
     Args:
-        module: whose weights the pass reads.
-        attention: of the module, as mlx-lm's llama has it.
-        body: (layer_cache, x (1, T, ..), *more) -> arrays of the newest position; it takes `layer_cache` for a block's
-            cache. `more` has T positions too.
+        module: the module whose weights the pass reads.
+        attention: the module's attention, as in mlx-lm's llama.
+        body: (layer_cache, x (1, T, ..), *more) -> arrays of the newest position; `more` has T positions too.
     """
 
     def __init__(self, module: nn.Module, attention: nn.Module, body: Callable):
-        mx.eval(module.parameters())  # or the compiled pass would make them anew each time
+        mx.eval(module.parameters())  # lazy weights would be recomputed in each pass
         self.shape = attention.n_kv_heads, attention.head_dim
         self.body = body
         self.traced = Traced(lambda caches, *x: body(caches[0], *x), 1, range(1))
         self.cache: list[FixedKV] = []
 
     def begin(self, capacity: int) -> None:
-        """An empty cache for a new text."""
+        """Start a new text with an empty cache."""
         heads, width = self.shape
         keys, values = (mx.zeros((1, heads, round_up(capacity), width)) for _ in range(2))
         self.cache = [FixedKV(keys, values)]
 
     @property
     def offset(self) -> int:
-        """Positions that the cache holds."""
+        """Number of positions in the cache."""
         return self.cache[0].offset
 
     def crop(self, length: int) -> None:
-        """Forget what lies beyond `length` positions."""
+        """Drop the positions from `length` on."""
         crop(self.cache, length)
 
     def __call__(self, x: mx.array, *more: mx.array):

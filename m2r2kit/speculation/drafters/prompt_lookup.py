@@ -1,18 +1,19 @@
-"""Prompt lookup: what followed the last few tokens when they stood in the text before."""
+"""Prompt lookup: drafts the tokens that followed the same n-gram earlier in the text."""
 
 from ...model.backbone import Backbone
 from .base import Draft, Drafter
 
 
 class PromptLookup(Drafter):
-    """Drafts what followed an earlier occurrence of the text's last tokens; nothing if there is none.
+    """Drafts the tokens that followed an earlier occurrence of the text's last tokens; none if there is no
+    such occurrence.
 
-    Prompt lookup decoding (Saxena 2023, apoorvumang/prompt-lookup-decoding) reports 2-4x, on tasks
-    whose answer repeats the input only; we have all of it: n-grams of up to 3 tokens, the longest
-    first, and of equals the earliest.
+    Prompt lookup decoding (Saxena 2023, apoorvumang/prompt-lookup-decoding) reports 2-4x, on tasks whose
+    answer repeats the input only. We implement all of it: n-grams of up to 3 tokens, the longest first, and
+    the earliest of equal matches.
 
     Args:
-        longest: tokens of the longest suffix that is looked up.
+        longest: maximum length of the suffix to look up, in tokens.
     """
 
     def __init__(self, backbone: Backbone, longest: int = 3):
@@ -25,8 +26,9 @@ class PromptLookup(Drafter):
 
 
 def lookup(text: list[int], longest: int, count: int) -> list[int]:
-    """Up to `count` tokens that followed the longest suffix (of at most `longest` tokens) which
-    occurs before; of several places the first, where most text follows."""
+    """Up to `count` tokens that followed an earlier occurrence of the longest suffix (at most `longest`
+    tokens); of several occurrences the first, which has the most text after it.
+    """
     for n in range(min(longest, len(text) - 1), 0, -1):
         suffix = text[-n:]
         for i in range(len(text) - n):
