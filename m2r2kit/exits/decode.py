@@ -118,7 +118,7 @@ class ExitDecoder(Decoder):
         cache = state.cache
         x, starts, states = mx.array([[token]]), [], []
         progress = mx.full((1, 1, 1), progress)
-        must = sum(h.shape[1] for rows in state.waiting for h in rows) >= FEW - 1
+        must = sum(h.shape[1] for states in state.waiting for h in states) >= FEW - 1
         for n, j in enumerate(self.use):
             if n and self.waits:
                 x = self._catch_up(n - 1, x, state)
@@ -152,23 +152,23 @@ class ExitDecoder(Decoder):
         """Run the newest token and the tokens deferred at exit k to the next exit, where those stay
         deferred.
         """
-        rows = self._with_waiting(k, h, state)
-        rows = self.backbone.run(rows, state.cache, self.starts[k], self.starts[k + 1])
-        if rows.shape[1] > 1:
-            state.waiting[k + 1].append(rows[:, :-1])
-        return rows[:, -1:]
+        states = self._with_waiting(k, h, state)
+        states = self.backbone.run(states, state.cache, self.starts[k], self.starts[k + 1])
+        if states.shape[1] > 1:
+            state.waiting[k + 1].append(states[:, :-1])
+        return states[:, -1:]
 
     def _with_waiting(self, k: int, h: mx.array, state: "State") -> mx.array:
         """The tokens deferred at exit k and the newest one, ready to run on; their filled keys and values
         are dropped from the caches.
         """
-        rows = mx.concatenate([*state.waiting[k], h], axis=1)
+        states = mx.concatenate([*state.waiting[k], h], axis=1)
         state.waiting[k] = []
         stop = self.starts[k + 1] if k + 1 < len(self.starts) else self.backbone.depth
         for l in self.reader.reads if self.waits else ():
             if self.starts[k] <= l < stop:
-                state.cache[l].trim(rows.shape[1] - 1)
-        return rows
+                state.cache[l].trim(states.shape[1] - 1)
+        return states
 
     def read(self, prompt: list[int], capacity: int) -> "State":
         """The state after all prompt tokens but the last, which pass all blocks."""

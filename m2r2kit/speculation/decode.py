@@ -184,10 +184,10 @@ def verify(
             return backbone.logits(unread, cache)[0], None
         h, logits = backbone.read(unread, cache, backbone.depth)
         return logits[0], h
-    rows = draft.states
+    states = draft.states
     if unread is not None:
-        rows = [*rows, backbone.run(backbone.embed(unread), cache, 0, E)]
-    h = mx.concatenate(rows, axis=1)
+        states = [*states, backbone.run(backbone.embed(unread), cache, 0, E)]
+    h = mx.concatenate(states, axis=1)
     if final:
         h, logits = backbone.close(h, cache, E)
         return logits[0], h

@@ -90,7 +90,7 @@ class TwoModels(Drafter):
 
     def __call__(self, text, drafts, sampler, cache):
         crop(self.cache, len(text) - 1)
-        # unread tokens: the pending one, and the last draft if all were accepted
+        # unread: at first the prompt, later the pending token and, if all were accepted, the last draft
         draft, token = Draft(), mx.array([text[self.cache[0].offset :]])
         if token.shape[1] > FEW:  # a prompt: logits of its last token only
             self.small.run(self.small.embed(token[:, :-1]), self.cache)
