@@ -76,10 +76,10 @@ class Sampler:
         if self.top_p < 1:
             p = np.exp(x)
             p /= p.sum(-1, keepdims=True)
-            ordered = -np.sort(-p, axis=-1)
+            order = np.argsort(-p, axis=-1, kind="stable")  # of ties the first comes first, as in argmax
+            ordered = np.take_along_axis(p, order, -1)
             before = np.cumsum(ordered, -1) - ordered  # mass of the likelier tokens
-            last = (before < self.top_p).sum(-1, keepdims=True) - 1
-            kept &= p >= np.take_along_axis(ordered, last, -1)  # keeps all ties
+            np.put_along_axis(kept, order, before < self.top_p, -1)
         if self.min_p:
             kept &= x >= math.log(self.min_p)
         if 0 < self.top_k < x.shape[-1]:
