@@ -61,7 +61,7 @@ def test_other_pictures_of_routing_say_their_numbers(ax):
     assert "2 others" in routing.draw_distances(ax, [1, 2, 3], 8)
     assert routing.draw_bars(ax, {"a": 0.5, "b": 0.25}, "share", 0.1) == "a 0.50; b 0.25."
     said = routing.draw_recall(ax, {"M2R2": {1: 0.9, 5: 0.5}, "direct": {2: 0.8}}, 0.125)
-    assert "M2R2 0.90; direct 0.80" in said and len(ax.lines) == 3
+    assert "M2R2 0.90 at 1; direct 0.80 at 2" in said and len(ax.lines) == 3
 
 
 # --- timelines --------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def draw_recall(ax, recalls: dict[str, dict[int, float]], chance: float) -> str:
     ax.set(xlabel="blocks ahead", ylabel="recall", ylim=(0, 1.03), xticks=range(farthest + 1))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     said = "; ".join(
-        f"{name} " + ", ".join(f"{r:.2f}" for d, r in by.items() if 1 <= d <= 3)
+        f"{name} " + ", ".join(f"{r:.2f} at {d}" for d, r in by.items() if 1 <= d <= 3)
         for name, by in recalls.items()
     )
     return f"Recall at 1, 2, 3 blocks ahead, where available: {said}; at random {chance:.2f}."
