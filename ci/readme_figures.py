@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from m2r2kit.bench import claims, records  # noqa: E402
+from m2r2kit.bench import claims, measured, records  # noqa: E402
 from m2r2kit.bench.tables import Table  # noqa: E402
 from m2r2kit.figures import exits as figures_exits  # noqa: E402
 from m2r2kit.figures import experts as figures_experts  # noqa: E402
@@ -40,10 +40,8 @@ def figures() -> str:
 
 
 def made(record: dict) -> str:
-    """The command of a record, its date and its machine."""
-    m = record["machine"]
-    cores = f"{m['cores']} core{'s' * (m['cores'] != 1)}"
-    return f"{record['command']}  # {record['date'][:10]}, {cores} of {m['chip'].replace('(R)', '')}"
+    """By which command, when and on what a record was made."""
+    return f"{record['command']}  # {measured.made(record)}"
 
 
 def span(x: dict) -> str:

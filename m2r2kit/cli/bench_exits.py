@@ -5,9 +5,9 @@ import sys
 from tqdm import tqdm
 
 from ..bench import exits as bench
+from ..bench import measured
 from ..bench.merit import LOSSES
 from ..bench.questions import questions
-from ..bench.tables import Table
 from ..common import UserError
 from ..exits import trained
 from ..exits.methods import Method, method
@@ -79,7 +79,7 @@ def run(args) -> int:
         time(backbone, methods, curves, [pairs[p] for p in few], figures["methods"], args.repeats)
         arithmetic = [pair for p, pair in pairs.items() if p.kind == "arithmetic"]
         keep_answers(backbone, methods, arithmetic, figures["methods"], args.max_tokens)
-    print(table(figures["methods"], backbone.depth))
+    print(*measured.exits(figures))
     settings = {
         "model": model_name(args.model),
         "model_sha256": backbone.sha256,
@@ -134,21 +134,3 @@ def keep_answers(backbone: Backbone, methods: dict, pairs, figures: dict, max_to
         if best := figures[name].get("fastest"):
             arm = bench.timed(each, best["threshold"])
             figures[name]["answers"] = bench.answers_kept(backbone, arm, pairs, max_tokens)
-
-
-def table(figures: dict, depth: int) -> str:
-    """The methods, those that save most at 5 % loss first."""
-    heads = ("method", "saved at 1 %", "saved at 5 %", "less than m2r2", "speed-up", "answers")
-    rows = []
-    for name in sorted(figures, key=lambda name: -figures[name]["merit"][str(LOSSES[-1])]["saved"]):
-        one, five = (figures[name]["merit"][str(loss)] for loss in LOSSES)
-        timed, kept = figures[name].get("timed"), figures[name].get("answers")
-        rows.append((
-            name,
-            *(f"{m['saved']:.1%} ({m['from']:.1%}..{m['to']:.1%})" for m in (one, five)),
-            f"{100 * five['lead']:.1f} ({100 * five['lead_from']:.1f}..{100 * five['lead_to']:.1f})",
-            f"{bench.speedup_at(timed, LOSSES[-1]):.2f}x" if timed else "-",
-            f"{kept['same']} of {kept['asked']}" if kept else "-",
-        ))  # fmt: skip
-    what = f"Share of the {depth} blocks saved, at 1 % and 5 % loss of agreement; speed-up at 5 %."
-    return f"{Table(heads, rows)}\n{what}"

@@ -5,9 +5,9 @@ import sys
 
 from tqdm import tqdm
 
+from ..bench import measured
 from ..bench.experts import ARMS, Disk, compare
 from ..bench.questions import questions
-from ..bench.tables import Table
 from ..common import UserError
 from ..experts.decode import StreamedModel
 from ..model.backbone import Backbone
@@ -79,7 +79,7 @@ def run(args) -> int:
             model, args.model, ids, args.budgets, disk, args.max_tokens, args.repeats,
             args.distance, args.width, whole, lambda: bar.update(),
         )  # fmt: skip
-    print(table(figures))
+    print(*measured.experts(figures), sep="\n\n")
     settings = {
         "model": model_name(args.model),
         "model_sha256": model.backbone.sha256,
@@ -99,46 +99,3 @@ def run(args) -> int:
     keep(args, "experts", settings, figures, prompts)
     arms = [arm for budget in figures["budgets"] for arm in budget["arms"].values()]
     return 0 if figures["resident_equal"] is not False and all(arm["equal"] for arm in arms) else 1
-
-
-HEADS = ("arm", "tok/s", "x demand", "x lru", "resident", "in time", "late", "missed", "recall", "MB/token",
-         "predicted")  # fmt: skip
-
-
-def table(figures: dict) -> str:
-    """One block of lines a budget; an arm whose text differs has no speed."""
-    simulated = " (simulated)" if figures["simulated"] else ""
-    lines = [
-        f"computing a token {1000 * figures['compute_seconds']:.2f} ms ({figures['compute_from']}); "
-        f"disk{simulated} {figures['disk_bytes_per_second'] / 1e6:.0f} MB/s"
-    ]
-    if figures["resident_equal"] is None:
-        lines.append("the model was not held in memory: the arms' texts are compared with each other")
-    else:
-        overhead, stops = (figures[f"overhead_{name}"]["median"] for name in ("resident", "stops"))
-        lines.append(
-            f"all experts in memory: {overhead:.3f} times plain decoding; with stops {stops:.3f} times that"
-            + ("" if figures["resident_equal"] else "; THE TEXTS DIFFER")
-        )
-    for budget in figures["budgets"]:
-        lines += [
-            "",
-            f"budget {budget['share']:.1%} ({budget['slots']} slots a block), "
-            f"I/C {budget['io_over_compute']:.2f}, bound over LRU {budget['bound']:.2f}x",
-            str(Table(HEADS, [(name, *_cells(arm)) for name, arm in budget["arms"].items()])),
-        ]
-    return "\n".join(lines)
-
-
-def _cells(arm: dict) -> tuple[str, ...]:
-    speed = ("differs", "-", "-")
-    if arm["equal"]:
-        speed = (
-            f"{arm['tokens_per_second']:.1f}",
-            f"{arm['speedup_vs_on_demand']['median']:.2f}x",
-            f"{arm['speedup_vs_lru']['median']:.2f}x",
-        )
-    shares = (f"{arm[key]:.1%}" for key in ("resident", "in_time", "late", "missed"))
-    recall = "-" if arm["recall"] is None else f"{arm['recall']:.1%}"
-    predicted = f"{1 / arm['predicted_seconds_per_token']:.1f}"
-    return (*speed, *shares, recall, f"{arm['bytes_per_token'] / 1e6:.2f}", predicted)

@@ -4,9 +4,9 @@ import sys
 
 from tqdm import tqdm
 
+from ..bench import measured
 from ..bench.questions import questions
 from ..bench.speculation import Arm, compare
-from ..bench.tables import Table
 from ..common import UserError
 from ..model.backbone import Backbone
 from ..speculation.decode import MOST_DRAFTS
@@ -65,7 +65,7 @@ def run(args) -> int:
             args.repeats,
             lambda: bar.update(),
         )
-    print(table(figures))
+    print(*measured.speculation(figures), sep="\n\n")
     settings = {
         "model": model_name(args.model),
         "model_sha256": backbone.sha256,
@@ -85,45 +85,3 @@ def drafts_at(arm: Arm) -> int:
     """The depth at which an arm drafts: for M2R2 that of p, one more than its slow stream has gone; 0 for
     one that uses no block of the model."""
     return getattr(arm.drafter, "read_at", arm.drafter.exit) if arm.drafts else 0
-
-
-def table(figures: dict) -> str:
-    """The arms in aligned columns; an arm whose text differs has no speed."""
-    heads = (
-        "method",
-        "speed-up",
-        "from..to",
-        "x mlx_lm",
-        "predicted",
-        "tau",
-        "c",
-        "v",
-        "equal",
-        "acceptance",
-    )
-    rows = []
-    for name, arm in figures["arms"].items():
-        speed, over, predicted = (
-            arm.get(key) for key in ("speedup_vs_plain", "speedup_vs_mlx_lm", "predicted_speedup")
-        )
-        equal = "yes" if arm["mismatches"] == 0 else f"yes ({arm['ties']} ties)" if arm["equal"] else "NO"
-        rows.append((
-            name,
-            f"{speed['median']:.2f}x" if speed else "-",
-            f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
-            f"{over['median']:.2f}x" if over else "-",
-            f"{predicted:.2f}x" if predicted else "-",
-            *(f"{arm[key]:.2f}" for key in ("tau", "draft_cost", "verify_cost")),
-            equal,
-            " ".join(f"{a:.2f}" for a in arm["acceptance"]),
-        ))  # fmt: skip
-    lines = [str(Table(heads, rows, left=heads[-2:]))]
-    kinds = {kind: arms for kind, arms in figures["per_kind"].items() if kind}
-    if kinds:
-        names = [name for name in figures["arms"] if name != "plain"]
-        rows = [
-            (kind, *(f"{arms[n]['median']:.2f}x" if n in arms else "-" for n in names))
-            for kind, arms in kinds.items()
-        ]
-        lines += ["", str(Table(("speed-up", *names), rows))]
-    return "\n".join(lines)
