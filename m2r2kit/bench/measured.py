@@ -88,7 +88,7 @@ def speculation(figures: dict) -> list[Table]:
     return tables
 
 
-def agreement(figures: dict) -> list[Table]:
+def readouts(figures: dict) -> list[Table]:
     """What each readout of `m2r2kit train stream --compare` agrees with the model's own choice."""
     rows = [(row["form"], f"{row['parameters']:,}", f"{row['agreement']:.1%}") for row in figures["rows"]]
     return [Table(("read at the exit", "trained parameters", "agreement"), rows)]
@@ -176,7 +176,7 @@ SUBJECTS = {  # of records: title of settings and figures, tables of figures
     ),
     "alignment": (
         lambda s, f: f"Agreement with the model's choice at block {f['rows'][0]['exit']}, all trained alike",
-        agreement,
+        readouts,
     ),
     "exits": (lambda s, f: f"Leaving early, {s['prompts']} prompts, {len(f['methods'])} methods", exits),
     "experts": (
