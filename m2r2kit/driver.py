@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .common import UserError
 from .model.backbone import Backbone
-from .model.cache import FIRST_ROOM
+from .model.cache import FIRST_CAPACITY
 from .model.cpu.threads import decoding
 from .text.streaming import Detokenizer, StopWords
 
@@ -134,11 +134,11 @@ def drive(
     if max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1; got {max_tokens}.")
     backbone, out = decoder.backbone, Generation() if out is None else out
-    limit, eos = min(max_tokens, backbone.room_after(prompt)), backbone.eos
+    limit, eos = min(max_tokens, backbone.max_new_tokens(prompt)), backbone.eos
     begun = time.perf_counter()
     try:
         decoder._run = out
-        decoder.begin(prompt, len(prompt) + min(limit, FIRST_ROOM))
+        decoder.begin(prompt, len(prompt) + min(limit, FIRST_CAPACITY))
         out.prefill_seconds, out.experts = time.perf_counter() - begun, decoder.work
         pending, tokens = prompt[-1], out.tokens
         with decoder.threads():

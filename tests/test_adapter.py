@@ -106,7 +106,7 @@ def test_an_adapter_that_names_no_model(tmp_path):
     (adapter / "adapter_config.json").write_text(
         json.dumps({k: v for k, v in config.items() if k != "model"})
     )
-    with pytest.raises(UserError, match="says of no model that it belongs to; name the model and give"):
+    with pytest.raises(UserError, match="does not name its model; give the model, and this folder"):
         Backbone.load(adapter)
 
 

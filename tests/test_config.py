@@ -100,7 +100,7 @@ def test_a_model_object_that_mlx_lm_read_as_another_function_is_refused(family, 
         assert mx.array_equal(Backbone.of(model, tokenizer).logits(tokens()), wanted)
     else:
         with pytest.raises(
-            UserError, match=r"takes rope_theta of this model for .* means 1000\.0; load it with"
+            UserError, match=r"reads rope_theta of this model as .* means 1000\.0; load it with"
         ):
             Backbone.of(model, tokenizer)
     right = Backbone.load(folder)
@@ -113,7 +113,7 @@ def test_a_model_object_whose_head_mlx_lm_ties_unasked_is_refused(tmp_path):
     del config["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps(config))
     model, tokenizer = mlx_lm.utils.load(str(folder))
-    with pytest.raises(UserError, match="takes tie_word_embeddings of this model for True"):
+    with pytest.raises(UserError, match="reads tie_word_embeddings of this model as True"):
         Backbone.of(model, tokenizer)
 
 
@@ -196,7 +196,7 @@ def test_a_scaling_without_its_original_length_takes_the_longest():
     ],
 )  # fmt: skip
 def test_what_changes_the_function_is_refused(changes):
-    with pytest.raises(UserError, match=r"config.json sets .* which mlx-lm does not compute") as refusal:
+    with pytest.raises(UserError, match=r"config.json sets .* which mlx-lm does not support") as refusal:
         changed(**changes)
     assert str(refusal.value).count(". ") == 0
 
@@ -246,8 +246,8 @@ def test_a_model_is_served_up_to_its_attention_window(family, tmp_path):
     cache = view.new_cache()
     assert mx.array_equal(view.logits(tokens(12), cache), plain.logits(tokens(12)))
     assert mx.array_equal(view.logits(tokens(12)), as_mlx_lm_computes_of(folder, 12))
-    with pytest.raises(UserError, match="The prompt has 12 tokens and the model reads 12"):
-        view.room_after(tiny.prompt(12))
+    with pytest.raises(UserError, match="The prompt has 12 tokens and the model's context is 12"):
+        view.max_new_tokens(tiny.prompt(12))
 
 
 def as_mlx_lm_computes_of(folder, length):
@@ -267,5 +267,7 @@ def test_windows_that_are_off_or_missing():
 @pytest.mark.parametrize(("family", "why"), [("gemma3", "slides"), ("gemma3_text", "slides")])
 def test_families_that_are_not_served_say_why(family, why, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    with pytest.raises(UserError, match=rf"Models of type '{family}' are not served \(.*{why}.*; use one of"):
+    with pytest.raises(
+        UserError, match=rf"Models of type '{family}' are not supported \(.*{why}.*; use one of"
+    ):
         Backbone.load(tmp_path)

@@ -176,7 +176,7 @@ def test_other_models_are_refused_in_a_sentence(tmp_path, change, sentence):
 
 
 def test_other_tensor_types_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"GGML type 14; convert one of types F32, F16, Q4_0, Q4_1, Q8_0"):
+    with pytest.raises(UserError, match=r"GGML type 14; use a file with types F32, F16, Q4_0, Q4_1, Q8_0"):
         converted(tmp_path, tensor_type=Q6_K)
 
 

@@ -18,7 +18,7 @@ from m2r2kit.model.backbone import Backbone
 from m2r2kit.model.hub import looks_like_repository, why
 
 COMMIT = "a" * 40
-NONE = "the hub has no repository of that name, or a private one"
+NONE = "the hub has no public repository of that name"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -82,18 +82,18 @@ def sentence(name) -> str:
     [
         (
             "o/none-404",
-            "the hub has no repository of that name, or a private one",
+            "the hub has no public repository of that name",
             "check the name, or log in",
         ),
         (
             "o/none-401",
-            "the hub has no repository of that name, or a private one",
+            "the hub has no public repository of that name",
             "check the name, or log in",
         ),
-        ("o/gated-403", "open only to those who accepted its terms", "accept them on huggingface.co"),
+        ("o/gated-403", "requires that you accept its terms", "accept them on huggingface.co"),
         ("o/any-500", "the hub answers with error 500", "try again later"),
         ("o/any-429", "the hub answers with error 429", "try again later"),
-        ("o/not a name", "it is no name of a repository", "give a folder or ORG/NAME"),
+        ("o/not a name", "it is not a repository name", "give a folder or ORG/NAME"),
     ],
 )
 def test_what_the_hub_answers(hub, name, cause, way_out):
@@ -105,12 +105,12 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     assert "the hub cannot be reached; check the network" in sentence("org/tiny")
     monkeypatch.setattr(constants, "ENDPOINT", "http://no-such-host.invalid")
-    assert "the name of the hub cannot be looked up; check the network and its name" in sentence("org/tiny")
+    assert "the hub's host name cannot be resolved; check the network" in sentence("org/tiny")
 
 
 def test_offline_by_choice(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE" in sentence("org/tiny")
+    assert "HF_HUB_OFFLINE forbids downloads; unset HF_HUB_OFFLINE" in sentence("org/tiny")
 
 
 def test_disks_and_connections_that_break_off(tmp_path):
@@ -120,9 +120,9 @@ def test_disks_and_connections_that_break_off(tmp_path):
         assert cause in why("org/tiny", failure) and "org/tiny" in why("org/tiny", failure)
     cut = httpx.RemoteProtocolError("peer closed connection without sending complete message body")
     assert why("org/tiny", cut) == (
-        "The download of org/tiny was cut off; the same command goes on from where it stopped."
+        "The download of org/tiny was interrupted; run the same command again to resume it."
     )
-    assert "cannot be fetched (something new);" in why("org/tiny", Exception("something new"))
+    assert "cannot be downloaded (something new);" in why("org/tiny", Exception("something new"))
 
 
 def test_a_repository_is_loaded_and_a_folder_of_its_name_that_is_no_model_is_not(hub, tmp_path):

@@ -124,7 +124,7 @@ def test_a_changed_model_has_another_hash_and_a_model_without_a_folder_has_one()
 
 
 def test_what_is_no_language_model_is_refused():
-    with pytest.raises(UserError, match="is not a language model"):
+    with pytest.raises(UserError, match="is not an mlx-lm language model"):
         Backbone.of(object(), object())
 
 
@@ -180,7 +180,7 @@ def test_a_family_that_is_not_served_is_named_before_its_weights_are_read(folder
     (folder / "model.safetensors").write_bytes(b"not weights")
     for family in ("mamba", "from_next_year", ["llama"]):
         change_config(folder, model_type=family)
-        assert f"Models of type '{family}' are not served; use one of llama," in sentence(folder)
+        assert f"Models of type '{family}' are not supported; use one of llama," in sentence(folder)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_a_config_of_impossible_values(folder, changes):
 
 def test_an_auto_map_of_another_form(folder):
     for auto_map, said in (
-        ("evil.Evil", "needs code of its own (evil.Evil)"),
-        (7, "needs code of its own (7)"),
+        ("evil.Evil", "needs custom code (evil.Evil)"),
+        (7, "needs custom code (7)"),
     ):
         change_config(folder, auto_map=auto_map)
         assert said in sentence(folder)
@@ -251,7 +251,7 @@ def test_the_command_line_ends_with_2_and_no_traceback(folder, capsys):
 
 
 def test_a_file_in_the_place_of_a_folder(folder):
-    assert "is a file; give the folder of a model" in sentence(folder / "model.safetensors")
+    assert "is a file; give a model folder" in sentence(folder / "model.safetensors")
 
 
 def test_weights_that_do_not_fit_the_config(folder):
@@ -309,7 +309,7 @@ def test_two_sets_of_weights_without_an_index(folder):
     (folder / "model.safetensors.index.json").unlink()
     assert mx.array_equal(Backbone.load(folder).logits(TOKENS), tiny.backbone("llama").logits(TOKENS))
     (folder / "model.safetensors").write_bytes((tiny.folder("llama") / "model.safetensors").read_bytes())
-    assert "no index that says which are the model's" in sentence(folder)
+    assert "no index that lists the model's files" in sentence(folder)
 
 
 def test_a_tensor_in_two_shards(folder):
@@ -317,13 +317,13 @@ def test_a_tensor_in_two_shards(folder):
     first, second = sorted(folder.glob("model-*.safetensors"))
     both = mx.load(str(first)) | mx.load(str(second))
     mx.save_safetensors(str(second), both)
-    assert f"lies in {first.name} and in {second.name}" in sentence(folder)
+    assert f"is in {first.name} and in {second.name}" in sentence(folder)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": {"a": "../model.safetensors"}}])
 def test_an_index_that_names_nothing_of_the_folder(folder, index):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "names no weights" in sentence(folder)
+    assert "lists no weights" in sentence(folder)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -353,7 +353,7 @@ def evil(folder, monkeypatch):
 
 def test_a_config_that_names_the_code_of_a_tokenizer(evil):
     change_config(evil, auto_map={"AutoTokenizer": "evil.Evil"})
-    assert "The tokenizer of" in sentence(evil) and "code of its own (evil.Evil)" in sentence(evil)
+    assert "The tokenizer of" in sentence(evil) and "custom code (evil.Evil)" in sentence(evil)
 
 
 @pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["evil.Evil", None]}, ["evil.Evil", None]])
@@ -361,14 +361,14 @@ def test_a_tokenizer_with_code_of_its_own(evil, auto_map):
     file = evil / "tokenizer_config.json"
     settings = json.loads(file.read_text()) | {"auto_map": auto_map, "tokenizer_class": "Evil"}
     file.write_text(json.dumps(settings))
-    assert "needs code of its own (evil.Evil), which is not run here" in sentence(evil)
+    assert "needs custom code (evil.Evil), which is not run here" in sentence(evil)
 
 
 def test_a_model_with_code_of_its_own(evil):
     change_config(evil, model_file="evil.py")
-    assert "needs code of its own (evil.py)" in sentence(evil)
+    assert "needs custom code (evil.py)" in sentence(evil)
     change_config(evil, model_file=None, auto_map={"AutoModelForCausalLM": "evil.Evil"})
-    assert "needs code of its own (evil.Evil)" in sentence(evil)
+    assert "needs custom code (evil.Evil)" in sentence(evil)
 
 
 def test_code_of_a_class_that_mlx_lm_has_is_not_needed_and_not_run(evil):
@@ -395,7 +395,7 @@ def test_a_chat_template_that_fails(folder, template, why):
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
     view = Backbone.load(folder)
-    with pytest.raises(UserError, match=r"chat template fails \(.*; ask without it \(--raw\)") as refusal:
+    with pytest.raises(UserError, match=r"chat template fails \(.*; prompt without it \(--raw\)") as refusal:
         view.encode("hello")
     assert why in str(refusal.value)
     assert view.encode("hello", chat=False) == tiny.backbone("llama").encode("hello")

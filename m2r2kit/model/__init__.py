@@ -1,4 +1,4 @@
-"""A language model from mlx-lm, seen as embedding, blocks and head; its cache and its compiled passes."""
+"""mlx-lm models as embedding, blocks and head, with their caches and compiled passes."""
 
 from ..common import on_demand
 

@@ -1,9 +1,9 @@
-"""A KV cache of fixed size, so that decoding can be compiled.
+"""A KV cache of fixed capacity, so that decoding can be compiled.
 
-A decoding step of a small model is mostly the cost of starting some hundred small operations
-from Python. `mx.compile` starts them all at once, but only where no shape changes from step to
-step. mlx-lm's cache grows with each token; here the arrays have room for the whole text from
-the beginning, the position is a number that is passed in, and a mask hides what lies behind it.
+A decoding step of a small model mostly costs the launch of some hundred small operations from Python.
+`mx.compile` launches them at once, but only if no shape changes from step to step. mlx-lm's cache grows with
+each token. Here the arrays are allocated in advance, the position is an input of the compiled function, and
+a mask hides the unused positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +12,19 @@ import mlx.core as mx
 
 from .compiled import lean_pass
 
-FEW = 16  # passes of up to so many tokens are compiled: one trace for each number and each room
-CHUNK = 512  # positions of a prompt that are computed at once
-FIRST_ROOM = 64  # of an answer at first, as every step reads all of it; it grows with a longer one
-STEP = 64  # positions are allocated in multiples of this
+FEW = 16  # the most positions of a compiled pass; each number and each capacity is traced once
+CHUNK = 512  # the most positions of a prompt computed at once
+FIRST_CAPACITY = 64  # initial answer capacity; small, because every step reads the whole buffer
+STEP = 64  # capacities are multiples of this
 
 
 class FixedKV:
-    """Keys and values of one block, (B, heads, room, head width) each, of which `offset` are filled.
+    """The layer cache of one block, in place of mlx-lm's `KVCache`.
 
-    Takes the place of mlx-lm's `KVCache`. Inside a compiled function `offset` is an array
-    without axes (with one, rotary embeddings would take it for one position a sequence).
+    Attributes:
+        keys, values: (B, KV heads, capacity, head width), of which `offset` positions are filled.
+        offset: an int; inside a compiled function an array of shape () (rotary embeddings would take one of
+            shape (1,) for one offset a sequence).
     """
 
     def __init__(self, keys: mx.array, values: mx.array, offset=0):
@@ -30,46 +32,49 @@ class FixedKV:
 
     @property
     def traced(self) -> bool:
-        """Whether this stands for a cache inside a function that is being compiled."""
+        """Whether this cache is an argument of a function that is being compiled."""
         return isinstance(self.offset, mx.array)
 
-    def reserve(self, rows: int) -> None:
-        """Make room for `rows` more positions; not inside a compiled function."""
-        room = self.keys.shape[2]
-        if self.offset + rows > room:
-            more = [(0, 0), (0, 0), (0, round_up(self.offset + rows) - room), (0, 0)]
+    def reserve(self, count: int) -> None:
+        """Grow the capacity for `count` more positions; not inside a compiled function."""
+        capacity = self.keys.shape[2]
+        if self.offset + count > capacity:
+            more = [(0, 0), (0, 0), (0, round_up(self.offset + count) - capacity), (0, 0)]
             self.keys, self.values = mx.pad(self.keys, more), mx.pad(self.values, more)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write new positions; returns `keys_and_values`, which the caller must mask (`make_mask`)."""
-        rows = keys.shape[2]
+        """Append keys and values, (B, KV heads, T, head width); returns `keys_and_values`.
+
+        Attention must mask these with `make_mask`.
+        """
+        count = keys.shape[2]
         if not self.traced:
-            self.reserve(rows)
+            self.reserve(count)
         start = mx.array(self.offset).reshape(1)
         self.keys = mx.slice_update(self.keys, keys, start, axes=(2,))
         self.values = mx.slice_update(self.values, values, start, axes=(2,))
-        self.offset = self.offset + rows
+        self.offset = self.offset + count
         return self.keys_and_values()
 
-    def make_mask(self, rows: int, **_) -> mx.array:
-        """What `rows` new tokens may look at, before they are written: bool (rows, positions), of the
-        positions that `update_and_fetch` returns."""
-        positions = self.keys.shape[2] if self.traced else self.offset + rows
-        return mx.arange(positions) <= self.offset + mx.arange(rows)[:, None]
+    def make_mask(self, count: int, **_) -> mx.array:
+        """The causal mask of `count` positions that are not written yet, bool (count, P): P are the positions
+        that `update_and_fetch` will return."""
+        positions = self.keys.shape[2] if self.traced else self.offset + count
+        return mx.arange(positions) <= self.offset + mx.arange(count)[:, None]
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What is filled; inside a compiled function the whole arrays."""
+        """The filled positions; inside a compiled function the whole arrays."""
         if self.traced:
             return self.keys, self.values
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
     def trim(self, count: int) -> None:
-        """Forget the newest `count` positions."""
+        """Drop the newest `count` positions."""
         self.offset -= min(count, self.offset)
 
 
 def is_fixed(cache: Sequence | None, block: int) -> bool:
-    """Whether a block's entry is a `FixedKV` to be used through `Traced`."""
+    """Whether a block's layer cache is a `FixedKV` outside a compiled function, to be used with `Traced`."""
     return cache is not None and isinstance(cache[block], FixedKV) and not cache[block].traced
 
 
@@ -79,19 +84,19 @@ def round_up(positions: int) -> int:
 
 
 def chunks(x: mx.array) -> list[mx.array]:
-    """A prompt (B, T, ..) in parts of at most `CHUNK` positions."""
+    """A prompt (B, T, ..) split into parts of at most `CHUNK` positions."""
     return mx.split(x, range(CHUNK, x.shape[1], CHUNK), axis=1) if x.shape[1] > CHUNK else [x]
 
 
 class Traced:
-    """A compiled function over the entries of a fixed cache.
+    """A compiled function of a fixed-capacity cache.
 
     Args:
-        body: (entries, tokens or states (B, T, ..), *more) -> arrays; it may call anything that
-            takes a cache. `entries` has one `FixedKV` for each block in `writes` and `reads`.
-        depth: blocks of the model.
-        writes: blocks whose entries grow by T; they stand at the same position.
-        reads: other blocks whose entries are looked at.
+        body: (cache, tokens or states (B, T, ..), *more) -> arrays; it may call anything that takes a cache.
+            `cache` has a `FixedKV` for each block in `writes` and `reads`, and None for the others.
+        depth: number of blocks of the model.
+        writes: blocks whose layer caches grow by T; they must have the same offset.
+        reads: other blocks whose layer caches are read.
     """
 
     def __init__(self, body: Callable, depth: int, writes: Sequence[int], reads: Sequence[int] = ()):
@@ -100,23 +105,23 @@ class Traced:
         self.function = mx.compile(self._function)
 
     def _function(self, keys, values, offset, *inputs):
-        entries: list[FixedKV | None] = [None] * self.depth
+        cache: list[FixedKV | None] = [None] * self.depth
         for l, k, v in zip(self.blocks, keys, values, strict=True):
-            entries[l] = FixedKV(k, v, offset)
+            cache[l] = FixedKV(k, v, offset)
         with lean_pass():
-            out = self.body(entries, *inputs)
-        written = [entries[l] for l in self.writes]
-        return out, [e.keys for e in written], [e.values for e in written]
+            out = self.body(cache, *inputs)
+        written = [cache[l] for l in self.writes]
+        return out, [c.keys for c in written], [c.values for c in written]
 
     def __call__(self, cache: list, x: mx.array, *more: mx.array):
-        rows, offset = x.shape[1], cache[self.blocks[0]].offset if self.blocks else 0
-        room = max([offset + rows, *(cache[l].keys.shape[2] for l in self.writes)])
-        for l in self.writes:  # all to the same room, as they share one mask
-            cache[l].reserve(room - cache[l].offset)
+        count, offset = x.shape[1], cache[self.blocks[0]].offset if self.blocks else 0
+        capacity = max([offset + count, *(cache[l].keys.shape[2] for l in self.writes)])
+        for l in self.writes:  # all to the same capacity, because they share one mask
+            cache[l].reserve(capacity - cache[l].offset)
         used = [cache[l] for l in self.blocks]
-        keys, values = [e.keys for e in used], [e.values for e in used]
+        keys, values = [c.keys for c in used], [c.values for c in used]
         out, keys, values = self.function(keys, values, mx.array(offset), x, *more)
         for l, k, v in zip(self.writes, keys, values, strict=True):
-            entry = cache[l]
-            entry.keys, entry.values, entry.offset = k, v, offset + rows
+            c = cache[l]
+            c.keys, c.values, c.offset = k, v, offset + count
         return out

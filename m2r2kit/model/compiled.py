@@ -1,11 +1,11 @@
-"""Fewer operations in a compiled pass.
+"""Layers and functions with fewer operations, for compiled passes on a CPU.
 
-In a small model a pass mostly costs the start of its operations: some seventy a block, most of which
-compute nothing. MLX splits the product of one position and a matrix into a transpose, a flattening,
-the product and an unflattening, and attention on a CPU likewise. And `exp`, in softmax and SwiGLU, runs one
-element at a time. Inside `lean_pass` the functions and layers below use fewer operations; their results
-agree with MLX's to about 1e-6. Outside, they are MLX's own. `view.py` puts them into a private copy of a
-model, so neither the model nor MLX is changed.
+A pass of a small model mostly costs the launch of its operations: some seventy a block, most of which compute
+nothing. MLX makes four operations of the product of one position and a matrix (transpose, flatten, product,
+unflatten), and likewise in attention. `exp`, in softmax and SwiGLU, runs one element at a time. Inside
+`lean_pass` the layers and functions below use fewer operations; their results agree with MLX's to about 1e-6.
+Outside they are MLX's own. `view.py` puts them into a private copy of a model, so neither the model nor MLX
+is changed.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ import mlx.nn as nn
 from .cpu.fast_math import falling_exp, logistic
 from .mlxlm import activations, base
 
-here = local()  # of each thread: what the blocks of the pass that it traces share, or None
+here = local()  # `shared`: arrays that the blocks of this thread's lean pass share; None outside one
 
 
 @contextmanager
 def lean_pass() -> Iterator[None]:
-    """Trace with fewer operations, in this thread and on a CPU (elsewhere MLX has one kernel for each)."""
+    """Trace with fewer operations, in this thread; a no-op on a GPU, where MLX has fused kernels."""
     if is_lean() or mx.default_device() != mx.Device(mx.cpu):
         yield
         return
@@ -40,7 +40,7 @@ def is_lean() -> bool:
 
 
 def shared() -> dict | None:
-    """Arrays that all blocks of the present lean pass share, by what they depend on; None outside one."""
+    """Arrays that the blocks of the current lean pass share, by key; None outside one."""
     return getattr(here, "shared", None)
 
 
@@ -56,10 +56,10 @@ def replaced(owner, name: str, stand_in) -> Iterator[None]:
 
 
 def product(x: mx.array, matrix: mx.array) -> mx.array:
-    """x @ matrix, in a lean pass as one operation: x (B, T, in), matrix (in, out) -> (B, T, out)."""
+    """x @ matrix: x (B, T, in), matrix (in, out) -> (B, T, out); one operation in a lean pass."""
     if is_lean() and x.ndim == 3 and x.shape[0] == 1:
         matrix = matrix[None]
-        mx.eval(matrix)  # a view made now is a constant of the compiled pass, not a part of it
+        mx.eval(matrix)  # evaluated, the view is a constant of the compiled pass and not an operation in it
     return x @ matrix
 
 
@@ -72,7 +72,7 @@ SMALL, LARGE = (
 
 
 class LeanLinear(nn.Linear):
-    """`nn.Linear`, with one operation for its product in a lean pass."""
+    """`nn.Linear` whose product is one operation in a lean pass."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if not is_lean():
@@ -82,7 +82,7 @@ class LeanLinear(nn.Linear):
 
 
 class LeanEmbedding(nn.Embedding):
-    """`nn.Embedding`, likewise where it is the head."""
+    """`nn.Embedding` whose product as the head is one operation in a lean pass."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         if not is_lean():
@@ -92,13 +92,13 @@ class LeanEmbedding(nn.Embedding):
 
 
 def input_by_output(layer: nn.Module) -> mx.array:
-    """A copy of a layer's matrix as (in, out), the order in which few_rows.c multiplies several positions at
-    once. The layer, a private one, keeps it until it has other weights."""
+    """A contiguous copy of a layer's matrix as (in, out), the layout that few_rows.c needs for several
+    positions. The layer, which belongs to the private copy, keeps it until its weights change."""
     of, matrix = getattr(layer, "_input_by_output", (None, None))
     if of is not layer.weight:
         matrix = mx.contiguous(layer.weight.T)
         mx.eval(matrix)
-        # a plain attribute, or MLX takes it for a parameter
+        # not by `self.x = ..`, which would make it a parameter
         object.__setattr__(layer, "_input_by_output", (layer.weight, matrix))
     return matrix
 
@@ -114,7 +114,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def attention(queries, keys, values, cache, scale: float, mask, sinks=None) -> mx.array:
-    """mlx-lm's `scaled_dot_product_attention`, in a lean pass by way of fewer operations for a boolean mask.
+    """mlx-lm's `scaled_dot_product_attention`, with fewer operations for a boolean mask in a lean pass.
 
     queries (B, heads, T, d), keys and values (B, KV heads, capacity, d), mask (T, capacity) -> as queries.
     """
@@ -128,13 +128,13 @@ def attention(queries, keys, values, cache, scale: float, mask, sinks=None) -> m
     scores = (queries.reshape(B, -1, repeats * T, d) @ keys.swapaxes(-1, -2)) * scale
     scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     weights = falling_exp((scores - scores.max(-1, keepdims=True)).astype(mx.float32))
-    y = (weights.astype(values.dtype) @ values) / weights.sum(-1, keepdims=True)  # fewer numbers to divide
+    y = (weights.astype(values.dtype) @ values) / weights.sum(-1, keepdims=True)
     return y.astype(queries.dtype).reshape(B, heads, T, -1)
 
 
 def _tiled(mask: mx.array, repeats: int) -> mx.array:
-    """A mask for heads that share their keys, computed once for all blocks."""
+    """The mask for query heads that share their keys, computed once for all blocks."""
     key = "mask", id(mask), repeats
-    if key not in shared():  # the mask is kept as well: its id stands for it as long as it lives
+    if key not in shared():  # the mask is kept too: its id is unique only while it exists
         shared()[key] = mx.tile(mask, (repeats, 1)), mask
     return shared()[key][0]

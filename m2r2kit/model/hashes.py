@@ -1,4 +1,4 @@
-"""What a trained part is bound to: one hash of a model's weights, from its files or from its parameters."""
+"""The hash of a model's weights, to which trained modules are bound: of its files or of its parameters."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from .folder import weight_files
 
 
 def weights_sha256(folder: Path) -> str:
-    """One hash of a model's weight files: what a trained part is bound to."""
+    """Hash of a model's weight files."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:
@@ -21,10 +21,10 @@ def weights_sha256(folder: Path) -> str:
 
 
 def parameters_sha256(model: nn.Module) -> str:
-    """One hash of a model's parameters: names, shapes and values, whatever the files they came from.
+    """Hash of a model's parameters: their names, shapes and values.
 
-    Floats are widened to float32 first, which changes no value: a model in bfloat16 and the same model
-    in float32 have one hash.
+    Floats are hashed as float32, which changes no value, so a bfloat16 model has the same hash after its
+    conversion to float32.
     """
     digest = hashlib.sha256()
     for name, w in sorted(tree_flatten(model.parameters())):

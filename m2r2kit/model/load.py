@@ -1,5 +1,5 @@
-"""From a name to a loaded model: its folder (`folder.py`), its config (`config.py`), its weights and its
-tokenizer, and its hash (`hashes.py`)."""
+"""Loads a model by name: its folder (`folder.py`), config (`config.py`), weights, tokenizer and hash
+(`hashes.py`)."""
 
 import os
 import tempfile
@@ -17,7 +17,7 @@ from .cpu import threads
 from .folder import ADAPTER, model_folder, read_config, read_json, tensor_names, weight_files
 from .hashes import parameters_sha256, weights_sha256
 
-DECODED = 2 << 30  # bytes of the largest model in float32 whose quantised weights a CPU decodes
+DECODED = 2 << 30  # the most bytes in float32 of a model that is dequantised on a CPU
 
 
 def load(
@@ -31,20 +31,18 @@ def load(
     """Load a Hugging Face folder or repository with mlx-lm: (model, tokenizer, config, sha256).
 
     Args:
-        path_or_repo: also the folder of an adapter, which says for which model it was trained.
-        dtype: arithmetic of the weights; by default float32 on a CPU, as stored elsewhere.
-        take_out: called with the model before its weights are read; what it takes out of the
-            model is never read.
-        sha256: folder -> the hash of its weights; by default `weights_sha256`, which reads them all.
-        decode: whether quantised weights become ordinary ones (`decoded`); by default on a CPU, where
-            quantised products are no faster, if the model takes at most `DECODED` bytes in float32 and
-            has no adapter.
-        adapter: folder of a LoRA adapter as `mlx_lm.lora` writes it; the hash is then that of the
-            parameters with the adapter (`parameters_sha256`).
+        path_or_repo: a folder or repository, or the folder of an adapter, whose model is loaded with it.
+        dtype: of the weights; by default float32 on a CPU, and as stored elsewhere.
+        take_out: called with the model before its weights are read; weights that it removes are never read.
+        sha256: folder -> the hash of its weights; by default `weights_sha256`, which reads all files.
+        decode: whether to dequantise the weights (`decoded`). Default: on a CPU, where quantised products are
+            not faster, for a model of at most `DECODED` bytes in float32 without an adapter.
+        adapter: folder of a LoRA adapter that `mlx_lm.lora` wrote; the hash is then `parameters_sha256` of
+            the model with the adapter.
 
     Raises:
-        UserError: the folder is missing, incomplete or damaged, needs code of its own, or is of a family or
-            a variant that is not served.
+        UserError: the folder is missing, incomplete or damaged, the model needs custom code, or its family or
+            variant is not supported.
     """
     if adapter is None and (Path(path_or_repo) / ADAPTER[0]).exists():
         adapter, path_or_repo = path_or_repo, base_of(path_or_repo)
@@ -52,14 +50,14 @@ def load(
     if adapter:
         check_adapter(adapter)
     threads.prepare()  # before MLX starts threads of its own
-    from .mlxlm import utils  # imports transformers: seconds that `--help` should not cost
+    from .mlxlm import utils  # here, because it imports transformers, which takes seconds
 
     model, config = read_model(folder)
     tokenizer = read_tokenizer(folder, config)
     if adapter:
         put_adapter(model, adapter)
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    if decode is None:  # of the whole model: with and without its experts it computes the same
+    if decode is None:  # by the complete model's size, so that it is computed alike with experts on disk
         decode = on_cpu and not adapter and 4 * utils.get_total_parameters(model) <= DECODED
     if dtype is None and on_cpu:
         dtype = mx.float32
@@ -69,7 +67,7 @@ def load(
         elif dtype is not None:
             model.set_dtype(dtype)
         if take_out:
-            take_out(model)  # nothing is read or converted before the next line
+            take_out(model)  # weights are lazy: the next line reads and converts them
         mx.eval(model.parameters())
     if adapter:
         return model, tokenizer, config, parameters_sha256(model)
@@ -80,14 +78,14 @@ def load(
 
 
 def read_model(folder: Path) -> tuple[nn.Module, dict]:
-    """A folder's model, its weights not read yet, and its config as `translate` makes it.
+    """A folder's model with lazy weights, and its translated config.
 
     Raises:
-        UserError: the config describes no model that is served, or the weights do not fit it.
+        UserError: the config is not of a supported model, or the weights do not fit it.
     """
-    from .mlxlm import utils  # imports transformers: seconds that `--help` should not cost
+    from .mlxlm import utils
 
-    tensor_names(folder)  # refuses damaged headers, and tensors that are there twice
+    tensor_names(folder)  # refuses damaged headers and duplicate tensors
     config = read_config(folder)
     translated = _building(folder, translate)(config)
     changes = {name: value for name, value in translated.items() if config.get(name) != value}
@@ -104,10 +102,10 @@ def read_model(folder: Path) -> tuple[nn.Module, dict]:
 
 
 def read_tokenizer(folder: Path, config: dict):
-    """A folder's tokenizer, as mlx-lm wraps it.
+    """A folder's tokenizer, in mlx-lm's wrapper.
 
     Raises:
-        UserError: it is missing, damaged, or needs a package that is not there.
+        UserError: it is missing or damaged, or needs a package that is not installed.
     """
     from .mlxlm import utils
 
@@ -120,7 +118,7 @@ def read_tokenizer(folder: Path, config: dict):
             f"The tokenizer of {folder} needs a package that is not installed ({in_short(error)}); "
             "install it, or use a model with a tokenizer.json."
         ) from error
-    except Exception as error:  # tokenizers and transformers raise whatever they meet, also plain Exception
+    except Exception as error:  # tokenizers and transformers raise many types, even plain Exception
         raise UserError(
             f"The tokenizer of {folder} cannot be read ({in_short(error)}); copy tokenizer.json and "
             "tokenizer_config.json again."
@@ -128,16 +126,16 @@ def read_tokenizer(folder: Path, config: dict):
 
 
 def _building(folder: Path, make: Callable) -> Callable:
-    """`make`, whose errors are the config's fault."""
+    """`make`, with its exceptions as UserErrors about config.json."""
 
     def made(argument):
         try:
             return make(argument)
         except UserError:
             raise
-        except Exception as error:  # a missing or impossible value shows in whatever is computed from it
+        except Exception as error:  # a missing or impossible value can raise anything
             raise UserError(
-                f"{folder / 'config.json'} does not describe a model ({in_short(error)}); get it again."
+                f"{folder / 'config.json'} does not describe a model ({in_short(error)}); copy it again."
             ) from error
 
     return made
@@ -145,7 +143,7 @@ def _building(folder: Path, make: Callable) -> Callable:
 
 @contextmanager
 def _reading(folder: Path):
-    """Errors of what is read inside, by their cause."""
+    """Turn exceptions of reading weights into UserErrors with their cause."""
     try:
         yield
     except (UserError, KeyboardInterrupt):
@@ -159,16 +157,15 @@ def _reading(folder: Path):
         raise UserError(
             f"The weights of {folder} are damaged or cut short ({reason}); copy them again."
         ) from error
-    except Exception as error:  # what a family's `sanitize`, the quantisation or `load_weights` misses
+    except Exception as error:  # a tensor is missing in `sanitize`, quantisation or `load_weights`
         raise UserError(
-            f"The weights of {folder} do not fit its config.json ({in_short(error)}); get both from the "
+            f"The weights of {folder} do not fit its config.json ({in_short(error)}); copy both from the "
             "same place."
         ) from error
 
 
 def decoded(model: nn.Module, dtype: mx.Dtype | None = None) -> nn.Module:
-    """The model in place, with ordinary weights where it had quantised ones: the numbers that the quantised
-    products multiply by. Lazy.
+    """Dequantise a model in place; the new weights are exactly those that quantised products use. Lazy.
 
     Args:
         dtype: of all weights; by default that of the scales.
@@ -176,21 +173,21 @@ def decoded(model: nn.Module, dtype: mx.Dtype | None = None) -> nn.Module:
     from .mlxlm import dequantize_model
 
     if dtype is not None:
-        model.set_dtype(dtype)  # scales and biases too, so that nothing is rounded a second time
+        model.set_dtype(dtype)  # scales and biases first, so that the weights are not rounded
     dequantize_model(model)
     if dtype is not None:
-        model.set_dtype(dtype)  # formats whose scales are integers decode to bfloat16, exactly
+        model.set_dtype(dtype)  # formats with integer scales are dequantised to bfloat16, exactly
     return model
 
 
 @contextmanager
 def _exactly(folder: Path):
-    """A folder in which mlx-lm, which reads all `model*.safetensors`, finds only `weight_files`."""
+    """A folder with only `weight_files` as its `model*.safetensors`, all of which mlx-lm reads."""
     wanted = weight_files(folder)
     if wanted == sorted(folder.glob("model*.safetensors")):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="m2r2kit-") as made:  # MLX keeps the files open that it opened
+    with tempfile.TemporaryDirectory(prefix="m2r2kit-") as made:  # MLX keeps the files open
         for file in folder.glob("*.json"):
             os.symlink(file.resolve(), Path(made, file.name))
         for number, file in enumerate(wanted):
@@ -202,7 +199,7 @@ def _exactly(folder: Path):
 
 
 def check_adapter(adapter: str | Path) -> None:
-    """Refuse a folder that holds no adapter of mlx-lm."""
+    """Refuse a folder without an adapter of mlx-lm."""
     for name in ADAPTER:
         if not (Path(adapter) / name).exists():
             raise UserError(f"{adapter} has no {name}; give a folder that `mlx_lm.lora` wrote.")
@@ -213,21 +210,19 @@ def base_of(adapter: str | Path) -> str:
     """The folder or repository of the model that an adapter was trained for."""
     name = read_json(Path(adapter) / ADAPTER[0]).get("model")
     if not isinstance(name, str) or not name:
-        raise UserError(
-            f"{adapter} says of no model that it belongs to; name the model and give this as its adapter."
-        )
+        raise UserError(f"{adapter} does not name its model; give the model, and this folder as its adapter.")
     return name
 
 
 def put_adapter(model: nn.Module, adapter: str | Path) -> None:
-    """Put an adapter's layers into a model, as `mlx_lm.load(.., adapter_path=)` does."""
+    """Add an adapter to a model, as `mlx_lm.load(.., adapter_path=)` does."""
     from .mlxlm import utils
 
     try:
         utils.load_adapters(model, str(adapter))
         model.eval()
         mx.eval(model.trainable_parameters())
-    except Exception as error:  # of another model, or not whole: each shows in its own way
+    except Exception as error:  # an adapter of another model, or a damaged one, can raise anything
         raise UserError(
             f"The adapter in {adapter} does not fit this model ({in_short(error)}); use the model that it "
             "was trained for."

@@ -1,7 +1,7 @@
-"""The parts of mlx-lm that the kit uses, imported in one place, so that the process keeps its limits.
+"""The parts of mlx-lm that the kit uses, imported in one place to keep the process's limits.
 
-mlx-lm sets the limits of open files to 2,048 and 4,096 when it is imported. Where the hard limit is lower,
-that fails; where it is higher, it stays lowered for good. Here only the soft limit rises, as far as it may.
+On import, mlx-lm sets the soft and hard limits of open files to 2,048 and 4,096. This fails if the hard limit
+is lower, and lowers it for good if it is higher. Here only the soft limit is raised.
 """
 
 # ruff: noqa: F401
@@ -10,12 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FILES = 2048  # that models of many files want open at once
+FILES = 2048  # open files that models of many files need
 
 
 @contextmanager
 def limits_kept() -> Iterator[None]:
-    """Let this thread's imports change no limit of open files."""
+    """Ignore changes of the limits of open files by this thread's imports."""
     change, importing = resource.setrlimit, threading.get_ident()
 
     def unless_importing(which, limits):
@@ -30,7 +30,7 @@ def limits_kept() -> Iterator[None]:
 
 
 def raise_soft_limit() -> None:
-    """Allow `FILES` open files, or as many as the hard limit does."""
+    """Raise the soft limit to `FILES` open files, or to the hard limit if that is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,7 +1,7 @@
-"""A small `llama` to train: its weights and its forward pass.
+"""A small `llama` for training: its parameters and forward pass.
 
-It computes what `mlx_lm.models.llama` computes, from weights of the same names (a test compares the two). It
-is written again on `cpu/fast_math.py`, which makes training on a CPU 3-5x faster.
+It computes the same as `mlx_lm.models.llama`, with the same parameter names (a test compares the two). Its
+functions from `cpu/fast_math.py` make training on a CPU 3-5x faster.
 
 A `shape` is any settings object with `blocks`, `width`, `heads`, `kv_heads`, `ffn_width`, `vocabulary` and
 `context`.
@@ -17,13 +17,13 @@ from .mlxlm import llama
 
 
 def divides(shape, whole: str, part: str) -> None:
-    """Refuse a setting that does not divide another."""
+    """Refuse a shape in which setting `part` does not divide setting `whole`."""
     if getattr(shape, part) < 1 or getattr(shape, whole) % getattr(shape, part):
         raise UserError(f"{whole} must be a multiple of {part}; change one of the two settings")
 
 
 def check(shape) -> None:
-    """Refuse a shape that attention cannot have."""
+    """Refuse a shape that is impossible for attention."""
     divides(shape, "width", "heads")
     divides(shape, "heads", "kv_heads")
     if shape.width // shape.heads % 2:
@@ -31,7 +31,7 @@ def check(shape) -> None:
 
 
 def attend(p: dict, x: mx.array, bias: mx.array, shape) -> mx.array:
-    """A block's attention, with its residual: (B, T, D) -> (B, T, D)."""
+    """A block's attention sub-layer with its residual connection: (B, T, D) -> (B, T, D)."""
     B, T, D = x.shape
     H, K = shape.heads, shape.kv_heads
     hd = D // H
@@ -40,7 +40,7 @@ def attend(p: dict, x: mx.array, bias: mx.array, shape) -> mx.array:
 
     def heads(y, name, n):
         y = y @ attention[f"{name}_proj"]["weight"].T
-        if f"{name}_norm" in attention:  # `olmoe` has them, over all heads together
+        if f"{name}_norm" in attention:  # in `olmoe`, over all heads together
             y = mx.fast.rms_norm(y, attention[f"{name}_norm"]["weight"], 1e-5)
         return y.reshape(B, T, n, hd).transpose(0, 2, 1, 3)  # (B, n, T, hd)
 
@@ -48,9 +48,9 @@ def attend(p: dict, x: mx.array, bias: mx.array, shape) -> mx.array:
     q = rope(heads(y, "q", H)) * hd**-0.5
     k = rope(heads(y, "k", K))
     v = heads(y, "v", K)
-    # query heads of one key head side by side: (B, K, H/K * T, hd)
+    # group the query heads that share a key head: (B, K, H/K * T, hd)
     e = attention_weights(q.reshape(B, K, H // K * T, hd) @ k.swapaxes(-1, -2), bias)
-    # a column of ones beside v sums the weights in the same product
+    # a column of ones in v sums the weights in the same product
     o = e @ mx.concatenate([v, mx.ones((B, K, T, 1))], -1)
     o = (o[..., :hd] / o[..., hd:]).reshape(B, H, T, hd).transpose(0, 2, 1, 3).reshape(B, T, D)
     return x + o @ attention["o_proj"]["weight"].T
@@ -65,9 +65,12 @@ def _block(p: dict, x: mx.array, bias: mx.array, shape) -> mx.array:
 
 
 def causal_bias(rows: int, length: int, shape) -> mx.array:
-    """0 at and below the diagonal, -1e9 above: (rows, kv heads, H/K * length, length).
+    """The causal mask as a bias of 0 and -1e9: (rows, KV heads, H/K * length, length).
 
-    In full, because the compiled kernels read it faster than they broadcast it.
+    It is not broadcast, because compiled kernels read a full array faster.
+
+    Args:
+        rows: sequences of a batch.
     """
     group = shape.heads // shape.kv_heads
     bias = mx.where(mx.tri(length) > 0, 0.0, -1e9)
@@ -76,7 +79,7 @@ def causal_bias(rows: int, length: int, shape) -> mx.array:
 
 
 def block_states(parameters: dict, tokens: mx.array, bias: mx.array, shape) -> list[mx.array]:
-    """Hidden states after each block: (B, T) -> N of (B, T, D)."""
+    """The hidden states after each block: (B, T) -> N arrays (B, T, D)."""
     x, states = parameters["model"]["embed_tokens"]["weight"][tokens], []
     for layer in parameters["model"]["layers"]:
         x = _block(layer, x, bias, shape)
@@ -85,13 +88,13 @@ def block_states(parameters: dict, tokens: mx.array, bias: mx.array, shape) -> l
 
 
 def hidden_states(parameters: dict, tokens: mx.array, bias: mx.array, shape) -> mx.array:
-    """Final hidden states, normalised: (B, T) -> (B, T, D)."""
+    """The final hidden states after the norm: (B, T) -> (B, T, D)."""
     x = block_states(parameters, tokens, bias, shape)[-1]
     return mx.fast.rms_norm(x, parameters["model"]["norm"]["weight"], 1e-5)
 
 
 def hf_config(shape, blocks: int) -> dict:
-    """The `config.json` of a small model: a standard `llama`."""
+    """The config.json of the model, a standard `llama`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -115,13 +118,13 @@ def hf_config(shape, blocks: int) -> dict:
 
 
 def new_parameters(shape, blocks: int, seed: int = 0) -> dict:
-    """Random weights in mlx-lm's own tree."""
+    """Random parameters in mlx-lm's tree."""
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(hf_config(shape, blocks)))
     p = model.parameters()
     embedding = p["model"]["embed_tokens"]["weight"]
     p["model"]["embed_tokens"]["weight"] = mx.random.normal(embedding.shape) * 0.02
-    for layer in p["model"]["layers"]:  # residual branches start at zero: each block starts as identity
+    for layer in p["model"]["layers"]:  # zero residual branches: each block starts as the identity
         for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
             layer[part][name]["weight"] = mx.zeros_like(layer[part][name]["weight"])
     return p

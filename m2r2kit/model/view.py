@@ -1,8 +1,8 @@
-"""A private copy of a model's structure, which shares its weights.
+"""A private copy of a model's modules, which shares its weights.
 
-The kit computes with other layers than a model brings: in a compiled pass with fewer operations
-(`compiled.py`), and with positions given one by one (`rotation.py`). They stand in a copy. The model keeps
-its own modules and its classes, and other threads keep computing as before.
+The kit replaces some layers: for fewer operations in compiled passes (`compiled.py`), and for one offset for
+each position (`rotation.py`). The replacements are in the copy, so the model, its classes and other threads
+are not affected.
 """
 
 import copy
@@ -17,20 +17,20 @@ from .mlxlm import activations, base
 from .rotation import SharedRoPE, by_position
 
 LAYERS = {nn.Linear: compiled.LeanLinear, nn.Embedding: compiled.LeanEmbedding}
-FUNCTIONS = {  # that mlx-lm's model files import by name
+FUNCTIONS = {  # name in mlx-lm's model files -> (mlx-lm's function, replacement)
     "swiglu": (activations.swiglu, compiled.swiglu),
     "scaled_dot_product_attention": (base.scaled_dot_product_attention, compiled.attention),
 }
 
 
 def private(module: nn.Module, name: str = "") -> nn.Module:
-    """A copy of a module, for the kit's own use, with the same arrays in it.
+    """A copy of a module, with the kit's layers and the same arrays.
 
     Args:
-        name: under which its parent has it; mlx-lm's blocks call their rotary embedding `rope`.
+        name: of the module in its parent; mlx-lm's blocks call their rotary embedding `rope`.
     """
     clone = copy.copy(module)
-    clone._no_grad = set(module._no_grad)  # or freezing the copy would freeze the module
+    clone._no_grad = set(module._no_grad)  # otherwise freezing the copy would freeze the module
     clone.__class__ = _class(type(module), name == "rope")
     for key, value in module.items():
         clone[key] = _copied(value, key)
@@ -38,8 +38,8 @@ def private(module: nn.Module, name: str = "") -> nn.Module:
 
 
 def follow(view: nn.Module, module: nn.Module) -> bool:
-    """Take over the arrays and layers that a module was given since `view` was made of it; whether there
-    were any. What holds a part of the view sees them too."""
+    """Update a private copy with the new arrays and layers of its module, in place; returns whether there
+    were any."""
     found = [_follow(view, key, value, key) for key, value in module.items()]
     return any(found)
 
@@ -64,7 +64,10 @@ def _copied(value, name: str = ""):
 
 @cache
 def _class(kind: type, rotary: bool) -> type:
-    """The class that a layer has in the copy: itself, unless the kit has another way for it."""
+    """The class of a layer in the copy: the kit's replacement, or its own class.
+
+    A class whose `__call__` uses one of `FUNCTIONS` gets a subclass that uses the replacement.
+    """
     if rotary:
         return SharedRoPE if kind is nn.RoPE else by_position(kind)
     if kind in LAYERS:
