@@ -34,7 +34,7 @@ def draw_speeds(ax, record: dict, paper: float | None = None) -> str:
     for y, (name, arm) in enumerate(arms.items()):
         speed = arm["speedup_vs_plain"]
         if not speed:
-            ax.text(0, y, " changed the text: no speed", va="center", fontsize=8)
+            ax.text(0, y, " changed the text: no speed", va="center", fontsize=9)
             continue
         look = {"color": PALE["blue"], "hatch": "///"} if _ours(name) else {"color": PALE["grey"]}
         ax.barh(y, speed["median"], 0.7, edgecolor=EDGE, **look)
@@ -104,7 +104,7 @@ def draw_predicted(ax, record: dict) -> str:
         if abs(measured / predicted - 1) > BAND:
             outside.append(f"{name} ({measured:.2f}, predicted {predicted:.2f})")
             at = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-            ax.annotate("outside", (measured, y), fontsize=8, **at)
+            ax.annotate("outside", (measured, y), fontsize=9, **at)
     ax.set_yticks(range(len(arms)), list(arms))
     ax.set_ylim(len(arms) - 0.3, -0.9)  # the first on top, with space for its label
     ax.use_sticky_edges = False  # otherwise the lowest band touches the frame

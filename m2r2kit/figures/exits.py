@@ -150,7 +150,7 @@ def draw_latents(ax, latents: np.ndarray, right: np.ndarray, names: list[str]) -
         label = "the head is right here" if said else "it is wrong"
         ax.plot(x[right == said], y[right == said], marker, color=color, markersize=5, alpha=0.7, label=label)
     for i in range(0, len(x), max(1, len(x) // 12)):
-        ax.annotate(names[i], (x[i], y[i]), fontsize=7, family="monospace", parse_math=False)
+        ax.annotate(names[i], (x[i], y[i]), fontsize=9, family="monospace", parse_math=False)
     ax.set(xlabel="first component", ylabel="second component")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     share = (sizes[:2] ** 2).sum() / (sizes**2).sum()

@@ -32,9 +32,9 @@ def draw_streams(ax, depth: int, exit: int) -> str:
         _arrow(ax, (2 * x - 0.3, 0), (2 * x + 0.3, 0))
         ax.text(2 * x, -0.36, f"$p_{{{x}}}$", ha="center")
         _arrow(ax, (2 * x + 1, 0.75), (2 * x + 1, 0.25), "--")
-        ax.text(2 * x + 1.08, 0.5, "K, V", va="center", fontsize=8)
+        ax.text(2 * x + 1.08, 0.5, "K, V", va="center", fontsize=9)
     _arrow(ax, (-0.5, 0.75), (-0.5, 0.25))
-    ax.text(-0.6, 0.5, "copy", ha="right", va="center", fontsize=8)
+    ax.text(-0.6, 0.5, "copy", ha="right", va="center", fontsize=9)
     last = 2 * len(shown)
     _arrow(ax, (last - 0.3, 0), (last + 0.3, 0))
     more = "" if len(shown) == exit else ".. "
@@ -78,7 +78,7 @@ def draw_readouts(ax, rows: list[dict]) -> str:
         style = {"hatch": "///", "color": PALE["blue"]} if ours else {"color": PALE["grey"]}
         ax.barh(y, row["agreement"], 0.7, edgecolor=EDGE, **style)
         size = f"{row['parameters'] / 1000:,.0f} k parameters" if row["parameters"] else "nothing trained"
-        ax.text(row["agreement"], y, f" {row['agreement']:.2f}, {size}", va="center", fontsize=8)
+        ax.text(row["agreement"], y, f" {row['agreement']:.2f}, {size}", va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [row["form"] for row in rows])
     ax.set(xlabel="share of tokens that agree with the whole model")
     ax.set_xlim(0, 1.25 * best["agreement"] + 0.05)
@@ -104,8 +104,8 @@ def draw_accept_rule(ax, p, q, names: list[str]) -> str:
         for at, whole, rest in ((x - 0.2, b, rejected), (x + 0.2, a, resampled)):
             ax.bar(at, shared, 0.38, edgecolor=EDGE, **accepted)
             ax.bar(at, whole - shared, 0.38, bottom=shared, edgecolor=EDGE, **rest)
-        ax.text(x - 0.2, b + 0.01, f"q {b:.2f}", ha="center", fontsize=8)
-        ax.text(x + 0.2, a + 0.01, f"p {a:.2f}", ha="center", fontsize=8)
+        ax.text(x - 0.2, b + 0.01, f"q {b:.2f}", ha="center", fontsize=9)
+        ax.text(x + 0.2, a + 0.01, f"p {a:.2f}", ha="center", fontsize=9)
     ax.legend([ax.bar(0, 0, edgecolor=EDGE, **look) for look in parts.values()], parts, loc="upper right")
     ax.set_xticks(range(len(names)), names)
     ax.set(ylabel="probability", ylim=(0, 1.05))

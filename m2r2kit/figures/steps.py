@@ -79,7 +79,7 @@ def draw_step(ax, step: Step, moment: int | None = None) -> str:
         known = x <= n + 1
         box(ax, x, 1, "", step.emitted[x - 1] if known else "..", "white", "-" if known else ":")
         if x <= min(written, g):
-            ax.text(x, 1.5, "same" if x <= n else "differs", ha="center", va="center", fontsize=8)
+            ax.text(x, 1.5, "same" if x <= n else "differs", ha="center", va="center", fontsize=9)
     for x, text in enumerate(step.emitted[:written], 1):
         sign = "=" if x <= n else "+"
         box(ax, x, 0, sign, text, *LOOKS[sign], bold=sign == "+")
@@ -127,7 +127,7 @@ def box(ax, x, y, sign, text, color, line="-", bold=False, width=1.0) -> None:
     """Draw a token in a box, with its sign before it."""
     frame = {"boxstyle": "round,pad=0.3", "facecolor": color, "edgecolor": EDGE, "linestyle": line,
              "linewidth": width}  # fmt: skip
-    ax.text(x, y, f"{sign} {visible(text) or '∅'}".strip(), ha="center", va="center", fontsize=8, bbox=frame,
+    ax.text(x, y, f"{sign} {visible(text) or '∅'}".strip(), ha="center", va="center", fontsize=9, bbox=frame,
             parse_math=False, fontfamily="monospace", fontweight="bold" if bold else "normal")  # fmt: skip
 
 
