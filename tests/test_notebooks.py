@@ -275,6 +275,17 @@ def test_structure_finds(spoil, problem):
     assert any(problem in found for found in notebook_rules.structure(nb, 1000))
 
 
+@pytest.mark.parametrize(
+    "more", ["from m2r2kit.text import prompts, rows", "import m2r2kit.text, m2r2kit as m2"]
+)
+def test_structure_counts_the_names_that_are_imported_from_the_package(more):
+    few = "import numpy\nfrom m2r2kit import a, b, c, d\nfrom m2r2kit.experts import Clock as C, Trace"
+    nb = notebook(few, more)
+    assert notebook_rules.structure(nb, 1000) == [] and len(notebook_rules.imported(nb)) == 8
+    nb = notebook(few, f"def f():\n    from m2r2kit import one\n{more}")
+    assert any("9 names are imported" in problem for problem in notebook_rules.structure(nb, 1000))
+
+
 def test_structure_finds_a_large_file():
     assert any("MB" in problem for problem in notebook_rules.structure(notebook(), 1_000_000))
 
@@ -344,3 +355,22 @@ def test_a_name_that_a_slider_reads_must_keep_its_meaning(later, name):
 def test_other_names_are_free(later):
     nb = notebook("def helper(y):\n    return unit * y", SLIDER, later)
     assert notebook_rules.rebound(nb) == []
+
+
+@pytest.mark.parametrize("reading", [
+    "print(found)", "def f(x):\n    return x + found", "[x for x in found]", "print(helper(1))",
+    "found.append(1)",
+])  # fmt: skip
+def test_a_name_that_one_cell_sets_and_another_reads_has_one_meaning(reading):
+    """Or not every cell could be run again after all have run."""
+    first, again = "found = [1]\ndef helper(x):\n    return found", "for found in range(2): pass"
+    for cells in ([first, reading, again], [again, first, reading]):
+        assert any("'found'" in problem for problem in notebook_rules.reused(notebook(*cells)))
+    assert notebook_rules.reused(notebook(first, reading, "other = 2")) == []
+
+
+@pytest.mark.parametrize(
+    "cell", ["found = 3\nprint(found)", "[found for found in x]", "def f(found):\n    found()"]
+)
+def test_a_cell_may_bind_a_name_again_for_itself(cell):
+    assert notebook_rules.reused(notebook("x, found = 1, 2", cell, "found = 2")) == []

@@ -9,6 +9,7 @@ import tokenize
 import nbformat
 
 MOST_CELLS, MOST_LINES, MEDIAN_LINES = 60, 40, 8
+MOST_NAMES = 8  # of this package that a notebook imports: rooms, and what is used again and again
 WORDS = (1200, 2500)
 MOST_BYTES = 1_000_000
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|home|root|tmp|Users)\b[^\s\"'<>)]*")
@@ -31,6 +32,12 @@ def structure(nb: nbformat.NotebookNode, size: int) -> list[str]:
         problems.append(f"{words} words; {WORDS[0]} to {WORDS[1]}")
     if size >= MOST_BYTES:
         problems.append(f"{size / 1e6:.2f} MB; under {MOST_BYTES / 1e6:g} MB")
+    names = imported(nb)
+    if len(names) > MOST_NAMES:
+        problems.append(
+            f"{len(names)} names are imported from m2r2kit ({', '.join(names)}); at most {MOST_NAMES}, "
+            "so import a room and write experts.Clock"
+        )
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
         problems.append(f"{len(tagged)} cells are tagged 'parameters'; exactly one must be")
@@ -38,13 +45,25 @@ def structure(nb: nbformat.NotebookNode, size: int) -> list[str]:
         problems += [f"parameters: {problem}" for problem in parameter_problems(tagged[0].source)]
     if "ci" not in nb.metadata.get("m2r2kit", {}):
         problems.append('the metadata holds no "m2r2kit": {"ci": {..}}, the parameters for CI')
-    return problems + rebound(nb) + outputs(nb)
+    return problems + rebound(nb) + reused(nb) + outputs(nb)
 
 
 def count_words(markdown: str) -> int:
     """Words that a person reads: no code blocks, equations, tags or addresses."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$\n]+\$|<[^>]+>|\]\([^)]*\)", " ", markdown, flags=re.S)
     return len(re.findall(r"[^\W_]+(?:['’.-][^\W_]+)*", text))
+
+
+def imported(nb: nbformat.NotebookNode) -> list[str]:
+    """Names that its code imports from this package, in order."""
+    trees = [ast.parse(cell.source) for cell in nb.cells if cell.cell_type == "code"]
+    names = []
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Import):
+            names += [each.name for each in node.names if each.name.split(".")[0] == "m2r2kit"]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "m2r2kit":
+            names += [each.name for each in node.names]
+    return names
 
 
 def parameters(nb: nbformat.NotebookNode) -> set[str]:
@@ -107,7 +126,7 @@ def _texts(value):
                 yield from _texts(item)
 
 
-# --- sliders --------------------------------------------------------------------------------
+# --- names that change their meaning --------------------------------------------------------
 
 
 def rebound(nb: nbformat.NotebookNode) -> list[str]:
@@ -129,14 +148,34 @@ def rebound(nb: nbformat.NotebookNode) -> list[str]:
     return problems
 
 
-def _reads(function: ast.FunctionDef, functions: dict) -> set[str]:
-    """Names from outside that a function reads, also through other functions of the notebook."""
-    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+def reused(nb: nbformat.NotebookNode) -> list[str]:
+    """Names that a cell reads from a cell above it and that more than one cell binds.
+
+    Where each has one meaning, any cell can be run again after all have run.
+    """
+    trees = [ast.parse(cell.source) for cell in nb.cells if cell.cell_type == "code"]
+    bound = [_binds(tree) for tree in trees]
+    problems, functions = [], {}
+    for i, tree in enumerate(trees):
+        functions |= {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        read = (_reads(tree, functions) - bound[i]) & set().union(*bound[:i])
+        for name in sorted(read):
+            cells = [str(j + 1) for j, names in enumerate(bound) if name in names]
+            if len(cells) > 1:
+                problems.append(
+                    f"cell {i + 1} reads '{name}', which cells {' and '.join(cells)} set; rename one"
+                )
+    return problems
+
+
+def _reads(code: ast.FunctionDef | ast.Module, functions: dict) -> set[str]:
+    """Names from outside that a function or a cell reads, also through functions of the notebook."""
+    names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
     own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
-    own |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+    own |= {node.arg for node in ast.walk(code) if isinstance(node, ast.arg)}
     found = {n.id for n in names} - own
-    for name in found & functions.keys() - {function.name}:
-        rest = {k: v for k, v in functions.items() if k != function.name}
+    for name in found & functions.keys() - {getattr(code, "name", None)}:
+        rest = {k: v for k, v in functions.items() if k != name}
         found |= _reads(functions[name], rest)
     return found
 
