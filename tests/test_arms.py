@@ -84,7 +84,7 @@ def test_the_drafts_are_taken_as_counted_where_the_record_has_them():
 
 
 def test_an_arm_that_never_had_a_draft_has_no_parts():
-    with pytest.raises(UserError, match="never had a draft"):
+    with pytest.raises(UserError, match="never drafted a token"):
         parts(record(lookup=arm(1.0, tau=1.0, drafted=0.0)), "lookup")
 
 

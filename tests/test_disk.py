@@ -30,7 +30,7 @@ def test_all_reads_are_made_wherever_they_fall(threads, monkeypatch):
 
 def test_a_read_that_comes_short_is_a_sentence(monkeypatch):
     monkeypatch.setattr(probe.os, "preadv", lambda *_: 5)
-    with pytest.raises(UserError, match="came short"):
+    with pytest.raises(UserError, match="was short"):
         probe.speed(tiny_experts.store(), SIZE, 2, "buffered", 4)
 
 

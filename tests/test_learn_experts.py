@@ -92,7 +92,7 @@ def test_decoding_names_what_the_forced_pass_names(kind, rate):
     over = forced.over(batch.states, batch.after, batch.cache)
     for i, p in enumerate(trace.passes[1:]):
         at = len(prompt) - 1 + i
-        for l, named in zip(m.blocks, p.named[1:]):
+        for l, named in zip(m.blocks, p.predicted[1:]):
             assert [target for target, _ in named] == forced.targets(l)
             for target, experts in named:
                 logits = router(view(), target, over[l, target][:, at : at + 1])

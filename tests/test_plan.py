@@ -21,7 +21,7 @@ def test_sizes_are_those_that_others_have_published():
 def test_flash_moe_is_explained_where_it_is_arithmetic():
     for row in check()[:3]:
         assert row.computed == pytest.approx(row.published, rel=0.01)
-    serial = next(row for row in check() if "one thing after the other" in row.what)
+    serial = next(row for row in check() if "in sequence" in row.what)
     assert serial.computed == pytest.approx(serial.published, rel=0.01)
     assert check()[3].computed == pytest.approx(10.3, abs=0.05)
 

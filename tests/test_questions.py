@@ -72,9 +72,9 @@ def test_a_turn_without_room_is_left_out_with_those_after_it(view):
     )
     assert [p.id for p in asked.prompts] == ["b", "c", "d"] and len(asked.ids[-1]) == CONTEXT - 1
     assert asked.left_out == (
-        f"Left out of 7 prompts: 4 that leave no room in the model's context of {CONTEXT} tokens."
+        f"Left out of 7 prompts: 4 that exceed the model's context of {CONTEXT} tokens."
     )
-    with pytest.raises(UserError, match=f"No prompt leaves room in the model's context of {CONTEXT} tokens"):
+    with pytest.raises(UserError, match=f"No prompt fits in the model's context of {CONTEXT} tokens"):
         questions(view, [Prompt("a", long)], 5)
 
 
@@ -82,7 +82,7 @@ def test_later_turns_need_a_chat_template():
     asked = questions(tiny.backbone(), [Prompt("a", "a", "", ("b", "c")), Prompt("b", "b" * 99)], 5)
     assert [p.id for p in asked.prompts] == ["a"]
     assert asked.left_out == (
-        f"Left out of 4 prompts: 1 that leave no room in the model's context of {tiny.CONTEXT} tokens; "
+        f"Left out of 4 prompts: 1 that exceed the model's context of {tiny.CONTEXT} tokens; "
         "2 that follow an answer, as the tokenizer has no chat template."
     )
     with pytest.raises(UserError, match="needs a chat template"):
@@ -109,7 +109,7 @@ def test_bench_takes_mt_bench_as_it_is(folder, tmp_path, capsys):
     file.write_text("\n".join(json.dumps(line) for line in lines))
     assert bench_speculation(folder, file, "--limit", "2", "--json", str(out)) == 0
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert printed.startswith("Left out of 6 prompts: 1 that leave no room in the model's context of 100 tok")
+    assert printed.startswith("Left out of 6 prompts: 1 that exceed the model's context of 100 tok")
     assert (found["settings"]["prompts"], found["settings"]["left_out"]) == (5, 1)
     assert found["per_kind"].keys() == {"math", "writing"}
     assert all(arm["equal"] and arm["tokens"] for arm in found["arms"].values())
@@ -120,7 +120,7 @@ def test_bench_refuses_a_file_of_which_nothing_fits(folder, tmp_path, capsys):
     file.write_text(json.dumps({"id": "koala_0", "prompt": "x" * CONTEXT}))
     assert bench_speculation(folder, file) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "No prompt leaves room" in err
+    assert out == "" and err.count("\n") == 1 and "No prompt fits" in err
 
 
 # --- the published files ------------------------------------------------------------------

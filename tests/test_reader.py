@@ -234,7 +234,7 @@ def test_a_record_that_cannot_be_put_in_its_place_does_not_hang():
         raise ValueError("too long")
 
     with Reader(tiny_experts.store(), "buffered") as r:
-        with pytest.raises(UserError, match="cannot be put into its slot"):
+        with pytest.raises(UserError, match="cannot be written into its slot"):
             r.wait([r.submit(0, 0, land, True)])
 
 
@@ -298,7 +298,7 @@ def test_whatever_a_read_raises_is_one_sentence(monkeypatch, error):
 
 def test_no_memory_for_a_buffer_is_one_sentence(monkeypatch):
     monkeypatch.setattr(reading.mmap, "mmap", raising(OSError(errno.ENOMEM, "Cannot allocate memory")))
-    with pytest.raises(UserError, match=r"no memory or no thread .*give less --threads"):
+    with pytest.raises(UserError, match=r"no memory or threads .*use fewer --threads"):
         Reader(tiny_experts.store(), "buffered")
 
 

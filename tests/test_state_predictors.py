@@ -32,7 +32,7 @@ def test_the_stream_untrained_names_what_the_next_router_names():
     t.run(model, predictor=StreamPredictor(AcceleratedStream(model.backbone, config)), trace=plain)
     state = t.trace_of(model)
     t.run(model, predictor=EntryRouter(model.backbone, 1), trace=state)
-    assert [p.named for p in plain.passes] == [p.named for p in state.passes]
+    assert [p.predicted for p in plain.passes] == [p.predicted for p in state.passes]
 
 
 class EntryRouter(NextRouter):
@@ -51,7 +51,7 @@ def test_the_direct_map_begins_as_the_next_router_and_has_the_size_it_is_given()
     one, other = t.trace_of(model), t.trace_of(model)
     t.run(model, predictor=direct, trace=one)
     t.run(model, predictor=NextRouter(model.backbone, 1), trace=other)
-    assert [p.named for p in one.passes] == [p.named for p in other.passes]
+    assert [p.predicted for p in one.passes] == [p.predicted for p in other.passes]
     for like in (against, t.stream(model)):
         mine, its = DirectMap.like(like), StreamPredictor(like)
         assert [mine.targets(l) for l in range(tiny.BLOCKS)] == [its.targets(l) for l in range(tiny.BLOCKS)]
@@ -64,7 +64,7 @@ def test_what_no_fast_p_can_name_in_time_the_first_interval_of_a_slow_one_does()
         trace = t.trace_of(model)
         tokens, _, _ = t.run(model, predictor=predictor, trace=trace)
         assert tokens == t.right()
-        found.append([{m: experts for m, experts in p.named[1]} for p in trace.passes if not p.prompt])
+        found.append([{m: experts for m, experts in p.predicted[1]} for p in trace.passes if not p.prompt])
     both, alone, opening = found
     assert [named[1] for named in both] == [named[1] for named in opening]
     assert [named[1] for named in both] != [named[1] for named in alone]
@@ -82,9 +82,9 @@ def test_block_0_is_named_when_the_token_comes_by_its_router_on_the_embedding():
     fed = [token for prompt, out in zip(t.PROMPTS, tokens) for token in [prompt[-1], *out[:-1]]]
     for token, p in zip(fed, answers, strict=True):
         logits = np.array(router(backbone, 0, backbone.embed(mx.array([[token]]))))[0, 0]
-        assert p.named[0] == [(0, np.argsort(-logits)[:3].tolist())]
+        assert p.predicted[0] == [(0, np.argsort(-logits)[:3].tolist())]
     t.run(model, predictor=NextRouter(backbone, 0), trace=none)
-    assert all(p.named[0] == [] for p in none.passes if not p.prompt)
+    assert all(p.predicted[0] == [] for p in none.passes if not p.prompt)
 
 
 def test_a_shuffled_predictor_names_others():

@@ -1,4 +1,4 @@
-"""The table of all ways of decoding, from a record of `m2r2kit bench speculation` (notebook 04).
+"""The table of all decoding methods, from a record of `m2r2kit bench speculation` (notebook 04).
 
 ArmsTable(newest())            # at the end of a cell: a table
 print(ArmsTable(newest()))     # the same in a terminal
@@ -13,10 +13,10 @@ HEADS = ("method", "speed-up", "from..to", "predicted", "tau", "c", "v", "parame
 
 
 def newest(subject: str = "speculation") -> dict:
-    """The record with the most arms; of several the newest.
+    """The newest record among those with the most arms.
 
     Raises:
-        UserError: nothing has been measured yet.
+        UserError: there is no record yet.
     """
     found = claims.accepted(subject)
     if not found:
@@ -25,22 +25,22 @@ def newest(subject: str = "speculation") -> dict:
 
 
 def parts(record: dict, name: str) -> dict:
-    """What the speed-up of an arm that drafts is made of, as the cost model has it (costs.py).
+    """The factors of a drafting arm's speed-up, in terms of the cost model (`costs.py`).
 
     Returns:
-        `tau`, `c`, `v` as measured; `g`, drafts a step on average; `a`, the acceptance that yields
-        this tau at all positions alike; `measured`, the speed-up; `predicted`, with the first pass
-        over the prompts where the record knows it (bench.py).
+        `tau`, `c`, `v` as measured; `g`, mean drafts per step; `a`, the acceptance that yields this tau if it
+        is equal at all positions; `measured` and `predicted` speed-up, the latter with the prefill if the
+        record has it (`speculation.py`).
 
     Raises:
-        UserError: the record has no such arm, it drafts nothing, or it has no speed because its text
-            was not plain decoding's.
+        UserError: the record has no such arm, or the arm drafts nothing or has no speed because its text
+            differs from plain decoding's.
     """
     arms = record["figures"]["arms"]
     if name not in arms:
         raise UserError(
             f"This record has no arm {name}, only {', '.join(arms)}; "
-            f"`m2r2kit bench speculation --methods all --record` makes one with all."
+            f"`m2r2kit bench speculation --methods all --record` makes one with all arms."
         )
     arm = arms[name]
     predicted = arm.get("predicted_speedup")
@@ -48,20 +48,20 @@ def parts(record: dict, name: str) -> dict:
         raise UserError(f"The arm {name} has no drafts or no speed; choose one that has both.")
     c, v, tau = (arm[k] for k in ("draft_cost", "verify_cost", "tau"))
     g = arm.get("drafted")
-    if g is None:  # an old record: S was tau / (g c + v); a draft that costs nothing does not tell g
+    if g is None:  # older records: solve S = tau / (g c + v) for g, unless c is 0
         g = (tau / predicted - v) / c if c > 1e-6 else arm["drafts"]
     g = max(g, tau - 1)
     if g <= 0:
-        raise UserError(f"The arm {name} never had a draft to offer; choose one that had.")
+        raise UserError(f"The arm {name} never drafted a token; choose one that did.")
     return {"a": costs.even_acceptance(tau, g), "c": c, "v": v, "g": g, "tau": tau,
             "measured": arm["speedup_vs_plain"]["median"], "predicted": predicted}  # fmt: skip
 
 
 class ArmsTable(Table):
-    """The arms of a record, the fastest first; an arm that changed the text comes last, without a speed.
+    """The arms of a record, fastest first; arms that changed the text come last, without a speed-up.
 
     Args:
-        record: as `records.read("speculation")` has it.
+        record: one of `records.read("speculation")`.
     """
 
     def __init__(self, record: dict):
@@ -87,7 +87,7 @@ def _row(name: str, arm: dict) -> tuple[str, ...]:
         f"{speed['min']:.2f}..{speed['max']:.2f}" if speed else "-",
         f"{predicted:.2f}x" if predicted and drafts else "-",
         f"{arm['tau']:.2f}",
-        f"{round(arm['draft_cost'], 2) + 0.0:.2f}" if drafts else "-",  # noise of the clock is no -0.00
+        f"{round(arm['draft_cost'], 2) + 0.0:.2f}" if drafts else "-",  # avoid -0.00
         f"{arm['verify_cost']:.2f}" if drafts else "-",
         _count(arm.get("parameters")),
         _training(arm.get("train_seconds"), arm.get("train_steps")),
@@ -101,7 +101,7 @@ def _count(parameters: int | None) -> str:
 
 
 def _training(seconds: float | None, steps: int | None) -> str:
-    """Such as `12 min (2,000 steps)`; a part that nobody noted is left out."""
+    """Such as `12 min (2,000 steps)`; unknown parts are left out."""
     time = f"{seconds / 60:.0f} min" if seconds else ""
     taken = f"{steps:,} steps" if steps else ""
     return f"{time} ({taken})" if time and taken else time or taken or "-"

@@ -1,6 +1,6 @@
-"""The rows of the paper-and-ours table: claims from `data/paper/`, our values from the records they accept.
+"""The rows of the paper-and-ours table: claims from `data/paper/`, our values from the accepted records.
 
-Nothing here is typed: a row without a record reads "not tested", and says why.
+All values come from records; a row without a record is "not tested", with a reason.
 """
 
 import tomllib
@@ -12,15 +12,19 @@ from . import records
 
 PAPER = records.ROOT / "data" / "paper"
 GROUPS = {
-    "machine-free": "What does not depend on a machine",
-    "predicted": "What the cost model predicts",
+    "machine-free": "Independent of the machine",
+    "predicted": "Predicted by the cost model",
     "wall-clock": "Wall clock",
 }
 VERDICTS = ("reproduced", "direction only", "differs", "not tested")
 
 
 def load(name: str) -> dict:
-    """A file of `data/paper/`."""
+    """Parse a file of `data/paper/`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return tomllib.loads((PAPER / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -29,7 +33,7 @@ def load(name: str) -> dict:
 
 
 def choices() -> list[dict]:
-    """What the paper leaves open to us, as `data/paper/choices.toml` lists it."""
+    """The design choices that the sources leave open (`data/paper/choices.toml`)."""
     return load("choices.toml")["choice"]
 
 
@@ -37,8 +41,8 @@ def choices() -> list[dict]:
 
 
 def accepted(subject: str) -> list[dict]:
-    """The records of a subject that were made with the kit's own models and prompts and are large enough to
-    be quoted, oldest first: what `[accepts]` of `claims.toml` asks of them."""
+    """The records of a subject that meet `[accepts]` of `claims.toml` (the kit's own models and prompts,
+    minimum settings), oldest first."""
     file = load("claims.toml")
     return _accepted(subject, file["accepts"][subject], file["models"])
 
@@ -59,7 +63,7 @@ def _accepted(subject: str, asked: dict, models: dict[str, list[str]]) -> list[d
 
 
 def _own_prompts() -> set[str]:
-    """The hashes of the first 1, 2, .. prompts of each kind, and of all."""
+    """The hashes of the first 1, 2, .. prompts of each kind, up to all prompts."""
     own = prompts.read(prompts.ALL)
     return {prompts.sha256(prompts.first_of_each_kind(own, n)) for n in range(1, len(own) + 1)}
 
@@ -68,10 +72,10 @@ def _own_prompts() -> set[str]:
 
 
 def find(figures, steps):
-    """Follow `steps` into a record's figures; None where they lead nowhere.
+    """Follow the path `steps` into a record's figures; None if it does not exist.
 
-    A step is a name, an index into a list, or a table of patterns that picks the first element of
-    a list that matches them all: `["rows", {"form": "R=1*"}, "agreement"]`.
+    A step is a name, a list index, or a dict of patterns that selects the first list element that matches
+    them all: `["rows", {"form": "R=1*"}, "agreement"]`.
     """
     for step in steps:
         if isinstance(step, dict):
@@ -87,12 +91,12 @@ def find(figures, steps):
 
 
 def _number(value) -> float | None:
-    """A number as such; None for anything else."""
+    """The value if it is a number, otherwise None."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def verdict(claim: dict, ours, baseline) -> str:
-    """One of `VERDICTS`, by the rule at the head of `claims.toml`."""
+    """One of `VERDICTS`, by the rules in the header of `claims.toml`."""
     if ours is None:
         return "not tested"
     paper = claim.get("paper")
@@ -107,7 +111,7 @@ def verdict(claim: dict, ours, baseline) -> str:
 
 
 def _row(claim: dict, runs: list[dict]) -> dict:
-    """A row from the records that its subject accepts."""
+    """The row of a claim from the accepted records of its subject."""
     wanted = {k: None if v == "none" else v for k, v in claim.get("settings", {}).items()}
     runs = [r for r in runs if all(r["settings"].get(k) == v for k, v in wanted.items())]
 
@@ -121,23 +125,23 @@ def _row(claim: dict, runs: list[dict]) -> dict:
         return _number(found)
 
     def newest(*names: str) -> dict | None:
-        """The newest record that holds all these values: a later run of other arms does not hide it."""
+        """The newest record with all these values, so that a later run of other arms does not hide it."""
         names = [name for name in names if isinstance(claim.get(name), list)]
         return next((r for r in reversed(runs) if all(value(r, name) is not None for name in names)), None)
 
     record, reason = None, claim["reason"]
     if "subject" in claim:
         record = newest("value", "baseline") or newest("value")
-        reason = reason if record else "no record yet that this row accepts"
+        reason = reason if record else "no accepted record yet"
     shown = record or {"figures": {}}
     if record and "gate" in claim and find(record["figures"], claim["gate"]) is not True:
         reason, shown = (
-            "the output was not equal to plain decoding, so its speed means nothing",
+            "the output is not equal to plain decoding's, so it has no speed-up",
             {"figures": {}},
         )
     ours, baseline = value(shown, "value") if "value" in claim else None, value(shown, "baseline")
     if ours is not None and claim["unit"] != "yes" and baseline is None:
-        reason = "the record has no baseline for it"
+        reason = "the record lacks the baseline"
     paper = claim.get("paper")
     numbers = ours is not None and paper is not None and claim["unit"] != "yes"
     return {
@@ -166,7 +170,7 @@ def _row(claim: dict, runs: list[dict]) -> dict:
 
 
 def table() -> list[dict]:
-    """The rows, first what no machine changes, then the prediction, then wall clock."""
+    """All rows, in the order of `GROUPS`."""
     file = load("claims.toml")
     runs = {subject: _accepted(subject, asked, file["models"]) for subject, asked in file["accepts"].items()}
     rows = [_row(claim, runs.get(claim.get("subject"), [])) for claim in file["claim"]]

@@ -1,15 +1,14 @@
-"""The acceptance measured here, put through the cost model on machines that are not here.
+"""The cost model on other machines, with the acceptance measured here.
 
-A roofline: a pass reads each weight once and does 2 operations with it for each row, and takes as
-long as the slower of the two.
+A roofline model: a pass reads each weight once and does 2 operations with it per position; the slower of the
+two determines the time.
 
-    seconds = max(weights x bytes / bandwidth, 2 x weights x rows / peak)
+    seconds = max(weights x bytes / bandwidth, 2 x weights x positions / peak)
 
-So rows are free up to the ridge, peak x bytes / (2 x bandwidth). Attention over the text, the cache,
-launches and all that keeps a kernel from its machine's best are left out; with few rows real kernels do
-worse (of MLX on an Apple GPU, products with 2 to 16 rows of bf16 were measured at twice the cost of one row:
-github.com/ml-explore/mlx/issues/4265). So what comes out is a bound, and it is called computed wherever it
-is shown.
+So positions are free up to the ridge, peak x bytes / (2 x bandwidth). Attention over the text, the cache,
+kernel launches and other inefficiencies are left out. With few positions real kernels are slower: with MLX on
+an Apple GPU, bf16 products with 2 to 16 rows cost twice as much as with one row
+(github.com/ml-explore/mlx/issues/4265). The results are bounds and are always marked as computed.
 """
 
 import tomllib
@@ -20,30 +19,30 @@ from .tables import Table
 
 FILE = ROOT / "data" / "paper" / "devices.toml"  # the figures, with their sources
 FORMATS = {"16 bit": 2.0, "4 bit": 0.5}  # bytes a weight
-DEAR = 2.0  # v where several rows cost twice one, as that issue has it
+DEAR = 2.0  # v if several positions cost twice as much as one, as in that issue
 HEADS = ("machine", "weights", "free positions", "plain step", "c", "v", "speed-up", f"if v = {DEAR:g}")
 
 
 @dataclass(frozen=True)
 class Device:
-    """A machine on paper: `peak` in FLOP/s of half precision, `bandwidth` in bytes/s."""
+    """Specification of a machine: `peak` in half-precision FLOP/s, memory `bandwidth` in bytes/s."""
 
     name: str
     peak: float
     bandwidth: float
 
-    def seconds(self, weights: float, rows: float, bytes_per_weight: float = 2.0) -> float:
-        """Of one pass of so many rows through so many weights."""
-        return max(weights * bytes_per_weight / self.bandwidth, 2 * weights * rows / self.peak)
+    def seconds(self, weights: float, positions: float, bytes_per_weight: float = 2.0) -> float:
+        """Time of one pass of `positions` through `weights`."""
+        return max(weights * bytes_per_weight / self.bandwidth, 2 * weights * positions / self.peak)
 
     def ridge(self, bytes_per_weight: float = 2.0) -> float:
-        """Rows up to which reading the weights takes longer than computing with them."""
+        """Number of positions up to which reading the weights takes longer than computing."""
         return self.peak * bytes_per_weight / (2 * self.bandwidth)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How many weights of a model a pass reads: `blocks` of them, each of `block` weights, and the head."""
+    """Weights that a pass of a model reads: `block` in each of `blocks` blocks, and `head`."""
 
     blocks: int
     block: int
@@ -51,7 +50,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict) -> "Shape":
-        """From the config.json of a dense llama; norms are too small to count."""
+        """From the config.json of a dense llama, without the norms."""
         D, heads = config["hidden_size"], config["num_attention_heads"]
         width = config.get("head_dim") or D // heads
         kv_heads = config.get("num_key_value_heads", heads)
@@ -61,7 +60,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Of a whole pass. The table of embeddings is not among them: a token reads one line of it."""
+        """Weights of a whole pass, without the embedding, of which a token reads one row."""
         return self.blocks * self.block + self.head
 
 
@@ -72,7 +71,11 @@ LLAMA_7B = Shape.of(  # Touvron et al. 2023, arXiv 2302.13971, table 2; the widt
 
 
 def read() -> list[Device]:
-    """The machines of `data/paper/devices.toml`."""
+    """The machines of `data/paper/devices.toml`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         rows = tomllib.loads(FILE.read_text(encoding="utf-8"))["device"]
     except (OSError, ValueError) as error:
@@ -82,25 +85,25 @@ def read() -> list[Device]:
 
 
 def draft_and_verify(
-    device: Device, shape: Shape, draft_blocks: float, rows: float, bytes_per_weight: float = 2.0
+    device: Device, shape: Shape, draft_blocks: float, positions: float, bytes_per_weight: float = 2.0
 ) -> tuple[float, float]:
-    """(c, v): one draft and one verification, in plain steps.
+    """(c, v): costs of one draft and one verification, in plain steps.
 
     Args:
-        draft_blocks: blocks whose weights a draft reads, its own ones included; the head comes on top.
-        rows: g + 1. The last draft has not been through the first blocks, so a verification reads all.
+        draft_blocks: blocks whose weights a draft reads, accelerated blocks included; the head is added.
+        positions: g + 1. The last draft has not run the first blocks, so a verification reads all weights.
     """
     plain = device.seconds(shape.weights, 1, bytes_per_weight)
     draft = device.seconds(draft_blocks * shape.block + shape.head, 1, bytes_per_weight)
-    return draft / plain, device.seconds(shape.weights, rows, bytes_per_weight) / plain
+    return draft / plain, device.seconds(shape.weights, positions, bytes_per_weight) / plain
 
 
 class DevicesTable(Table):
-    """Computed speed-ups of one way of drafting, a machine and a format a row.
+    """Computed speed-ups of one drafting method, one row per machine and weight format.
 
     Args:
-        parts: what was measured of the arm, from `arms.parts`: of it `tau` and `g` are used.
-        shape: of the model that it is computed for.
+        parts: measured values from `arms.parts`, of which `tau` and `g` are used.
+        shape: of the target model.
         draft_blocks: as for `draft_and_verify`.
     """
 
@@ -111,11 +114,11 @@ class DevicesTable(Table):
             HEADS,
             [self._row(device, name, size) for device in devices for name, size in FORMATS.items()],
             f"Computed, not measured: {shape.weights / 1e9:.1f} billion weights; "
-            f"tau {parts['tau']:.2f} with {parts['g']:.1f} drafts a step, as measured here.",
+            f"tau {parts['tau']:.2f} with {parts['g']:.1f} drafts per step, as measured here.",
         )
 
     def speedup(self, device: Device, bytes_per_weight: float = 2.0, v: float | None = None) -> float:
-        """S = tau / (g c + v), with the measured tau and g, and c and v as computed or as given."""
+        """S = tau / (g c + v), with measured tau and g and computed c; v is computed unless given."""
         c, free = draft_and_verify(
             device, self.shape, self.draft_blocks, self.parts["g"] + 1, bytes_per_weight
         )

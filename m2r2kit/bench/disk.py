@@ -1,6 +1,6 @@
-"""What a disk gives: by size of a read, by threads, past the page cache and through it.
+"""Measure a disk: by read size, by threads, past the page cache and through it.
 
-Bytes/s alone do not tell a disk from memory, so what the system says it read stands beside them.
+Bytes/s alone do not distinguish a disk from memory, so the bytes that the system read are reported too.
 """
 
 import mmap
@@ -17,7 +17,7 @@ from ..experts.store import PAGE, Store
 
 
 class Speed(NamedTuple):
-    """Bytes/s that the program got, and that the system read from disks meanwhile (None: it does not say)."""
+    """Bytes/s that the program received, and that the system read from disks (None if not counted)."""
 
     seen: float
     system: float | None
@@ -26,14 +26,14 @@ class Speed(NamedTuple):
 def speed(
     store: Store, size: int, threads: int = 2, mode: str = "direct", reads: int = 200, seed: int = 0
 ) -> Speed:
-    """Read at random places of a store.
+    """Measure reads at random offsets of a store.
 
     Args:
-        size: bytes of a read, whole pages.
-        reads: how many; the same ones for the same seed.
+        size: bytes per read, whole pages.
+        reads: number of reads; their offsets are determined by the seed.
 
     Raises:
-        UserError: the files cannot be opened so, or a read fails.
+        UserError: the files cannot be opened in this mode, or a read fails.
     """
     files = {block: open_file(store.path(block), mode) for block in store.manifest.blocks}
     rng = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ def speed(
         try:
             for block, place in zip(blocks[first::threads], places[first::threads]):
                 if os.preadv(files[block], [area], place) < size:
-                    raise OSError("a read came short")
+                    raise OSError("a read was short")
         except OSError as error:
             failed.append(error)
 
@@ -62,14 +62,14 @@ def speed(
         for file in files.values():
             os.close(file)
     if failed:
-        raise UserError(f"{store.folder} cannot be read {mode} ({failed[0].strerror or failed[0]}).")
+        raise UserError(f"{store.folder} cannot be read in mode {mode} ({failed[0].strerror or failed[0]}).")
     after = system_read_bytes()
     system = None if after is None or before is None else (after - before) / seconds
     return Speed(reads * size / seconds, system)
 
 
 def forget(store: Store) -> bool:
-    """Ask the system to drop a store's files from the page cache; False where it cannot be asked."""
+    """Drop a store's files from the page cache; False if the system does not support this."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for block in store.manifest.blocks:
@@ -83,18 +83,18 @@ def forget(store: Store) -> bool:
 
 
 def way(store: Store) -> tuple[str, str]:
-    """How to read a store so that the disk is measured: (mode, a sentence).
+    """How to read a store so that the disk is measured: (mode, explanation).
 
-    `direct` if such reads work here and the system says that bytes came from a disk; else `buffered`, and
-    the sentence says that only a simulated link can stand for a disk.
+    `direct` if direct reads work, unless the system counts too few bytes read from a disk; otherwise
+    `buffered`, and only a simulated link can represent a disk.
     """
     try:
         found = speed(store, PAGE, 1, "direct", 20)
     except UserError as error:
-        return "buffered", f"No direct reads here, so only the simulated link stands for a disk: {error}"
+        return "buffered", f"No direct reads here, so only the simulated link represents a disk: {error}"
     if found.system is not None and found.system < found.seen / 2:
         return "buffered", (
-            "Direct reads work here, but the system read nothing from a disk for them (the folder lies in "
-            "memory, or behind something that hides the disk): only the simulated link stands for a disk."
+            "Direct reads work here, but the system read nothing from a disk (the folder is in memory, or "
+            "the disk is hidden): only the simulated link represents a disk."
         )
-    return "direct", "Reads go past the page cache, to the disk."
+    return "direct", "Reads bypass the page cache and come from the disk."

@@ -1,10 +1,10 @@
-"""What speed-up each exit would give with each number of drafts: one run an exit, and the cost model.
+"""Predicted speed-up of each exit with each number of drafts, from one run per exit and the cost model.
 
-A draft of 8 tokens shows what shorter ones would have brought, as drafts are right or wrong in order:
-of its first k tokens the first min(right, k) would have been accepted. With the costs of a draft and
-of a verification, measured at the same exit, that gives the predicted speed-up of every length.
+A draft of 8 tokens also gives the acceptance of shorter ones: of its first k tokens, the first min(right, k)
+are accepted. With the costs of a draft and a verification, measured at the same exit, this predicts the
+speed-up of each length.
 
-The first pass over the prompt is left out, so the map is that of long texts (`bench.py` has the whole).
+The prefill is left out, so the map holds for long texts (`speculation.py` includes it).
 """
 
 from collections.abc import Callable
@@ -29,15 +29,15 @@ def exit_map(
     """Figures of the record `speculation-map`.
 
     Args:
-        drafters: one for each exit; each drafts as many as it is asked for.
-        most: the longest draft, at least 2 (the costs of verifying are a line through several lengths).
+        drafters: exit -> drafter; a drafter must not stop early.
+        most: the longest draft, at least 2 (verification costs are fitted over several lengths).
 
     Returns:
-        `drafts`, the lengths 1..most, and `rows`, one an exit: `exit`, `acceptance` by position,
+        `drafts`, the lengths 1..most, and `rows`, one per exit: `exit`, `acceptance` by position,
         `draft_cost` c, `verify_cost` v of each length, `predicted_speedup` of each length, `equal`.
 
     Raises:
-        UserError: there is no exit, the longest draft is too short, or no text has room for it.
+        UserError: there is no exit, the longest draft is too short, or no step drafts that many tokens.
     """
     if not drafters or most < 2:
         raise UserError("A map needs at least one exit and drafts of at least 2 tokens.")
@@ -61,14 +61,17 @@ def exit_map(
 def predicted(accepted: list[int], drafted: list[int], c: float, v: list[float]) -> list[float]:
     """S = tau / (k c + v) for drafts of k = 1, 2, .. tokens.
 
-    Only steps that drafted as many as was asked count, for the last ones of a text are short.
+    Only steps with the full draft length count; the last steps of a text are shorter.
 
     Args:
-        accepted, drafted: of each step, with the longest drafts.
+        accepted, drafted: per step, with the longest drafts.
         c, v: cost of a draft, and of a verification of each length, in plain steps.
+
+    Raises:
+        UserError: no step has the full draft length.
     """
     right = np.array([n for n, d in zip(accepted, drafted, strict=True) if d == len(v)])
     if not len(right):
-        raise UserError(f"No step drafted {len(v)} tokens; ask for longer texts or shorter drafts.")
+        raise UserError(f"No step drafted {len(v)} tokens; use longer texts or shorter drafts.")
     taus = [1 + np.minimum(right, k).mean() for k in range(1, len(v) + 1)]
     return [float(tau / (k * c + cost)) for k, (tau, cost) in enumerate(zip(taus, v, strict=True), 1)]

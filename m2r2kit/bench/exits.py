@@ -1,9 +1,8 @@
-"""Measure ways of leaving early against each other: quality and depth along given texts, then time.
+"""Compare early-exit methods: quality and depth on given texts, then time.
 
-Quality and depth need no clock: every method passes the model's own answers to the same prompts, each at many
-thresholds, and a curve comes of it (`exits/forced.py`). Time is taken with some of these points, decoding the
-same tokens one by one, interleaved with plain decoding (A B C A B C ..); a speed-up is the median over
-rounds of the ratio of total times.
+Quality and depth need no timing: each method runs on the model's own answers to the same prompts at many
+thresholds, which gives a curve (`exits/teacher_forced.py`). Some of these points are timed, decoding the same
+tokens one by one, interleaved with plain decoding (`rounds.py`).
 """
 
 import re
@@ -23,18 +22,18 @@ from ..stream.distil import teacher_batch
 from .merit import LOSSES, Curve, crossing, merits
 from .rounds import ratios, rounds
 
-TOGETHER = 48  # texts that pass at once
-UNTIMED = ("m2r2-oracle", "m2r2-random")  # a bound and a control, of which nobody decodes
-TIMED_LOSSES = (0.01, 0.05, 0.1)  # of agreement: the points of each curve that are timed
+TOGETHER = 48  # texts per batch
+UNTIMED = ("m2r2-oracle", "m2r2-random")  # a bound and a control, not decoding methods
+TIMED_LOSSES = (0.01, 0.05, 0.1)  # loss of agreement of the points that are timed
 
 
 def measure(method: Method, texts: Texts, report: Callable | None = None) -> Curve:
-    """A method's curve along texts; those of about one length pass together."""
+    """A method's curve on texts, in batches of similar length."""
     parts, back = parts_of(texts)
     measured = [list(method.curve(texts.part(rows), report)) for rows in parts]
 
     def sums(each: Callable) -> np.ndarray:
-        """Of an array of each point, text by text in their own order, (m, n)."""
+        """Sums over the gated positions of each text, at each point, in the original order: (m, n)."""
         columns = [
             np.stack([np.where(p.outcome.gated, each(p), 0).sum(1) for p in points]) for points in measured
         ]
@@ -52,8 +51,8 @@ def measure(method: Method, texts: Texts, report: Callable | None = None) -> Cur
 
 
 def measure_free(method: Method, texts: Texts, report: Callable | None = None) -> np.ndarray:
-    """`differing` at each of a method's thresholds, text by text, (m, n): how much of freely decoded answers
-    differs from the whole model's."""
+    """`differing` for each of a method's thresholds and each text, (m, n): how much freely decoded answers
+    differ from the whole model's."""
     forced = ForcedPass(method.backbone, *method.parts, use=method.use)
     parts, back = parts_of(texts)
     rows = []
@@ -66,19 +65,19 @@ def measure_free(method: Method, texts: Texts, report: Callable | None = None) -
 
 
 def parts_of(texts: Texts) -> tuple[list[np.ndarray], np.ndarray]:
-    """Rows of texts that pass together, those of about one length; and how to put them back in order."""
+    """Batches of texts of similar length, and the permutation that restores their order."""
     order = np.argsort(texts.first, kind="stable")
     return [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)], np.argsort(order)
 
 
 def best_exits(method: Method, texts: Texts) -> list[int] | None:
-    """Of some sets of exits the one that saves most blocks at the largest of `LOSSES`; None where a method
-    says by itself which it uses."""
+    """The set of exits, among a few candidates, that saves most blocks at the largest of `LOSSES`; None if
+    the method determines its exits itself."""
     if method.gate.monotone:
         return None
     J = len(method.reader.exits)
     sets = dict.fromkeys(((J - 1,), (max(0, J - 2), J - 1), (0, J - 1), (0,), tuple(range(J))))
-    # every second threshold, without the ends: on a line over the steep part the wrong exits would win
+    # every second threshold without the ends, where interpolation over a steep part favours wrong exits
     some = replace(
         method, thresholds=method.thresholds[2:-1:2] if len(method.thresholds) > 4 else method.thresholds
     )
@@ -91,7 +90,7 @@ def best_exits(method: Method, texts: Texts) -> list[int] | None:
 
 
 def at_exits(reader, backbone: Backbone, texts: Texts) -> list[dict]:
-    """How well the head reads the answer at each exit if nobody leaves: agreement and cross-entropy."""
+    """Agreement and cross-entropy of the head at each exit when no token leaves."""
     depths, blocks = reader.needs()
     batch = teacher_batch(backbone, texts.tokens[:, :-1], depths, blocks)
     gated, answer = texts.gated, mx.array(texts.tokens[:, 1:])
@@ -106,7 +105,7 @@ def at_exits(reader, backbone: Backbone, texts: Texts) -> list[dict]:
 
 
 def nats_of(backbone: Backbone, texts: Texts) -> float:
-    """Mean cross-entropy that the whole model gives its own answers."""
+    """Mean cross-entropy of the whole model on its own answers, in nats."""
     total = 0.0
     for row, gated in zip(texts.tokens, texts.gated, strict=True):
         logits = backbone.logits(mx.array(row[None, :-1]))[0]
@@ -120,19 +119,19 @@ def nats_of(backbone: Backbone, texts: Texts) -> float:
 
 @dataclass
 class Timed:
-    """A method at one threshold, and what was seen of it while it decoded."""
+    """A method at one threshold, and measurements of its decoding."""
 
     name: str
     threshold: float
     decoder: object
     levels: object  # the thresholds of the exits
-    seconds: np.ndarray | None = None  # of each round, all prompts
+    seconds: np.ndarray | None = None  # per round, over all prompts
     right: int = 0
     tokens: int = 0
     depth: int = 0
 
     def decode(self, prompt: list[int], answer: list[int]) -> float:
-        """Seconds of decoding an answer; only its own choices count as right."""
+        """Decode with the given answer and return the seconds; counts agreement and depth."""
         out = self.decoder.generate(prompt, self.levels, max_tokens=len(answer), given=answer)
         self.right += sum(a == b for a, b in zip(out.tokens, answer, strict=True))
         self.tokens += len(answer)
@@ -152,7 +151,7 @@ class Timed:
 
 
 def timed(method: Method, threshold: float) -> Timed:
-    """A point to be timed."""
+    """A point to time."""
     if method.reader is None:
         return Timed(method.name, threshold, DepthDecoder(method.backbone, method.module), threshold)
     decoder = ExitDecoder(method.backbone, *method.parts, method.used(threshold))
@@ -160,7 +159,7 @@ def timed(method: Method, threshold: float) -> Timed:
 
 
 def points_to_time(curve: Curve) -> list[float]:
-    """Thresholds whose agreement is nearest to those that are asked for, each once."""
+    """Distinct thresholds whose agreement is nearest to 1 - `TIMED_LOSSES`."""
     agreement = curve.means("right")
     near = {int(np.argmin(abs(agreement - (1 - loss)))) for loss in TIMED_LOSSES}
     return [curve.thresholds[i] for i in sorted(near)]
@@ -169,14 +168,14 @@ def points_to_time(curve: Curve) -> list[float]:
 def time_points(
     arms: list[Timed], plain: Callable, pairs: list, repeats: int, report: Callable | None = None
 ) -> np.ndarray:
-    """Rounds of plain decoding and all arms; the arms keep their seconds.
+    """Time plain decoding and all arms in rounds; the arms store their seconds.
 
     Args:
         plain: (prompt, number of tokens) -> seconds of plain decoding.
         pairs: prompts and the whole model's answers to them, token ids.
 
     Returns:
-        seconds of each round of plain decoding.
+        seconds of plain decoding, per round.
     """
 
     def seconds(arm: Timed | None, number: int) -> float:
@@ -192,22 +191,22 @@ def time_points(
 
 
 def fastest(points: list[dict], loss: float) -> dict | None:
-    """Of timed points the fastest that loses at most so much agreement."""
+    """The fastest timed point with at most this loss of agreement."""
     good = [p for p in points if p["agreement"] >= 1 - loss]
     return max(good, key=lambda p: p["speedup"], default=None)
 
 
 def speedup_at(points: list[dict], loss: float) -> float:
-    """Speed-up at a loss of agreement, on the line between the two timed points beside it; plain decoding is
-    a point of every curve."""
+    """Speed-up at a loss of agreement, interpolated between timed points; plain decoding is a point of every
+    curve."""
     saved = np.array([0.0, *(1 - 1 / p["speedup"] for p in points)])
     agreement = np.array([1.0, *(p["agreement"] for p in points)])
     return 1 / (1 - crossing(saved, agreement, 1 - loss))
 
 
 def taken_back(point: dict, depth: int) -> float:
-    """Of the time that a timed point's skipped blocks would have taken in a model of `depth` blocks, the
-    share that readers, gates, heads and the company of tokens that wait took back."""
+    """Fraction of the saved block time of a timed point spent on readouts, gates, heads and deferred tokens,
+    in a model of `depth` blocks."""
     run = point["depth"] / depth
     return (1 / point["speedup"] - run) / (1 - run)
 
@@ -222,10 +221,10 @@ def last_number(text: str) -> str | None:
 
 
 def answers_kept(backbone: Backbone, arm: Timed, pairs: list, max_tokens: int) -> dict:
-    """How many of the whole model's answers are also the method's when it decodes freely.
+    """How many final numbers of the whole model's answers the method keeps in free decoding.
 
     Returns:
-        `same`, of `asked` prompts to which the whole model's text has a number.
+        `same`, out of `asked` prompts for which the whole model's answer has a number.
     """
     same = asked = 0
     for prompt, answer in pairs:
@@ -238,7 +237,7 @@ def answers_kept(backbone: Backbone, arm: Timed, pairs: list, max_tokens: int) -
     return {"same": same, "asked": asked}
 
 
-# --- the whole --------------------------------------------------------------------------------
+# --- the record --------------------------------------------------------------------------------
 
 
 def figures(curves: dict[str, Curve], methods: dict[str, Method], full_nats: float) -> dict:

@@ -1,12 +1,12 @@
-"""Measure ways of streaming experts against each other, in rounds (`rounds.py`).
+"""Compare methods of streaming experts, in rounds (`rounds.py`).
 
-All arms of a budget have the same slots; when an arm comes back to a prompt it has decoded all others since.
-What a token takes is compared with
+All arms of a budget have the same slots; between two runs of a prompt an arm decodes all others. The time per
+token is compared with
 
-    C            computing one token: with all experts in memory, where they fit (`bench_resident.py`)
-    I            the bytes that the LRU arm reads for a token, at the disk's own speed
-    bound        (C + I) / max(C, I): no overlap of these two can gain more over that arm
-    predicted    C + I on demand, and max(C + I_missed, I_all) where reads are asked for ahead
+    C            computing one token, with all experts in memory if they fit (`resident.py`)
+    I            reading the bytes of the LRU arm per token, at the disk's speed
+    bound        (C + I) / max(C, I): the largest gain of overlap over the LRU arm
+    predicted    C + I on demand, max(C + I_missed, I_all) with prefetching
 """
 
 from collections.abc import Callable
@@ -40,20 +40,20 @@ ARMS = {  # name -> policy, predictor
 
 @dataclass
 class ExpertArm:
-    """One way of streaming, and what was seen of it in the timed rounds."""
+    """One method of streaming, and its measurements in the timed rounds."""
 
     name: str
     decoder: ExpertDecoder
-    tokens: int = 0  # of a round
-    times: np.ndarray | None = None  # (rounds, prompts, 2): seconds without the first pass, and of it
+    tokens: int = 0  # per round
+    times: np.ndarray | None = None  # (rounds, prompts, 2): seconds without prefill, and of the prefill
     stall_seconds: float = 0.0
     in_time: int = 0
     late: int = 0
     counts: Counts = field(default_factory=Counts)
-    system_bytes: int | None = 0  # what the system says it read, first passes included
-    reader_bytes: int = 0  # what the reader says it read, likewise
+    system_bytes: int | None = 0  # counted by the system, prefill included
+    reader_bytes: int = 0  # counted by the reader, prefill included
     mismatches: int = 0
-    known: list[Trace] = field(default_factory=list)  # for the oracle: the routing of each prompt
+    known: list[Trace] = field(default_factory=list)  # routing of each prompt, for the oracle
 
     def decode(self, prompt: list[int], number: int, max_tokens: int) -> Generation:
         predictor = self.decoder.predictor
@@ -63,16 +63,16 @@ class ExpertArm:
 
     @property
     def seconds(self) -> list[float]:
-        """Of each round, without the first passes."""
+        """Per round, without prefill."""
         return self.times[..., 0].sum(1).tolist()
 
     @property
     def prefill_seconds(self) -> list[float]:
-        """Of each round, of the first passes."""
+        """Prefill time per round."""
         return self.times[..., 1].sum(1).tolist()
 
     def timed(self, prompt: list[int], number: int, max_tokens: int) -> tuple[float, float]:
-        """Decode a prompt, add what was seen, and return what it took."""
+        """Decode a prompt, add its measurements, and return (seconds without prefill, prefill seconds)."""
         reader, system = self.decoder.reader, system_read_bytes()
         before = reader.bytes_read
         out = self.decode(prompt, number, max_tokens)
@@ -87,11 +87,11 @@ class ExpertArm:
         return out.seconds - out.prefill_seconds, out.prefill_seconds
 
 
-# --- what is there to compare ---------------------------------------------------------------
+# --- predictors ---------------------------------------------------------------
 
 
 def predictor_of(name: str, model: StreamedModel, folder, distance: int, width: int | None, trace: Trace):
-    """An arm's predictor, or the sentence that says what it lacks."""
+    """An arm's predictor, or a sentence if it is not trained."""
     made = None
     if name in methods.TRAINED:
         try:
@@ -101,7 +101,7 @@ def predictor_of(name: str, model: StreamedModel, folder, distance: int, width: 
     return methods.predictor(name, model, distance, width, trace, made)
 
 
-# --- the whole ------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------
 
 
 def compare(
@@ -118,17 +118,16 @@ def compare(
     report: Callable | None = None,
     say: Callable = print,
 ) -> dict:
-    """Figures of all arms at each budget, in the form of the records in `data/results/experts.jsonl`.
+    """Figures of all arms at each budget, in the form of `data/results/experts.jsonl`. An arm whose texts
+    differ gets no speed-up.
 
     Args:
-        folder: the model's, with its trained predictors.
-        shares: of all experts, that fit the memory: the budgets.
-        whole: the model with its experts, if it fits the memory: what it says is right. Otherwise what an
-            LRU cache of the largest budget says is, so that the arms are compared with each other.
+        folder: the model's folder, with its trained predictors.
+        shares: the budgets, as shares of all experts.
+        whole: the model with its experts, if it fits in memory: the reference texts. Otherwise the reference
+            is an LRU cache of the largest budget.
         report: called after each text.
-        say: told what an arm lacks.
-
-    An arm whose texts differ gets no speed.
+        say: called with a sentence for each arm that is left out.
     """
     manifest = model.store.manifest
     if whole is not None:
@@ -166,7 +165,7 @@ def compare(
 
 
 def _run(arms: list[ExpertArm], prompts, right, max_tokens: int, repeats: int, report) -> None:
-    """All arms on all prompts: once to compare the texts, which fills their memory as well, then timed."""
+    """Run all arms on all prompts: once to compare the texts and fill the slots, then timed."""
 
     def check(arm: ExpertArm, number: int) -> None:
         out = arm.decode(prompts[number], number, max_tokens)
@@ -183,8 +182,8 @@ def _run(arms: list[ExpertArm], prompts, right, max_tokens: int, repeats: int, r
 
 def _budget(arms: list[ExpertArm], share: float, slots: int, C: float, speed: float, record: int) -> dict:
     """Figures of one budget."""
-    named = {arm.name: arm for arm in arms}
-    lru = named["lru"]
+    by_name = {arm.name: arm for arm in arms}
+    lru = by_name["lru"]
     I = lru.counts.reads * record / speed / (lru.tokens * len(lru.seconds))
     found = {
         "share": share,
@@ -204,7 +203,7 @@ def _budget(arms: list[ExpertArm], share: float, slots: int, C: float, speed: fl
             "equal": equal,
             "mismatches": arm.mismatches,
             "tokens_per_second": all_tokens / sum(arm.seconds) if equal else None,
-            "speedup_vs_on_demand": ratios(named["on-demand"].seconds, arm.seconds) if equal else None,
+            "speedup_vs_on_demand": ratios(by_name["on-demand"].seconds, arm.seconds) if equal else None,
             "speedup_vs_lru": ratios(lru.seconds, arm.seconds) if equal else None,
             "resident": counts.resident / accesses,
             "in_time": arm.in_time / accesses,

@@ -1,10 +1,10 @@
-"""How much memory a model needs when its experts stay on disk: the same text in two processes of their own.
+"""Peak memory of a model with experts on disk: the same text in two fresh processes.
 
-    streamed    `generate --experts STORE --budget B`     its peak is the claim
-    whole       `generate --method plain`                 its tokens are right
+    streamed    `generate --experts STORE --budget B`     the measured peak
+    whole       `generate --method plain`                 the reference tokens
 
-Each is the command that any user runs, started anew; it says itself what the system counted for it
-(`memory.py`), from the start of the program to the last token, libraries included.
+Each process is the ordinary command. It reports its own peak memory as counted by the system, from its start
+to the last token, libraries included.
 """
 
 import json
@@ -21,26 +21,33 @@ from ..common import UserError
 
 
 def generate(words: list[str]) -> dict:
-    """What `generate --json` prints in a fresh process, and the `wall_seconds` that this took.
+    """The output of `generate --json` in a fresh process, with its `wall_seconds`.
+
+    Args:
+        words: further arguments.
 
     Raises:
-        UserError: the process failed, with its own sentence.
+        UserError: the process failed, with its last line.
     """
     begun = time.perf_counter()
     asked = [sys.executable, "-m", "m2r2kit", "generate", "--json", *words]
     done = subprocess.run(asked, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise UserError(said[-1].removeprefix("m2r2kit: ") if said else f"It ended with {done.returncode}.")
+        raise UserError(
+            said[-1].removeprefix("m2r2kit: ")
+            if said
+            else f"`m2r2kit generate` ended with status {done.returncode}."
+        )
     return json.loads(done.stdout) | {"wall_seconds": time.perf_counter() - begun}
 
 
 def measure(model: str, store: Path, budget: str, prompt: str, max_tokens: int, more: list[str]) -> dict:
-    """Figures of both, in the form of the records in `data/results/experts-large.jsonl`.
+    """Figures of both runs, in the form of `data/results/experts-large.jsonl`.
 
     Args:
-        budget: memory for experts, as `generate --budget` takes it.
-        more: further arguments for the streamed one.
+        budget: memory for experts, as for `generate --budget`.
+        more: further arguments of the streamed run.
     """
     asked = ["--model", model, "--raw", "--prompt", prompt, "--max-tokens", str(max_tokens)]
     with tempfile.TemporaryDirectory() as folder:
@@ -74,9 +81,9 @@ def _figures(out: dict) -> dict:
 
 
 def skewness(file: Path) -> dict:
-    """How unevenly a run's tokens used the experts, means over blocks: `busier_half`, the share of the uses
-    that the more used half of the experts had; `stays`, the share of a token's experts that the token
-    before it had; `.._by_chance`, what these would be in a text of this length with experts by lot."""
+    """How unevenly a run used the experts, means over blocks: `busier_half`, the share of uses of the more
+    used half; `stays`, the share of a token's experts that also ran for the previous token; `.._by_chance`,
+    the same with random routing in a text of this length."""
     from ..experts.trace import Trace
 
     trace = Trace.load(file)

@@ -1,26 +1,26 @@
-"""The trade-off in one figure: how much depth a method saves at a given loss of agreement.
+"""The figure of merit of an early-exit method: the depth it saves at a given loss of agreement.
 
-Curves are measured on the same texts, so methods are compared text by text: the texts are drawn anew many
-times, with the same draw for all methods, and each figure is taken from each draw (paired bootstrap).
+All curves are measured on the same texts, so intervals come from a paired bootstrap: the texts are resampled
+many times, with the same samples for all methods.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-LOSSES = (0.01, 0.05)  # of agreement, at which the saving is read off
+LOSSES = (0.01, 0.05)  # losses of agreement at which savings are reported
 DRAWS = 1000
 
 
 @dataclass
 class Curve:
-    """A method's points, text by text.
+    """A method's points, per text.
 
     Attributes:
         thresholds: (m,).
         right, nats, blocks, macs: sums over the tokens of each text, (m, n).
-        tokens: of each text, (n,).
-        depth: blocks of the whole model, for what is saved.
+        tokens: number of tokens of each text, (n,).
+        depth: blocks of the whole model.
     """
 
     thresholds: list[float]
@@ -36,15 +36,15 @@ class Curve:
         return getattr(self, name).sum(1) / self.tokens.sum()
 
     def losses(self) -> np.ndarray:
-        """Share of each text's tokens that are not the whole model's, (m, n): what a calibration looks at."""
+        """Share of each text's tokens that differ from the whole model's, (m, n); used for calibration."""
         return 1 - self.right / self.tokens
 
     def saved_at(self, loss: float, draw: np.ndarray) -> float:
-        """Share of the blocks that is saved at that loss of agreement, on the line between the two points
-        beside it; the whole model, with nothing saved, is a point of every curve.
+        """Share of the blocks saved at this loss of agreement, interpolated between points; the whole model,
+        which saves nothing, is a point of every curve.
 
         Args:
-            draw: numbers of the texts that count, some perhaps more than once.
+            draw: indices of the sampled texts, with repetitions.
         """
         tokens = self.tokens[draw].sum()
         agreement = np.append(1.0, self.right[:, draw].sum(1) / tokens)
@@ -53,7 +53,8 @@ class Curve:
 
 
 def crossing(saved: np.ndarray, agreement: np.ndarray, least: float) -> float:
-    """The largest saving on the lines between neighbouring points (by saving) that keeps the agreement."""
+    """The largest saving with an agreement of at least `least`, on the lines between points sorted by
+    saving."""
     order = np.argsort(saved)
     x, y = saved[order], agreement[order]
     best = max(x[y >= least], default=0.0)
@@ -64,12 +65,12 @@ def crossing(saved: np.ndarray, agreement: np.ndarray, least: float) -> float:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """The middle 95 % of drawn values."""
+    """The central 95 % interval of bootstrap values."""
     return [float(v) for v in np.percentile(values, [2.5, 97.5])]
 
 
 def merits(curves: dict[str, Curve], against: str = "m2r2", draws: int = DRAWS, seed: int = 0) -> dict:
-    """Of each method: `saved` at each loss with its interval, and `lead`, how much more `against` saves.
+    """For each method `saved` at each loss with its interval, and `lead`, how much more `against` saves.
 
     Returns:
         name -> loss (as text, such as "0.05") -> {saved, from, to, lead, lead_from, lead_to}.

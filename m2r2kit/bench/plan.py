@@ -1,13 +1,13 @@
-"""What streaming would give a model on a machine, on paper: bytes a token, I/C, a ceiling, a budget.
+"""Compute what streaming gives for a model on a machine: bytes per token, I/C, a bound, a budget.
 
-    B = blocks x k x bytes of an expert            what a token asks for
-    C = (other weights + B) / memory bandwidth     what a token takes with all in memory, at best
+    B = blocks x k x bytes of an expert            bytes of the experts of a token
+    C = (other weights + B) / memory bandwidth     lower bound of a token's time with all experts in memory
     I = (1 - h) B / disk bandwidth                 h: share of B that is in memory
     C + I  on demand        max(C, I)  ahead of time, if every prediction is right and in time
 
-All of it is a bound: real kernels and real reads do worse, and `check` says by how much one published
-system does. Without a trace h is the share of all experts that the budget holds, as if routers chose
-without any preference; a trace of the model gives what a cache would really have found (`simulate.py`).
+These are bounds: real kernels and reads are slower, and `check` compares them with a published system.
+Without a trace, h is the share of all experts that the budget holds (random routing); a trace of the model
+gives the hit rate of a real cache (`simulate.py`).
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,17 @@ from ..experts.residency import Residency
 from ..experts.simulate import replay
 from ..experts.trace import Trace
 
-GROUP = 64  # weights that share a scale and a bias of 16 bit each, as mlx-lm quantises
+GROUP = 64  # weights that share a 16-bit scale and bias in mlx-lm's quantization
 
 
 @dataclass(frozen=True)
 class Card:
-    """A mixture of experts on paper.
+    """Specification of a mixture-of-experts model.
 
     Attributes:
-        blocks, experts, top_k: of a token's pass; `width` of the stream, `expert_width` of an expert's FFN.
-        others: weights that are no routed experts; all of them run for each token.
+        blocks, experts, top_k: blocks, experts per block, experts per token.
+        width, expert_width: of the hidden state, of an expert's FFN.
+        others: number of weights outside the routed experts; all of them run for each token.
     """
 
     name: str
@@ -39,15 +40,15 @@ class Card:
     source: str
 
     def expert_bytes(self, bits: int) -> float:
-        """Of one expert with so many bits a weight, scales and biases included."""
+        """Bytes of one expert at `bits` per weight, with scales and biases."""
         return 3 * self.width * self.expert_width * bytes_of_weight(bits)
 
     def token_bytes(self, bits: int, top_k: int | None = None) -> float:
-        """B."""
+        """B, the bytes of a token's experts."""
         return self.blocks * (top_k or self.top_k) * self.expert_bytes(bits)
 
     def all_bytes(self, bits: int) -> float:
-        """Of all experts."""
+        """Bytes of all experts."""
         return self.blocks * self.experts * self.expert_bytes(bits)
 
 
@@ -63,7 +64,7 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine on paper: bytes/s of its disk and of its memory, bytes of memory."""
+    """Specification of a machine: bytes/s of its disk and memory, bytes of memory."""
 
     name: str
     disk: float
@@ -80,23 +81,23 @@ MACHINES = (
     Machine("Mac mini, M2", 1.5e9, 100e9, 16e9,
             "disk: carloslfu/slotstream; memory: Apple's technical specifications"),
 )  # fmt: skip
-FREE = 0.7  # share of a machine's memory that a model may take: the system and the text need the rest
+FREE = 0.7  # share of the memory available to a model; the system and the text need the rest
 
 
 def bytes_of_weight(bits: int) -> float:
-    """With scale and bias where it is quantised."""
+    """Bytes per weight, with scale and bias if quantized."""
     return bits / 8 if bits >= 16 else (bits + 32 / GROUP) / 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What comes out for a model on a machine.
+    """The bounds for a model on a machine.
 
     Attributes:
-        share: of all experts that the budget holds; `hit` of B that is then in memory.
-        compute, read: C and I, seconds a token.
-        on_demand, ahead: tokens/s at most.
-        why: what decided the budget.
+        share: share of all experts that the budget (bytes) holds; `hit`: share of B that is then in memory.
+        compute, read: C and I, in seconds per token.
+        on_demand, ahead: upper bounds in tokens/s.
+        why: what limits the budget.
     """
 
     share: float
@@ -120,19 +121,20 @@ class Plan:
 
 
 def plan(card: Card, machine: Machine, bits: int = 4, hits: list[float] | None = None) -> Plan | None:
-    """The smallest budget whose reads hide behind the computing, or else all the memory there is.
+    """The smallest budget whose reads are hidden by computing, otherwise all available memory.
 
     Args:
-        hits: h with 1, 2, .. E slots a block (`hits_of_trace`); by default as without preference.
+        bits: per weight.
+        hits: h with 1, 2, .. E slots per block (`hits_of_trace`); by default that of random routing.
 
     Returns:
-        None where even one token's experts do not fit beside the other weights.
+        None if one token's experts do not fit beside the other weights.
     """
     E, B = card.experts, card.token_bytes(bits)
     hits = hits or [slots / E for slots in range(1, E + 1)]
     others = card.others * bytes_of_weight(bits)
-    room = FREE * machine.memory - others
-    most = min(E, int(room // (card.all_bytes(bits) / E)))
+    free = FREE * machine.memory - others
+    most = min(E, int(free // (card.all_bytes(bits) / E)))
     if most < card.top_k:
         return None
     compute = (others + B) / machine.memory_speed
@@ -147,7 +149,7 @@ def plan(card: Card, machine: Machine, bits: int = 4, hits: list[float] | None =
 
 
 def hits_of_trace(trace: Trace) -> list[float]:
-    """What an LRU cache of 1, 2, .. E slots a block would have found in a run: h for each."""
+    """The hit rate h of an LRU cache with 1, 2, .. E slots per block on a recorded run."""
     found = []
     for slots in range(1, trace.experts + 1):
         if slots < trace.top_k:
@@ -158,12 +160,12 @@ def hits_of_trace(trace: Trace) -> list[float]:
     return found
 
 
-# --- against what was published -------------------------------------------------------------
+# --- comparison with published figures -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Check:
-    """A published figure beside what this file computes."""
+    """A published figure and the value computed here."""
 
     what: str
     published: float
@@ -173,8 +175,8 @@ class Check:
 
 
 def check() -> list[Check]:
-    """Flash-MoE's figures (danveloper/flash-moe, CLAUDE.md and results, commit 3601d41; their claims):
-    Qwen3.5-397B-A17B with 4 of the 10 experts, on a MacBook Pro with an M3 Max."""
+    """Compare with the figures claimed by Flash-MoE (danveloper/flash-moe, CLAUDE.md and results, commit
+    3601d41): Qwen3.5-397B-A17B with 4 of the 10 experts, on a MacBook Pro with an M3 Max."""
     card, machine = CARDS[2], MACHINES[0]
     B, small = card.token_bytes(4, 4), card.token_bytes(2, 4)
     layer_read, layer = 2.41e-3, 4.28e-3  # seconds of a layer: its reads, all of it
@@ -182,14 +184,14 @@ def check() -> list[Check]:
     overlapped = 1 / (card.blocks * max(layer_read, layer - layer_read))
     return [
         Check("bytes of an expert, 4 bit", 7_077_888, card.expert_bytes(4), "B"),
-        Check("bytes a token, 4 bit", 1.70e9, B, "B"),
-        Check("bytes a token, 2 bit", 943e6, small, "B"),
+        Check("bytes per token, 4 bit", 1.70e9, B, "B"),
+        Check("bytes per token, 2 bit", 943e6, small, "B"),
         Check("tokens/s, reads alone at the disk's 17.5 GB/s", 4.36, machine.disk / B, "tok/s",
-              "a ceiling: they reach less than half of it"),
-        Check("tokens/s, one thing after the other, from their times of a layer", 3.90, serial, "tok/s",
-              "their build before a faster kernel, which gave 4.36"),
+              "an upper bound; they reach less than half of it"),
+        Check("tokens/s, reads and computing in sequence, from their times per layer", 3.90, serial, "tok/s",
+              "their build before a faster kernel, which gives 4.36"),
         Check("tokens/s, the same layers with reads and computing overlapped", 4.36, overlapped, "tok/s",
-              "nobody measured this: what looking ahead could give at most"),
+              "not measured: the most that prefetching could give"),
         Check("bytes/s of reads inside a layer", 17.5e9, B / card.blocks / layer_read, "B/s",
-              "4 reads at once do not reach the sequential speed"),
+              "4 concurrent reads do not reach the sequential speed"),
     ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""What a run asks of a model: the token ids of all prompts, those of later turns included.
+"""The token ids of all prompts of a run, including later turns.
 
-A later turn (MT-Bench has two) comes after an answer. That answer is plain decoding's own, whatever
-decodes afterwards, so that all arms are asked the same and stay paired.
+A later turn (MT-Bench has two) follows an answer. That answer is always from plain decoding, so that all arms
+get the same prompts and stay paired.
 """
 
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from ..text.prompts import Prompt
 
 @dataclass(frozen=True)
 class Questions:
-    """What can be asked.
+    """The prompts of a run.
 
     Attributes:
-        prompts: one for each turn; that of a later turn has the id `ID.2`, `ID.3`, ..
-        ids: the token ids of each, with all that was said before it.
-        too_long: turns left out because they leave no room in the model's context.
-        no_template: later turns left out because the tokenizer cannot say who said what.
+        prompts: one per turn; a later turn has the id `ID.2`, `ID.3`, ..
+        ids: the token ids of each, with the conversation before it.
+        too_long: turns left out because they exceed the capacity of the model's context.
+        no_template: later turns left out because the tokenizer has no chat template.
     """
 
     prompts: list[Prompt]
@@ -32,12 +32,10 @@ class Questions:
 
     @property
     def left_out(self) -> str:
-        """What is left out and why, one sentence; empty if nothing is."""
+        """One sentence on the turns left out; empty if there are none."""
         reasons = []
         if self.too_long:
-            reasons.append(
-                f"{self.too_long} that leave no room in the model's context of {self.context} tokens"
-            )
+            reasons.append(f"{self.too_long} that exceed the model's context of {self.context} tokens")
         if self.no_template:
             reasons.append(f"{self.no_template} that follow an answer, as the tokenizer has no chat template")
         total = len(self.prompts) + self.too_long + self.no_template
@@ -48,10 +46,10 @@ def questions(backbone: Backbone, prompts: Iterable[Prompt], max_tokens: int) ->
     """The token ids of all turns of all prompts, in order.
 
     Args:
-        max_tokens: of each answer that a later turn follows.
+        max_tokens: of each answer before a later turn.
 
     Raises:
-        UserError: nothing is left that fits.
+        UserError: no prompt fits.
     """
     kept, ids, too_long, no_template = [], [], 0, 0
     for prompt in prompts:
@@ -62,7 +60,7 @@ def questions(backbone: Backbone, prompts: Iterable[Prompt], max_tokens: int) ->
                 break
             try:
                 asked = backbone.encode(turn, before=said)
-            except UserError:  # it is too long, and so is all that follows; a file has no empty prompt
+            except UserError:  # too long, and so are all later turns; files have no empty prompts
                 too_long += len(turns) - n + 1
                 break
             kept.append(Prompt(prompt.id if n == 1 else f"{prompt.id}.{n}", turn, prompt.kind))
@@ -73,6 +71,6 @@ def questions(backbone: Backbone, prompts: Iterable[Prompt], max_tokens: int) ->
     found = Questions(kept, ids, too_long, no_template, backbone.context)
     if not kept:
         raise UserError(
-            f"No prompt leaves room in the model's context of {backbone.context} tokens; choose shorter ones."
+            f"No prompt fits in the model's context of {backbone.context} tokens; choose shorter ones."
         )
     return found

@@ -1,9 +1,9 @@
-"""Measured records: one JSON line each, one file a subject, under `data/results/` (in the cache folder
-where only the package is installed).
+"""Measured records: one JSON line each, one file per subject, under `data/results/` (in the cache folder if
+only the package is installed).
 
-No other module touches that folder. A record says what was run, on what, and what came out;
-every table and picture of this kit is drawn from records, so that no figure is typed.
-A record names the machine by what it is made of: no host, no user, no absolute path.
+No other module accesses that folder. A record holds the command, the settings, the machine and the results;
+all tables and figures of this kit are drawn from records. The machine is described by its hardware: no host
+name, user or absolute path.
 """
 
 import fcntl
@@ -20,11 +20,11 @@ from pathlib import Path
 from .. import __version__
 from ..common import IN_PROJECT, ROOT, UserError, cache_dir, parse_json
 
-# where the package alone is installed, nothing is written beside it
+# an installed package has no project folder to write to
 RESULTS = ROOT / "data" / "results" if IN_PROJECT else cache_dir() / "results"
 LIBRARIES = ("mlx", "mlx-lm", "numpy")
 
-# A path from the root of a disk, standing alone or after `=` or a quote; not a part of an address.
+# An absolute path, alone or after `=` or a quote, but not part of a URL.
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.~:/-])/(?:[^\s/'"=,:]+/)*([^\s/'"=,:]+)/?""")
 
 
@@ -34,17 +34,23 @@ ABSOLUTE_PATH = re.compile(r"""(?<![\w.~:/-])/(?:[^\s/'"=,:]+/)*([^\s/'"=,:]+)/?
 def path(subject: str) -> Path:
     """The file of a subject such as `speculation`."""
     if not re.fullmatch(r"[a-z][a-z0-9-]*", subject):
-        raise UserError(f"'{subject}' cannot name a file of records; use small letters, digits and hyphens")
+        raise UserError(
+            f"'{subject}' cannot name a file of records; use lower-case letters, digits and hyphens"
+        )
     return RESULTS / f"{subject}.jsonl"
 
 
 def append(
     subject: str, *, command: str, settings: dict, figures: dict, prompts_sha256: str | None = None
 ) -> dict:
-    """Add one record and return it.
+    """Append one record, whole or not at all, and return it.
 
-    `command` makes the figures again; `settings` is what `latest` selects by. Either the whole
-    line is written or none of it. Raises `UserError` where the file is damaged or the disk full.
+    Args:
+        command: reproduces the figures.
+        settings: `latest` selects by them.
+
+    Raises:
+        UserError: the file is damaged or cannot be written.
     """
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -56,7 +62,7 @@ def append(
         "versions": versions(),
         "machine": machine(),
     }
-    # NumPy's and MLX's scalars become numbers; a value that is not a number is an error, not `NaN`
+    # converts NumPy and MLX scalars; NaN and infinity are errors
     text = json.dumps(record, default=lambda scalar: scalar.item(), allow_nan=False)
     record = portable(json.loads(text))
     _write_line(path(subject), json.dumps(record))
@@ -66,14 +72,18 @@ def append(
 
 
 def read(subject: str) -> list[dict]:
-    """All records of a subject, oldest first by their dates; none if nothing was measured yet."""
+    """All records of a subject, oldest first by date; empty if there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     file = path(subject)
     found = _parse(file, file.read_bytes()) if file.exists() else []
     return sorted(found, key=lambda record: datetime.fromisoformat(record["date"]))
 
 
 def latest(subject: str, **settings) -> dict | None:
-    """The newest record whose settings hold all of these values."""
+    """The newest record whose settings have all of these values, or None."""
     for record in reversed(read(subject)):
         if all(record["settings"].get(name) == value for name, value in settings.items()):
             return record
@@ -85,7 +95,7 @@ def _parse(file: Path, content: bytes) -> list[dict]:
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
             record = parse_json(line, parse_constant=_refuse)
-            # what every reader relies on
+            # fields that all readers rely on
             record["settings"], record["figures"], record["machine"]["chip"], record["machine"]["cores"]
             if datetime.fromisoformat(record["date"]).tzinfo is None:
                 raise ValueError("a date without its time zone")
@@ -94,23 +104,25 @@ def _parse(file: Path, content: bytes) -> list[dict]:
         else:
             whole = line.endswith(b"\n")
         if not whole:
-            raise UserError(f"{portable(str(file))}, line {number}: not a whole record; repair or delete it")
+            raise UserError(
+                f"{portable(str(file))}, line {number}: not a complete record; repair or delete it"
+            )
         found.append(record)
     return found
 
 
 def _refuse(constant: str):
-    """`NaN` and `Infinity` are no JSON."""
-    raise ValueError(f"{constant} is no number")
+    """Reject `NaN` and `Infinity`, which are not JSON."""
+    raise ValueError(f"{constant} is not a number")
 
 
 def _write_line(file: Path, line: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a+b", buffering=0) as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # two benchmarks may end at once
+            fcntl.flock(stream, fcntl.LOCK_EX)  # two benchmarks may finish at the same time
             stream.seek(0)
-            _parse(file, stream.read())  # nothing is added to a damaged file
+            _parse(file, stream.read())  # do not append to a damaged file
             size, data = stream.tell(), f"{line}\n".encode()
             try:
                 if stream.write(data) != len(data):
@@ -124,11 +136,11 @@ def _write_line(file: Path, line: str) -> None:
         raise UserError(f"the record cannot be written to {portable(str(file))}: {reason}") from None
 
 
-# --- where a record was made --------------------------------------------------------------
+# --- machine and software --------------------------------------------------------------
 
 
 def portable(value):
-    """The same value without this machine's paths: inside the project relative, elsewhere the last name."""
+    """The value without absolute paths: relative inside the project, only the last name elsewhere."""
     if isinstance(value, dict):
         return {portable(key): portable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -139,7 +151,7 @@ def portable(value):
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints, or None where it is missing or fails."""
+    """Output of a program, or None if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -147,21 +159,21 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The project's commit, with `-dirty` where files differ from it; None outside git."""
+    """The project's commit, with `-dirty` if files differ from it; None outside git."""
     git = ("git", "-C", str(ROOT))
     top = _output(*git, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != ROOT:
-        return None  # no git, or a package inside somebody else's repository
+        return None  # no git, or installed inside another repository
     head = _output(*git, "rev-parse", "HEAD")
     if head is None:
         return None
-    # the records themselves do not count: the second of two would otherwise always be dirty
+    # ignore the records: otherwise the second of two would always be dirty
     changes = _output(*git, "status", "--porcelain", "--", ".", ":!data/results")
     return head if changes == "" else f"{head}-dirty"
 
 
 def versions() -> dict:
-    """Versions of Python and of the libraries that compute."""
+    """Versions of Python and of `LIBRARIES`."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -172,8 +184,7 @@ def versions() -> dict:
 
 
 def machine() -> dict:
-    """What computed: chip, cores, memory in GiB, system, device and BLAS of MLX."""
-
+    """This machine: chip, cores, memory in GiB, system, C library, device and BLAS of MLX."""
     from ..model.cpu import threads as runtime
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -191,13 +202,13 @@ def machine() -> dict:
 
 
 def about() -> str:
-    """Two lines for the top of a notebook: the kit and what it computes with, the device and the chip."""
+    """Two lines for the top of a notebook: versions, then the device and chip."""
     found = "".join(f" | {name} {version}" for name, version in versions().items())
     return f"m2r2kit {__version__}{found}\ndevice: {device()} on {chip()}"
 
 
 def device() -> str:
-    """What MLX computes on: `cpu`, or `gpu` and its name."""
+    """MLX's default device: `cpu`, or `gpu: NAME`."""
     import mlx.core as mx
 
     kind = mx.default_device().type.name
@@ -206,7 +217,7 @@ def device() -> str:
 
 
 def chip() -> str:
-    """The processor's name, as its maker writes it."""
+    """The processor's model name."""
     if sys.platform == "darwin":
         name = _output("sysctl", "-n", "machdep.cpu.brand_string")
     else:

@@ -10,14 +10,14 @@ HEADS = ("claim", "paper", "ours", "ratio", "verdict")
 
 
 def amount(value, unit: str) -> str:
-    """A value as a reader wants it: `2.80x`, `0.61`, `yes`."""
+    """A value as text: `2.80x`, `0.61`, `yes`."""
     if unit == "yes":
         return "yes" if value else "no"
     return f"{value:.2f}{'x' if unit == 'x' else ''}"
 
 
 def cells(row: dict) -> dict:
-    """What the table shows of a row: the paper's value, ours with its spread, ratio, machine."""
+    """The cells of a row: claim, the paper's value, ours with its range, ratio, verdict, machine."""
     unit, ours = row["unit"], "-"
     if row["ours"] is not None:
         about = []
@@ -43,7 +43,7 @@ def cells(row: dict) -> dict:
 
 
 def _tables(rows: list[dict] | None, fold: bool = False) -> list[tuple[str, Table]]:
-    """A title and a table for each group; what a row rests on stands below it."""
+    """A title and a table for each group; each row has its details below."""
     found = []
     for group, title in GROUPS.items():
         members = [row for row in (table() if rows is None else rows) if row["group"] == group]
@@ -73,7 +73,7 @@ def as_text(width: int = 100, rows: list[dict] | None = None) -> str:
 
 
 def as_markdown(rows: list[dict] | None = None) -> str:
-    """The table in Markdown, one table a group."""
+    """The tables in Markdown, one per group."""
     rows, heads = table() if rows is None else rows, (*HEADS, "why", "again")
     out = []
     for group, title in GROUPS.items():
@@ -88,7 +88,7 @@ def as_markdown(rows: list[dict] | None = None) -> str:
 
 
 def as_html(rows: list[dict] | None = None) -> str:
-    """The table for a notebook: what a row rests on unfolds below its claim."""
+    """The tables for a notebook; the details of a row unfold below its claim."""
     return "".join(f"<p><b>{html.escape(t)}</b></p>{p._repr_html_()}" for t, p in _tables(rows, fold=True))
 
 

@@ -1,12 +1,12 @@
-"""What ways of streaming are compared with: right tokens, routing, a token's computing, the disk's speed.
+"""The reference for streaming: tokens, routing, computing time per token, and disk speed.
 
-    plain    the model itself, wholly in memory           overhead_resident = whole / plain
-    whole    this wing, all experts in slots              overhead_stops    = cut / whole
-    cut      the same, stopping at each block's router    C: what a token costs when nothing has to be read
+    plain    the ordinary model in memory                    overhead_resident = whole / plain
+    whole    the streamed model with all experts in slots    overhead_stops    = cut / whole
+    cut      the same, stopping at each block's router       C: time per token without reads
 
-All from the same texts in turn, as ratios of times. A model that does not fit the memory has none of the
-three; then C is what an LRU cache's passes take without what they wait: without a predictor, reads happen
-only while it waits, so that the rest is computing alone.
+All three decode the same texts in turn. A model that does not fit in memory has none of them; then C is the
+time of an LRU cache's passes without stalls. Without a predictor, reads happen only during stalls, so the
+rest is computing.
 """
 
 import time
@@ -22,12 +22,12 @@ from ..model.backbone import Backbone
 from ..speculation import generate
 from .rounds import ratios, rounds
 
-SAMPLE = 400  # records read to measure the disk
+SAMPLE = 400  # records to read when measuring the disk
 
 
 @dataclass
 class Disk:
-    """How records are read: as `Reader` takes it."""
+    """How records are read: the arguments of `Reader`."""
 
     mode: str = "direct"
     threads: int = 2
@@ -36,11 +36,11 @@ class Disk:
 
 @dataclass
 class Right:
-    """What every arm must say, and what it took.
+    """The reference texts and their cost.
 
     Attributes:
-        tokens, traces: ids and routing of each prompt.
-        equal: whether they are those of the model in memory; None where that was not asked.
+        tokens, traces: token ids and routing of each prompt.
+        equal: whether streamed and ordinary model agree; None if only the streamed one ran.
         figures: `compute_seconds` (C), how it was measured, and the overheads.
     """
 
@@ -53,9 +53,8 @@ class Right:
 def in_memory(
     model: StreamedModel, whole: Backbone, disk: Disk, prompts, max_tokens: int, repeats: int
 ) -> Right:
-    """With all experts in memory; `whole` is the same model, loaded as any other.
-
-    Its memory is that of two models.
+    """The reference with all experts in memory; `whole` is the same model, loaded normally. Needs the memory
+    of two models.
     """
     m = model.store.manifest
     right, tokens, traces = ([None] * len(prompts) for _ in range(3))
@@ -69,7 +68,7 @@ def in_memory(
             decoder.cut = name == "cut"
             return decoder.generate(prompts[number], max_tokens)
 
-        def check(name, number):  # compiles the passes as well, and brings the experts in
+        def check(name, number):  # also compiles the passes and loads the experts
             decoder.trace = Trace(m.blocks, m.experts, m.top_k) if name == "cut" else None
             said = decode(name, number).tokens
             if name == "plain":
@@ -99,7 +98,8 @@ def in_memory(
 
 
 def streamed(model: StreamedModel, slots: int, disk: Disk, prompts, max_tokens: int, repeats: int) -> Right:
-    """With so many slots a block and an LRU cache: tokens are compared among the arms alone."""
+    """The reference from an LRU cache with `slots` per block, so the arms are only compared with each
+    other."""
     m = model.store.manifest
     with Reader(model.store, disk.mode, disk.threads, disk.link) as reader:
         decoder = ExpertDecoder(model, model.residency(slots, methods.policy("lru")), reader)
@@ -114,7 +114,7 @@ def streamed(model: StreamedModel, slots: int, disk: Disk, prompts, max_tokens: 
             seconds.append(sum(out.seconds - out.prefill_seconds - out.experts.stall_seconds for out in outs))
     figures = {
         "compute_seconds": float(np.median(seconds)) / sum(map(len, tokens)),
-        "compute_from": f"an LRU cache of {slots} slots a block, without what it waited",
+        "compute_from": f"an LRU cache of {slots} slots per block, without stalls",
         "overhead_resident": None,
         "overhead_stops": None,
     }
@@ -122,12 +122,12 @@ def streamed(model: StreamedModel, slots: int, disk: Disk, prompts, max_tokens: 
 
 
 def disk_speed(model: StreamedModel, disk: Disk, sample: int = SAMPLE) -> float:
-    """Bytes/s of records in random order, as many at once as there are threads."""
+    """Bytes/s of reading records in random order with the reader's threads."""
     manifest = model.store.manifest
     all_of_them = [(l, e) for l in manifest.blocks for e in range(manifest.experts)]
     order = np.random.default_rng(0).permutation(len(all_of_them))[:sample]
     with Reader(model.store, disk.mode, disk.threads, disk.link) as reader:
-        for _ in range(2):  # the first time costs a SHA-256
+        for _ in range(2):  # the first round also computes SHA-256
             begun = time.perf_counter()
             reader.wait([reader.submit(*all_of_them[i], lambda record: None, True) for i in order])
             seconds = time.perf_counter() - begun

@@ -1,8 +1,8 @@
-"""Arms side by side on the same prompts: equality first, then time, interleaved.
+"""Run arms interleaved on the same prompts: first a comparison of the texts, then timing.
 
-For each prompt every arm decodes in turn, and the turn moves on from prompt to prompt and from round to
-round (A B C, B C A, C A B, ..), so that whatever else the machine does meets all arms alike. A speed-up is
-the median over rounds of the ratio of total times, with its smallest and largest.
+For each prompt all arms decode in turn, and the order rotates with each prompt and round (A B C, B C A,
+C A B, ..), so that other load on the machine affects all arms equally. A speed-up is the median over rounds
+of the ratio of total times, with minimum and maximum.
 """
 
 import statistics
@@ -19,18 +19,18 @@ def rounds(
     first: Callable | None = None,
     report: Callable | None = None,
 ) -> list[np.ndarray]:
-    """Run all arms on all prompts, `repeats` times and once before.
+    """Run all arms on all prompts in one warm-up round and `repeats` timed rounds.
 
     Args:
-        arms: whatever `seconds` and `first` take.
-        prompts: how many there are.
-        seconds: (arm, number of a prompt) -> what it took: one number or several.
-        first: (arm, number of a prompt), for the round before, which warms up: here texts are compared.
-            By default `seconds`, and what it gives is not kept.
+        arms: the first argument of `seconds` and `first`.
+        prompts: number of prompts.
+        seconds: (arm, index of a prompt) -> one or several times.
+        first: (arm, index of a prompt), for the warm-up round, where texts are compared; by default
+            `seconds`, with its result discarded.
         report: called after each text.
 
     Returns:
-        of each arm what `seconds` gave, (repeats, prompts) or (repeats, prompts, n).
+        the results of `seconds` per arm, (repeats, prompts) or (repeats, prompts, n).
     """
     taken: list[list[list]] = [[[None] * prompts for _ in range(repeats)] for _ in arms]
     for round_ in range(repeats + 1):
@@ -47,6 +47,6 @@ def rounds(
 
 
 def ratios(plain: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of the rounds' ratios plain / other; above 1 the other is faster."""
+    """Median, minimum and maximum over rounds of plain / other; above 1 the other is faster."""
     each = [float(p / o) for p, o in zip(plain, other, strict=True)]
     return {"median": statistics.median(each), "min": min(each), "max": max(each)}

@@ -1,14 +1,13 @@
-"""Measure ways of decoding against each other, in rounds (`rounds.py`).
+"""Compare decoding methods, in rounds (`rounds.py`).
 
-Beside the measured speed-up stands the one that follows from what it is made of, all in plain steps, as
-measured one by one:
+The measured speed-up is compared with a prediction from its separately measured factors, in plain steps:
 
-    predicted = (P + n) / (P + s (g c + v))      n  tokens, s  steps that wrote them: tau = n / s
-                                                 g  drafts a step on average
+    predicted = (P + n) / (P + s (g c + v))      n  tokens, s  steps: tau = n / s
+                                                 g  mean drafts per step
                                                  c  one draft, v  one verification
-                                                 P  the first pass over the prompts
+                                                 P  prefill of the prompts
 
-The first pass is part of both times and gains nothing; without it (long texts) tau / (g c + v) is left.
+The prefill is part of both times and gains nothing; without it (long texts) this is tau / (g c + v).
 """
 
 import math
@@ -30,20 +29,20 @@ from ..speculation.drafters.base import Draft, Drafter
 from ..speculation.reference import MlxLm
 from .rounds import ratios, rounds
 
-PLAIN_STEPS = 4  # timed together, because the loop starts each before the last one is read
-TIE_ULP = 32  # two logits closer than this many units in the last place are a tie
+PLAIN_STEPS = 4  # timed together, because the loop starts each step before the previous one is read
+TIE_ULP = 32  # logits that differ by less than this many units in the last place are tied
 
 
 @dataclass
 class Arm:
-    """One way of decoding, and what was seen of it."""
+    """One decoding method, and its measurements."""
 
     name: str
-    drafter: object  # None is mlx-lm's own generation
+    drafter: object  # None: mlx-lm's own generation
     drafts: int = 0
-    training: dict = field(default_factory=dict)  # what it took, as methods.training says
+    training: dict = field(default_factory=dict)  # parameters, seconds and steps of its training
     tokens: int = 0
-    times: np.ndarray | None = None  # (rounds, prompts, 2): seconds, and of these for the first pass
+    times: np.ndarray | None = None  # (rounds, prompts, 2): total and prefill seconds
     accepted: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     mismatches: int = 0
@@ -51,17 +50,17 @@ class Arm:
 
     @property
     def equal(self) -> bool:
-        """Whether every text was plain decoding's, ties of rounding apart."""
+        """Whether all texts equal plain decoding's, except at ties."""
         return self.mismatches == self.ties
 
     @property
     def seconds(self) -> list[float]:
-        """Of each round, all prompts."""
+        """Per round, over all prompts."""
         return self.times[..., 0].sum(1).tolist()
 
     @property
     def prefill_seconds(self) -> list[float]:
-        """Of each round, for the first passes."""
+        """Prefill time per round."""
         return self.times[..., 1].sum(1).tolist()
 
     def decode(self, backbone: Backbone, prompt: list[int], max_tokens: int) -> Generation:
@@ -74,14 +73,14 @@ class Arm:
 
 
 def is_tie(backbone: Backbone, prompt: list[int], one: list[int], other: list[int]) -> bool:
-    """Whether two texts part where the model itself is undecided.
+    """Whether two texts first differ at a tie of the model's logits.
 
-    The logits of the two tokens after the common prefix are computed in one pass over it; they
-    tie if they differ by less than `TIE_ULP` units in the last place of the larger.
+    The logits of the two tokens after the common prefix are computed in one pass; they tie if they differ by
+    at most `TIE_ULP` units in the last place of the larger.
     """
     n = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
     if n is None:
-        return False  # one text is the beginning of the other: no rounding does that
+        return False  # one text is a prefix of the other, which rounding cannot cause
     logits = backbone.logits(mx.array([prompt + one[:n]]))[0, -1]
     a, b = logits[one[n]].item(), logits[other[n]].item()
     unit = mx.finfo(logits.dtype).eps * 2.0 ** math.floor(math.log2(max(abs(a), abs(b), 1e-30)))
@@ -91,8 +90,8 @@ def is_tie(backbone: Backbone, prompt: list[int], one: list[int], other: list[in
 def run_arms(
     backbone: Backbone, arms: list[Arm], prompts: list[list[int]], max_tokens: int, repeats=0, report=None
 ) -> None:
-    """Decode all prompts with all arms: once to compare the texts with plain decoding's, then `repeats` timed
-    rounds."""
+    """Decode all prompts with all arms: one round to compare the texts with plain decoding's, then `repeats`
+    timed rounds."""
     plain = Arm("plain", Plain())
     right = [plain.decode(backbone, prompt, max_tokens).tokens for prompt in prompts]
 
@@ -113,18 +112,17 @@ def run_arms(
         arm.times = times
 
 
-# --- what a speed-up is made of -----------------------------------------------------------
+# --- factors of a speed-up -----------------------------------------------------------
 
 
 def prefill_steps(plain: Arm) -> float:
-    """P: the first passes over all prompts, in plain steps; the median of the rounds."""
+    """P: the prefill of all prompts, in plain steps; median over rounds."""
     each = zip(plain.prefill_seconds, plain.seconds, strict=True)
     return statistics.median(plain.tokens * first / (whole - first) for first, whole in each)
 
 
 def acceptance(accepted: list[int], drafted: list[int]) -> list[float]:
-    """a_1, a_2, ..: share of the drafts at each position that were right, of those whose
-    predecessors were."""
+    """a_1, a_2, ..: acceptance at each position, given that all earlier drafts were accepted."""
     a = []
     for position in range(1, max(drafted, default=0) + 1):
         offered = sum(d >= position and n >= position - 1 for n, d in zip(accepted, drafted, strict=True))
@@ -136,7 +134,7 @@ def acceptance(accepted: list[int], drafted: list[int]) -> list[float]:
 
 @contextmanager
 def not_stopping(drafter: Drafter):
-    """A drafter that stops by itself drafts on for a while, at the same cost, however unsure it is."""
+    """Temporarily keep a drafter from stopping early, at the same cost per draft."""
     before, drafter.threshold = drafter.threshold, min(drafter.threshold, 1e-30)
     try:
         yield
@@ -152,16 +150,16 @@ def step_costs(
     repeats: int = 15,
     accepted: int | None = None,
 ) -> tuple[float, float]:
-    """(c, v) in plain steps: one draft of K, and one verification of K + 1 rows.
+    """(c, v) in plain steps: the cost of one of K drafts, and of verifying K + 1 positions.
 
-    Timed in turn after the same prompt, as the loop runs them: some plain steps, a whole step of
-    drafts and verification, and the verification alone; medians. The drafts are the difference.
-    Who looks drafts up may find too few in this prompt; K + 1 rows are verified all the same.
-    Of a prompt that ends too near the end of the context the beginning is taken.
+    Medians of interleaved timings after the same prompt, as in the decoding loop: plain steps, a whole step
+    of drafting and verification, and the verification alone; drafting is the difference. K + 1 positions are
+    verified even if a lookup drafter finds fewer drafts. A prompt too near the end of the context is
+    truncated.
 
     Args:
-        accepted: drafts that the step before has accepted, K / 2 by default. A drafter with a cache of its
-            own reads them all with its first draft.
+        accepted: drafts that the previous step accepted, K / 2 by default. A drafter with its own cache reads
+            all of them with its first draft.
     """
     kept = 1 + (K // 2 if accepted is None else accepted)
     with not_stopping(drafter):
@@ -174,7 +172,7 @@ def _step_costs(backbone, drafter, K, prompt, repeats, kept):
     cache = backbone.new_cache(len(prompt) + MOST_DRAFTS)
     pending, length, greedy = prompt[-1], len(prompt) - 1, Sampler()
     drafter.begin(prompt, len(prompt) + MOST_DRAFTS)
-    if length > 1:  # first the step before, so that its drafter stands as in the midst of a text
+    if length > 1:  # first the previous step, so that the drafter's state is as in the middle of a text
         kept = min(kept, length - 1)
         read_prompt(backbone, drafter, prompt[:-kept], cache)
         draft_and_verify(backbone, drafter, prompt[:-kept], K, greedy, cache)
@@ -215,13 +213,13 @@ def _step_costs(backbone, drafter, K, prompt, repeats, kept):
 
     drafted = None
     times = rounds((plain, whole, check, full), 1, repeats + 1, seconds)
-    unit, step, checked, v = (float(np.median(each[1:])) for each in times)  # two rounds warm up
+    unit, step, checked, v = (float(np.median(each[1:])) for each in times)  # the first rounds are warm-up
     unit /= PLAIN_STEPS
-    made = max(1, drafted.depth)  # a pool or a text may have none to offer
+    made = max(1, drafted.depth)  # a lookup may find no drafts
     return (step - checked) / made / unit, v / unit
 
 
-# --- the whole ----------------------------------------------------------------------------
+# --- comparison ----------------------------------------------------------------------------
 
 
 def compare(
@@ -233,9 +231,9 @@ def compare(
     repeats: int = 5,
     report: Callable | None = None,
 ) -> dict:
-    """Figures of all arms, in the form of the records in `data/results/speculation.jsonl`.
+    """Figures of all arms, in the form of `data/results/speculation.jsonl`.
 
-    An arm whose texts are not plain decoding's gets no speed.
+    An arm whose texts differ from plain decoding's gets no speed-up.
     """
     run_arms(backbone, arms, prompts, max_tokens, repeats, report)
     plain = next(a for a in arms if a.name == "plain")
@@ -246,7 +244,7 @@ def compare(
         steps = len(arm.drafted)
         tau = (len(arm.accepted) + sum(arm.accepted)) / steps
         c, v, predicted = 0.0, 1.0, 1.0
-        if made := sum(arm.drafted) / steps:  # fewer than K where a drafter stops by itself
+        if made := sum(arm.drafted) / steps:  # fewer than K if a drafter stops early
             c, v = step_costs(backbone, arm.drafter, max(1, round(made)), prompts[0], accepted=round(tau) - 1)
             predicted = (prefill + arm.tokens) / (prefill + steps * (made * c + v))
         figures["arms"][arm.name] = {

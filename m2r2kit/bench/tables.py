@@ -1,24 +1,24 @@
-"""Rows under heads: one table for the terminal, a notebook and Markdown."""
+"""Tables for the terminal, a notebook and Markdown."""
 
 import html
 import textwrap
 from collections.abc import Sequence
 
 GAP = "  "
-NARROW = 12  # characters; no column of a wrapped table is narrower
-LEAST = 40  # characters; a terminal that is narrower breaks the lines itself
+NARROW = 12  # minimum width of a wrapped column, in characters
+LEAST = 40  # minimum width of a table, in characters
 
 
 class Table:
-    """Cells under heads, as text (`print`), in a notebook (the last value of a cell) or as Markdown.
+    """A table that renders as text (`print`), in a notebook (the last value of a cell) or as Markdown.
 
     Args:
         heads: of the columns.
-        rows: of texts, as many as heads, or fewer: the rest of a row is empty.
-        caption: what stands above.
-        details: of each row some sentences, which stand below it.
-        left: heads of the columns that are aligned left beside the first; numbers are aligned right.
-        bold: first cells that are set in bold type where that is possible.
+        rows: of cell texts; short rows are padded with empty cells.
+        caption: text above the table.
+        details: for each row, sentences to show below it.
+        left: heads of left-aligned columns besides the first; the others are right-aligned.
+        bold: first cells to set in bold, in a notebook.
         fold: in a notebook, details unfold on a click.
     """
 
@@ -38,7 +38,7 @@ class Table:
         self.left = [i == 0 or head in left for i, head in enumerate(heads)]
 
     def as_text(self, width: int | None = None) -> str:
-        """Aligned columns; with a `width`, long cells are wrapped so that lines are not longer."""
+        """Aligned columns; long cells are wrapped to fit `width` characters, if given."""
         widths = [max(map(len, column)) for column in zip(self.heads, *self.rows)]
         if width is not None:
             width = max(LEAST, width)
@@ -69,7 +69,7 @@ class Table:
     __str__ = __repr__ = as_text
 
     def as_markdown(self) -> str:
-        """For a README; details stand behind the first cell."""
+        """As Markdown; details follow the first cell."""
         lines = [self.heads, ["---" if left else "---:" for left in self.left]]
         for (first, *cells), details in zip(self.rows, self.details, strict=True):
             lines.append([": ".join([first, *details]), *cells])

@@ -4,15 +4,15 @@
     reader.py                      threads that read records past the page cache
     slots.py                       where records lie in memory, and how the model computes from there
     residency.py, policies.py      which experts are in memory, and which one is evicted
-    predictors.py                  which experts will be needed, predicted from ids ..
-    state_predictors.py, train.py  .. and from states: routers, the stream, a map; how these are trained
-    moe.py, reads.py, decode.py    a model that decodes so
-    opening.py                     all of it at once, from a model and a store
+    predictors.py                  which experts will be needed, predicted from ids,
+    state_predictors.py, train.py  or from hidden states: routers, the stream, a map; their training
+    moe.py, reads.py, decode.py    decoding with streamed experts
+    opening.py                     a ready decoder from a model and a store
     trace.py, simulate.py          the same counts without the model, and the time on another disk
-    registry.py, trained.py        all of them by name, and from disk
+    registry.py, trained.py        policies and predictors by name; trained ones from disk
 
-A prediction changes when bytes arrive and never which expert runs: the tokens are those of the model with
-all its experts in memory.
+A prediction changes when bytes arrive, never which expert runs: the tokens equal those of the model with all
+experts in memory.
 """
 
 from ..common import on_demand

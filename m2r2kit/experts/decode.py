@@ -1,12 +1,12 @@
-"""Decoding with experts that come from disk: block by block, reads beside the computing.
+"""Decoding with experts that are read from disk, block by block, while the model computes.
 
     compute up to block l's router               meanwhile: reads issued at earlier blocks
     read the experts it chose                    on demand
     read those predicted for later blocks        ahead
     wait for the chosen ones                     the only wait: the stall
-    go on
+    continue
 
-The router decides, always; a prediction only starts a read. Tokens are those of the model in memory.
+The router always decides; a prediction only starts a read. The tokens equal those of the model in memory.
 """
 
 import time
@@ -34,31 +34,37 @@ from .residency import Residency
 from .slots import Bank
 from .state_predictors import StatePredictor
 from .store import Store
-from .trace import Named, Pass, Trace
+from .trace import Pass, Predicted, Trace
 
-CHUNK = 512  # positions of a prompt in one pass; an expert is read at most once a chunk
+CHUNK = 512  # positions of a prompt per pass; an expert is read at most once per chunk
 
 
 class StreamedModel:
     """A model without its experts, and the store that holds them.
 
     Raises:
-        UserError: the model or the store cannot be used, or the store is not that of this model.
+        UserError: the model or the store cannot be used, or the store belongs to another model.
     """
 
     def __init__(self, model: str | Path, store: str | Path | Store):
         self.store = store if isinstance(store, Store) else Store(store)
         manifest = self.store.manifest
         dtype, sha256 = getattr(mx, manifest.dtype), self.store.model_sha256
-        decode = not manifest.quantized  # the model computes as it did when its experts were packed
+        decode = not manifest.quantized  # compute as when the experts were packed
         self.backbone, self.experts = load_without_experts(model, dtype, sha256, decode)
         self.store.fits(facts_of(self.backbone, self.experts))
 
     def residency(self, slots: int, policy: Callable, shared: bool = False) -> Residency:
-        """An empty memory with so many slots in each block (in all blocks together, if `shared`)."""
+        """An empty memory of `slots` per block (of all blocks together if `shared`).
+
+        Raises:
+            UserError: too few slots for one token, or `shared` with records of different sizes.
+        """
         m = self.store.manifest
         if shared and not m.one_size:
-            raise UserError("The blocks of this model have experts of different sizes, which share no slots.")
+            raise UserError(
+                "The blocks of this model have experts of different sizes, so they cannot share slots."
+            )
         return Residency(m.blocks, m.experts, m.top_k, slots, policy, shared)
 
 
@@ -67,15 +73,15 @@ class ExpertDecoder(Decoder):
 
     Args:
         residency: which experts are in memory; from `StreamedModel.residency`.
-        reader: of the same store; it stays the caller's to close.
+        reader: of the same store; the caller closes it.
         predictor: None predicts nothing.
-        trace: a trace to add all passes to.
-        timeline: a list to add `Event`s to; reads appear when they are used, the computing of tokens only.
+        trace: all passes are appended to it.
+        timeline: `Event`s are appended to it; reads when they are used, computing for tokens only.
 
     Attributes:
-        choose: logits (V,) -> the next token; None takes the likeliest. It may be changed between texts.
-        cut: stop at each router also where all experts are in memory, to measure what the stops cost; it
-            may be changed between texts.
+        choose: logits (V,) -> the next token; None takes the most likely. It may change between texts.
+        cut: stop at each router even if all experts are in memory, to measure the cost of the stops. It may
+            change between texts.
     """
 
     def __init__(
@@ -108,16 +114,16 @@ class ExpertDecoder(Decoder):
 
     @property
     def work(self) -> ExpertWork:
-        """What the experts of the current text took."""
+        """Counts and waits of the current text."""
         return self.reads.work
 
     # --- text ---
 
     def begin(self, prompt, capacity):
-        """The prompt is read in chunks, so that each expert is read once a chunk.
+        """Read the prompt in chunks, so that each expert is read once per chunk.
 
         Raises:
-            UserError: an error has stopped this decoder before, or a record cannot be read.
+            UserError: an earlier error has stopped this decoder, or a record cannot be read.
         """
         with self._whole():
             self.texts, self.reads.work, residency = self.texts + 1, ExpertWork(), self.residency
@@ -129,7 +135,7 @@ class ExpertDecoder(Decoder):
             for i in range(0, len(prompt) - 1, CHUNK):
                 self._last = self._read(prompt[i : min(i + CHUNK, len(prompt) - 1)], self._cache)
             self._before = replace(residency.counts)
-            self.reads.work = ExpertWork(prefill=self._before - before)  # its waits are the tokens' own
+            self.reads.work = ExpertWork(prefill=self._before - before)  # stalls count tokens only
 
     def step(self, pending, left):
         with self._whole():
@@ -143,12 +149,12 @@ class ExpertDecoder(Decoder):
             return Emitted([choice.item() if self.choose is None else self.choose(logits)])
 
     def threads(self):
-        # without a predictor nothing is read while something is computed
+        # without a predictor, reads and computing do not overlap
         return decoding(self.matrix_bytes, apart=type(self.predictor) is not Predictor)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """What is not done to its end leaves the decoder unusable: a slot may not hold what it should."""
+        """An incomplete operation leaves the decoder unusable, because slots may hold wrong experts."""
         if self.broken:
             raise UserError("This decoder was stopped by an error; open the model again.")
         self.broken = True
@@ -162,12 +168,12 @@ class ExpertDecoder(Decoder):
         choose: Callable[[mx.array], int] | None = None,
         on_tokens: Callable | None = None,
     ) -> Generation:
-        """`driver.generate` with this choice of tokens."""
+        """`driver.generate` with `choose` as for the class."""
         self.choose = choose
         return driver.generate(self, prompt, max_tokens, on_tokens)
 
     def settle(self) -> None:
-        """Wait for the prefetches that were not needed, so that they do not disturb what is timed next."""
+        """Wait for pending prefetches, so that they do not disturb the next timing."""
         self.reads.settle()
 
     # --- passes ---
@@ -177,11 +183,11 @@ class ExpertDecoder(Decoder):
         residency, predictor = self.residency, self.predictor
         number = residency.passes
         residency.begin()
-        named = [*predictor.before(number), *predictor.of(token)]
-        for m, experts in named:
+        predicted = [*predictor.before(number), *predictor.of(token)]
+        for m, experts in predicted:
             self.reads.start(residency.speculate(m, experts), urgent=False)
-        self.reads.again(named)
-        noted = Pass(self.texts - 1, False, named=[named])
+        self.reads.again(predicted)
+        noted = Pass(self.texts - 1, False, predicted=[predicted])
         steps = self.cut_pass.run(mx.array([[token]]), cache, last)
         decision = next(steps)
         while decision.l is not None:
@@ -189,11 +195,11 @@ class ExpertDecoder(Decoder):
             mx.eval(decision.arrays())
             self.reads.note("compute", decision.l, begun, time.perf_counter())
             l, (wanted,) = decision.l, decision.ids.tolist()
-            named = self._chosen(noted, number, l, wanted, decision.named)
-            now, ahead = residency.arrive(l, wanted, named)
+            predicted = self._chosen(noted, number, l, wanted, decision.predicted)
+            now, ahead = residency.arrive(l, wanted, predicted)
             self.reads.start(now, urgent=True)
             self.reads.start(ahead, urgent=False)
-            self.reads.sort(l, wanted, named)
+            self.reads.sort(l, wanted, predicted)
             decision = steps.send(self.reads.ready(l, wanted))
         mx.eval(decision.arrays())
         residency.end()
@@ -204,8 +210,8 @@ class ExpertDecoder(Decoder):
     def _flow(
         self, token: int, cache: list, last: mx.array, more: bool
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """`_token` with all experts in memory, so that no block stops; also returns the likeliest token. The
-        pass of one `more` token is computed while this one is read."""
+        """`_token` with all experts in memory and no stops; also returns the most likely token (1, 1). If
+        `more`, the next token's pass is computed while this one is evaluated."""
         residency, number, begun = self.residency, self.residency.passes, time.perf_counter()
         decision = self._next or next(self.whole_pass.run(mx.array([[token]]), cache, last))
         choice = mx.argmax(decision.logits, axis=-1)  # (1, 1)
@@ -216,32 +222,33 @@ class ExpertDecoder(Decoder):
         mx.eval(choice, *decision.arrays())
         self.reads.note("compute", residency.blocks[-1], begun, time.perf_counter())
         residency.begin()
-        named = [*self.predictor.before(number), *self.predictor.of(token)]
-        for m, experts in named:
+        predicted = [*self.predictor.before(number), *self.predictor.of(token)]
+        for m, experts in predicted:
             residency.speculate(m, experts)
-        noted = Pass(self.texts - 1, False, named=[named])
+        noted = Pass(self.texts - 1, False, predicted=[predicted])
         for l, wanted in zip(residency.blocks, decision.ids.tolist(), strict=True):
-            at = [each for each in decision.named if each[0] == l]
+            at = [each for each in decision.predicted if each[0] == l]
             residency.arrive(l, wanted, self._chosen(noted, number, l, wanted, at))
         residency.end()
         if self.trace:
             self.trace.passes.append(noted)
         return decision.logits[0, -1], decision.u, choice
 
-    def _chosen(self, noted: Pass, number: int, l: int, wanted: list[int], named: list) -> Named:
-        """Block l's router has chosen: the predictions made at this moment, which go into the trace too."""
+    def _chosen(self, noted: Pass, number: int, l: int, wanted: list[int], predicted: list) -> Predicted:
+        """The predictions made when block l's router has chosen; also records both for the trace."""
         at = self.predictor.at(number, l, wanted)
-        for _, blocks, experts in named:
+        for _, blocks, experts in predicted:
             at = [*at, *zip(blocks, experts.tolist(), strict=True)]
         noted.wanted.append(wanted)
-        noted.named.append(at)
+        noted.predicted.append(at)
         return at
 
     def _read(self, tokens: list[int], cache: list) -> mx.array:
-        """A chunk of a prompt through all blocks, each needed expert read once; returns the last h_N."""
+        """Run a chunk of a prompt through all blocks, reading each needed expert once; returns the last
+        h_N."""
         backbone, residency = self.backbone, self.residency
         residency.begin()
-        noted = Pass(self.texts - 1, True, named=[[] for _ in range(len(residency.blocks) + 1)])
+        noted = Pass(self.texts - 1, True, predicted=[[] for _ in range(len(residency.blocks) + 1)])
         h = backbone.embed(mx.array([tokens]))
         for l in range(backbone.depth):
             mask = create_attention_mask(h, cache[l])
@@ -261,14 +268,14 @@ class ExpertDecoder(Decoder):
         return mx.contiguous(h[:, -1:])
 
     def _grouped(self, l: int, rows: mx.array, chosen: np.ndarray) -> mx.array:
-        """The outputs (T, k, D) of the chosen experts (T, k) for positions `rows` (T, D), computed in groups
-        of experts that fit the slots."""
+        """The outputs (T, k, D) of the chosen experts (T, k) for inputs `rows` (T, D), computed in groups of
+        experts that fit the slots."""
         T, k = chosen.shape
         parts, places = [], []
         for group in self.residency.groups(l, chosen.ravel().tolist()):
             self.reads.start(self.residency.demand(l, group), urgent=True)
             slots = dict(zip(group, self.reads.ready(l, group), strict=True))
-            where = np.flatnonzero(np.isin(chosen, group))  # of the T k pairs of position and expert
+            where = np.flatnonzero(np.isin(chosen, group))  # indices into the T k pairs (position, expert)
             here = mx.array([[slots[e]] for e in chosen.ravel()[where].tolist()])  # (n, 1)
             y = self.switches[l](rows[mx.array(where // k)], here)  # (n, 1, D)
             mx.eval(y)  # before the slots are given to the next group

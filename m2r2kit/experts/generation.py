@@ -1,4 +1,4 @@
-"""What decoding with experts from disk took, and when each thing in it happened."""
+"""Counts, waits and events of decoding with experts from disk."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -8,12 +8,12 @@ from .residency import Counts
 
 @dataclass
 class ExpertWork:
-    """What the experts of one text took (`Generation.experts`).
+    """Counts and waits of one text (`Generation.experts`).
 
     Attributes:
-        counts: of the tokens' passes, without the prompt's; `prefill` has those of the prompt.
-        in_time, late: of `counts.ahead`, those whose read was through when they were needed, or not.
-        stall_seconds: spent waiting for reads, in the tokens' passes.
+        counts: of the tokens' passes; `prefill` has those of the prompt.
+        in_time, late: of `counts.ahead`, the prefetches that had finished when needed, and the others.
+        stall_seconds: time spent waiting for reads, in the tokens' passes.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -24,8 +24,9 @@ class ExpertWork:
 
 
 class Event(NamedTuple):
-    """Something in a token's pass: `compute` up to block l's router, `wait` for block l's experts, a
-    `demand` read or one asked for `ahead`, from when its thread began. Times are perf_counter's."""
+    """One event of a token's pass: `compute` up to the router of `block`, `wait` for its experts, or a
+    `demand` or `ahead` read of `expert`, from the moment its thread starts it. Times are from
+    `time.perf_counter`."""
 
     kind: str
     block: int

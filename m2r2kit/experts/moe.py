@@ -1,12 +1,12 @@
 """A mixture-of-experts model cut between each router and its experts.
 
-    segment    [experts of the block before] .. attention, router      -> which experts, what weights
+    segment    [experts of the previous block] .. attention, router    -> experts and their weights
     .. the experts are read into slots ..
     segment    [these experts] .. the next attention, router           -> ..
 
 Each segment is one compiled pass (`cache.Traced`) from one router's decision to the next. If all experts are
-in slots already, nothing has to be read and one segment spans all blocks. Families differ in how they route:
-their own code runs, with something else in place of the experts, so none of it is repeated here.
+in slots, nothing is read and one segment spans all blocks. Families differ in how they route, so their own
+code runs with a substitute for the experts.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ from ..model.cache import Traced
 from ..model.compiled import replaced
 from .state_predictors import StatePredictor
 
-EXPERTS = "switch_mlp"  # where every family of mlx-lm keeps them
+EXPERTS = "switch_mlp"  # the attribute in all families of mlx-lm
 
 
 def has_experts(backbone: Backbone, l: int) -> bool:
-    """Whether a block chooses among experts."""
+    """Whether a block routes to experts."""
     return "gate" in backbone.blocks[l][backbone.parts.ffn]
 
 
@@ -36,10 +36,10 @@ def attend(backbone: Backbone, l: int, h: mx.array, mask, cache) -> mx.array:
 
 
 def route(backbone: Backbone, l: int, u: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """What block l's router decides: (x (T, D) for the experts, their ids (T, k), weights (T, k)).
+    """Block l's routing: (inputs x (T, D) of the experts, their ids (T, k), weights (T, k)).
 
-    The block's own FFN runs with unit vectors as the outputs of its experts. It sums them by weight, so its
-    output is the weights.
+    The block's own FFN runs with unit vectors as expert outputs; it sums them by weight, so its output is the
+    weights.
     """
     block, parts = backbone.blocks[l], backbone.parts
     ffn, x = block[parts.ffn], block[parts.ffn_norm](u)
@@ -61,7 +61,7 @@ _UNITS: dict[tuple, mx.array] = {}
 
 
 def unit_vectors(k: int, width: int, dtype: mx.Dtype) -> mx.array:
-    """e_1 .. e_k, (k, width); made once, so that compiled passes take it for a constant."""
+    """e_1 .. e_k, (k, width); created once, so that compiled passes treat it as a constant."""
     if (k, width, dtype) not in _UNITS:
         _UNITS[k, width, dtype] = mx.eye(k, width, dtype=dtype)
         mx.eval(_UNITS[k, width, dtype])
@@ -69,12 +69,12 @@ def unit_vectors(k: int, width: int, dtype: mx.Dtype) -> mx.array:
 
 
 def combine(u: mx.array, y: mx.array, weights: mx.array) -> mx.array:
-    """h_{l+1}: u_l plus the experts' outputs y (T, k, D) by weight; (1, T, D)."""
+    """h_{l+1} (1, T, D): u_l plus the weighted sum of the experts' outputs y (T, k, D)."""
     return u + (y * weights[..., None]).sum(axis=-2).reshape(u.shape)
 
 
 def dense(backbone: Backbone, l: int, u: mx.array) -> mx.array:
-    """h_{l+1} of a block that runs as it is: one without experts, or with them in memory."""
+    """h_{l+1} of an unmodified block: without experts, or with all of them in memory."""
     block, parts = backbone.blocks[l], backbone.parts
     return u + block[parts.ffn](block[parts.ffn_norm](u))
 
@@ -82,8 +82,8 @@ def dense(backbone: Backbone, l: int, u: mx.array) -> mx.array:
 def through(
     backbone: Backbone, l: int, u: mx.array, switch: nn.Module, first: int
 ) -> tuple[mx.array, mx.array]:
-    """Block l from u_l on by its own code, with all its experts in slots from `first` on; T = 1. Returns
-    h_{l+1}, and the ids (1, k) that its router chose."""
+    """Run block l's FFN on u_l (T = 1), with all its experts in slots from `first` on. Returns h_{l+1} and
+    the ids (1, k) that its router chose."""
     noted = []
 
     def experts(x, ids):
@@ -96,7 +96,7 @@ def through(
 
 
 def new_cache(backbone: Backbone, capacity: int) -> list:
-    """`Backbone.new_cache` for a model without its experts, which are not needed to learn the shapes."""
+    """`Backbone.new_cache` for a model without its experts, which do not affect the shapes."""
 
     def no_experts(x, ids):
         return mx.zeros((*ids.shape, x.shape[-1]), x.dtype)
@@ -113,14 +113,14 @@ def new_cache(backbone: Backbone, capacity: int) -> list:
 
 @dataclass
 class Decision:
-    """A token's state when block l's router has decided; `l` is None at the end of the pass.
+    """A token's state after block l's router; `l` is None at the end of the pass.
 
     Attributes:
         u: the hidden state after block l's attention, (1, 1, D); at the end h_N.
-        x, ids, weights: as `route` returns them, T = 1; at the end `ids` (blocks, k) of the blocks that were
-            passed without a stop, if any were.
-        p: what the predictor hands on.
-        named: for each prediction in the segment: the block with experts that decides next, the targets, and
+        x, ids, weights: as `route` returns them, T = 1; at the end `ids` (blocks, k) of the blocks that ran
+            without a stop, if any.
+        p: the predictor's state for the next segment.
+        predicted: for each prediction in the segment: the next block with experts, the target blocks, and
             their predicted experts (targets, width).
         logits: at the end, (1, 1, V).
     """
@@ -131,13 +131,13 @@ class Decision:
     ids: mx.array | None = None
     weights: mx.array | None = None
     p: mx.array | None = None
-    named: list[tuple[int, list[int], mx.array]] = field(default_factory=list)
+    predicted: list[tuple[int, list[int], mx.array]] = field(default_factory=list)
     logits: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
-        """All that has to be computed before the experts can be read."""
+        """All arrays that must be evaluated before the experts are read."""
         given = (self.u, self.x, self.ids, self.weights, self.p, self.logits)
-        return [a for a in given if a is not None] + [experts for *_, experts in self.named]
+        return [a for a in given if a is not None] + [experts for *_, experts in self.predicted]
 
 
 class TokenPass:
@@ -145,8 +145,8 @@ class TokenPass:
 
     Args:
         switches: for each block with experts, the module that computes from slots (`slots.Bank.switch`).
-        predictor: one that looks at states, or None.
-        first: if all experts are in slots and stay, the slot of each block's first one; then no block stops.
+        predictor: predicts from hidden states; may be None.
+        first: if all experts stay in slots, block -> slot of its first expert; then no block stops.
     """
 
     def __init__(
@@ -159,14 +159,14 @@ class TokenPass:
         self.backbone, self.switches, self.predictor = backbone, switches, predictor
         self.first = first or {}
         if predictor is not None:
-            mx.eval(predictor.parameters())  # or compiled passes would compute them each time
+            mx.eval(predictor.parameters())  # otherwise compiled passes compute them each time
         self.stops = [*(l for l in sorted(switches) if l not in self.first), None]
         self.segments: list[Traced] = []
-        self.targets: list[list[tuple[int, list[int]]]] = []  # of each segment: as in `Decision.named`
+        self.targets: list[list[tuple[int, list[int]]]] = []  # per segment, as in `Decision.predicted`
         for last, stop in zip([None, *self.stops], self.stops):
             asked = self._range(last, stop) if predictor is not None else ()
-            named = [(l, predictor.targets(l)) for l in asked]
-            self.targets.append([(self._next(l), blocks) for l, blocks in named if blocks])
+            predicted = [(l, predictor.targets(l)) for l in asked]
+            self.targets.append([(self._next(l), blocks) for l, blocks in predicted if blocks])
             writes = self._range(last, stop)
             reads = predictor.reads if predictor is not None else ()
             self.segments.append(Traced(self._body(last, stop), backbone.depth, writes, reads))
@@ -190,37 +190,37 @@ class TokenPass:
             else:
                 rows, weights, slots, p = more
                 h = combine(x, self.switches[last](rows, slots), weights)
-            u, named, passed = h, [], []
+            u, predicted, passed = h, [], []
             for l in self._range(last, stop):
                 mask = cache[l].make_mask(1)
                 u = attend(backbone, l, h, mask, cache[l])
                 if predictor is not None:
                     p, states = predictor.ahead(l, h, u, p, cache, mask, before)
                     if states:
-                        named.append(predictor.named(l, states))
+                        predicted.append(predictor.predict(l, states))
                 if l in self.first:
                     h, ids = through(backbone, l, u, self.switches[l], self.first[l])
                     passed.append(ids)
                 elif l != stop:
                     h = dense(backbone, l, u)
             if stop is None:
-                return (h, backbone.head(h), mx.concatenate(passed) if passed else None, *named)
-            return (u, *route(backbone, stop, u), p, *named)
+                return (h, backbone.head(h), mx.concatenate(passed) if passed else None, *predicted)
+            return (u, *route(backbone, stop, u), p, *predicted)
 
         return body
 
     def run(self, x: mx.array, cache: list, before: mx.array) -> Iterator[Decision]:
-        """The decisions in the pass of a token x (1, 1); the last has the logits. For each decision but the
-        last, send the slots of the chosen experts, (k,)."""
+        """Yield the decisions of the pass of a token x (1, 1); the last has the logits. After each other
+        decision, send the slots of the chosen experts, (k,)."""
         more = ()
         for stop, segment, targets in zip(self.stops, self.segments, self.targets):
             out = segment(cache, x, before, *more)
             if stop is None:
-                h, logits, ids, *named = out
-                named = [(*t, experts) for t, experts in zip(targets, named, strict=True)]
-                yield Decision(None, h, ids=ids, named=named, logits=logits)
+                h, logits, ids, *predicted = out
+                predicted = [(*t, experts) for t, experts in zip(targets, predicted, strict=True)]
+                yield Decision(None, h, ids=ids, predicted=predicted, logits=logits)
                 return
-            u, rows, ids, weights, p, *named = out
-            named = [(*t, experts) for t, experts in zip(targets, named, strict=True)]
-            slots = yield Decision(stop, u, rows, ids, weights, p, named)
+            u, rows, ids, weights, p, *predicted = out
+            predicted = [(*t, experts) for t, experts in zip(targets, predicted, strict=True)]
+            slots = yield Decision(stop, u, rows, ids, weights, p, predicted)
             x, more = u, (rows, weights, mx.array([slots]), p)

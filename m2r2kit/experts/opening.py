@@ -1,4 +1,4 @@
-"""A model whose experts are on disk, ready to decode: model, store, reader, memory and predictor at once."""
+"""A ready decoder for a model whose experts are on disk: model, store, reader, memory and predictor."""
 
 from pathlib import Path
 
@@ -26,22 +26,22 @@ def open_experts(
     threads: int = 2,
     link: float | None = None,
 ) -> ExpertDecoder:
-    """A decoder of a streamed model. `reader.close()` ends its threads and closes its files.
+    """A decoder of a streamed model. Its `reader.close()` ends the threads and closes the files.
 
     Args:
         model: a folder or repository.
         store: the folder that `pack` wrote.
         budget: memory for experts and the readers' buffers: bytes, or a share of all experts.
-        policy: which expert leaves the memory when a slot is needed; `registry.POLICIES`.
-        predictor: who predicts experts ahead of time; `registry.PREDICTORS`.
-        distance: blocks to look ahead; the stream's own follows from its rate.
-        width: experts to predict for a block; by default as many as run.
+        policy: eviction policy, a name in `registry.POLICIES`.
+        predictor: a name in `registry.PREDICTORS`.
+        distance: blocks to look ahead; that of a stream follows from its rate.
+        width: experts to predict per block; by default as many as run.
         stream: folder of the trained stream of predictor `m2r2`; by default beside the model.
-        known: file with the routing of earlier texts, for what learns from it.
-        trace: whether to note this run's routing (`ExpertDecoder.trace`).
+        known: a trace file, for policies and predictors that need one.
+        trace: whether to record the routing (`ExpertDecoder.trace`).
         reads: `direct`, past the page cache, or `buffered`.
-        threads: that read at once.
-        link: simulate a disk of so many bytes/s.
+        threads: number of reading threads.
+        link: bytes/s of a simulated disk; None is the real one.
 
     Raises:
         UserError: model or store cannot be used, a name or number is wrong, or the budget is too small.
@@ -65,7 +65,7 @@ def open_experts(
 
 
 def _predictor(whole: StreamedModel, model, name: str, distance, width, stream, routing) -> Predictor:
-    """A predictor by its name, loaded if it was trained."""
+    """A predictor by name; a trained one is loaded."""
     made = None
     if name in registry.TRAINED:
         folder = stream if name == "m2r2" else None

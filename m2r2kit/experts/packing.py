@@ -1,8 +1,8 @@
 """Pack the experts of a model into a store (`store.py`), one block after the other.
 
-Everything is written into a folder of its own beside OUT, `OUT.packing`, which is renamed when all is there:
-a store is whole or absent. An interrupted packing goes on with the first missing block. A lock keeps two
-processes apart: the second waits, and then uses the store of the first.
+Everything is written into a folder beside OUT, `OUT.packing`, which is renamed at the end: a store is whole
+or absent. An interrupted packing resumes with the first missing block. If two processes pack the same store,
+a lock makes the second wait and use the store of the first.
 """
 
 import errno
@@ -30,8 +30,8 @@ from ..model.folder import model_folder
 from ..model.hashes import weights_sha256
 from .store import FORMAT, MANIFEST, STAMPS, Manifest, Piece, Store, file_name, padded, stamped, stamps
 
-SPARE = 16 << 20  # bytes that packing leaves free on the disk
-ORDER = ("gate_proj", "up_proj", "down_proj")  # as they are needed
+SPARE = 16 << 20  # bytes to leave free on the disk
+ORDER = ("gate_proj", "up_proj", "down_proj")  # the order of use
 LOCK, PROGRESS = "lock", "progress.json"  # in the folder of a packing
 OWN = re.compile(r"lock|(progress|manifest|model)\.json|block-\d+\.bin(\.new)?|\.m2r2kit-\w+")  # files in it
 
@@ -54,7 +54,7 @@ def load_without_experts(
     sha256: Callable | None = None,
     decode: bool | None = None,
 ) -> tuple[Backbone, dict[int, nn.Module]]:
-    """The view of a model without its experts, and the experts as `take_experts` gives them, unread.
+    """The view of a model without its experts, and the experts as `take_experts` returns them, unread.
 
     Raises:
         UserError: the model cannot be loaded, or has no experts.
@@ -62,7 +62,7 @@ def load_without_experts(
     experts: dict[int, nn.Module] = {}
     backbone = Backbone.load(model, dtype, lambda m: experts.update(take_experts(m)), sha256, decode)
     if not experts:
-        raise UserError(f"{model} is no mixture of experts; there is nothing to pack or to stream.")
+        raise UserError(f"{model} is not a mixture of experts; there is nothing to pack or to stream.")
     return backbone, experts
 
 
@@ -93,8 +93,8 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 
 def facts_of(backbone: Backbone, experts: dict[int, nn.Module]) -> dict:
-    """All that a manifest says of a model, but the hashes of its records. Reads no weights; the experts take
-    the arithmetic of the other weights.
+    """The fields of a manifest except the hashes of the records. Reads no weights; sets the experts' dtype to
+    that of the other weights.
 
     Raises:
         UserError: blocks have different numbers of experts.
@@ -124,9 +124,9 @@ def pack(
     If another process is packing the same store, wait for it and use what it wrote.
 
     Args:
-        report: called as (bytes of a finished block, bytes of all) after each block, also after those that
-            an interrupted packing had finished.
-        decode: whether quantised experts are stored as ordinary ones; by default as the model is loaded
+        report: called as (bytes of a block, total bytes) after each block, also for blocks that an
+            interrupted packing finished.
+        decode: whether to store quantized experts dequantized; by default as the model is loaded
             (`load.load`).
 
     Raises:
@@ -161,21 +161,21 @@ def kept(model: str | Path) -> Store:
         try:
             pack(folder, out)
         except UserError:
-            if not out.exists():  # otherwise another process has packed it meanwhile
+            if not out.exists():  # otherwise another process packed it meanwhile
                 raise
     return Store(out)
 
 
 def check_cache(folder: Path) -> None:
-    """Refuse a cache folder that cannot be written, and say which variable names another one."""
+    """Raise UserError if the cache folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
-            f"The cache folder {cache_dir()} cannot be written ({error.strerror}); name another one with the "
-            "variable M2R2KIT_CACHE."
+            f"The cache folder {cache_dir()} cannot be written ({error.strerror}); choose another one with "
+            "the variable M2R2KIT_CACHE."
         ) from error
 
 
@@ -184,8 +184,8 @@ def check_cache(folder: Path) -> None:
 
 @contextmanager
 def own_folder(out: Path) -> Iterator[Path | None]:
-    """The folder beside `out` in which its packing works, locked; None if another process packed `out`
-    while this one waited for the lock. If packing fails before a block is finished, the folder is deleted.
+    """The locked folder beside `out` for packing; None if another process packed `out` while this one waited.
+    If packing fails before a block is finished, the folder is deleted.
 
     Raises:
         UserError: a folder of that name holds something else.
@@ -205,14 +205,14 @@ def own_folder(out: Path) -> Iterator[Path | None]:
 
 
 def _locked(folder: Path) -> IO:
-    """Make a folder, or take over that of an interrupted packing. It belongs to this process until the file
-    that is returned is closed."""
+    """Create the folder or take over that of an interrupted packing; it is locked until the returned file is
+    closed."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             other = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name))
             if other or folder.is_symlink():
-                raise UserError(f"{folder} is no folder of an interrupted packing; move it away.")
+                raise UserError(f"{folder} is not a folder of an interrupted packing; move it away.")
             lock = (folder / LOCK).open("a")
         except FileNotFoundError:
             continue  # another process has finished
@@ -221,7 +221,7 @@ def _locked(folder: Path) -> IO:
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK)):
                 return lock
         except FileNotFoundError:
-            pass  # likewise
+            pass  # another process has finished
         except BaseException:
             lock.close()
             raise
@@ -231,7 +231,7 @@ def _locked(folder: Path) -> IO:
 def _wait_for(lock: IO) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:  # some network disks have no locks; then nobody is kept apart
+    except OSError as error:  # some network disks have no locks; then packing runs without
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
 
@@ -243,7 +243,7 @@ def _write(experts: dict, facts: dict, folder: Path, out: Path, report, seen: li
     }
     total, done = sum(sizes.values()), _finished(folder, facts, sizes)
     ours = {LOCK, PROGRESS, *map(file_name, done), *(file_name(l) + ".new" for l in sizes)}
-    for file in list(folder.iterdir()):  # what an interrupted packing left, perhaps of another model
+    for file in list(folder.iterdir()):  # leftovers of an interrupted packing, perhaps of another model
         if file.name not in ours:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     missing, free = sum(sizes[l] for l in sizes if l not in done), shutil.disk_usage(folder).free
@@ -253,7 +253,7 @@ def _write(experts: dict, facts: dict, folder: Path, out: Path, report, seen: li
             f"{free / 1e9:.2f} GB are free; make room."
         )
     for l in list(experts):
-        switch = experts.pop(l)  # its weights are freed when they are written
+        switch = experts.pop(l)  # frees its weights after writing
         if l not in done:
             done[l] = _write_block(switch, folder / file_name(l), sizes[l] // facts["experts"])
             write_whole(folder / PROGRESS, json.dumps({"facts": _as_json(facts), "sha256": done}))
@@ -269,7 +269,7 @@ def _write(experts: dict, facts: dict, folder: Path, out: Path, report, seen: li
 
 
 def _write_block(experts: nn.Module, file: Path, record: int) -> list[str]:
-    """The records of one block into a file, each of `record` bytes; their SHA-256."""
+    """Write the records of one block, each of `record` bytes, and return their SHA-256."""
     found = tensors(experts)
     E = found[0][1].shape[0]
     mx.eval([w for _, w in found])
@@ -281,7 +281,7 @@ def _write_block(experts: nn.Module, file: Path, record: int) -> list[str]:
             stream.write(content)
             sums.append(hashlib.sha256(content).hexdigest())
         stream.flush()
-        os.fsync(stream.fileno())  # or the note that it is finished may reach the disk first
+        os.fsync(stream.fileno())  # otherwise the progress file may reach the disk first
     temporary.replace(file)
     return sums
 
@@ -295,7 +295,7 @@ def _finished(folder: Path, facts: dict, sizes: dict[int, int]) -> dict[int, lis
         done = {int(l): sums for l, sums in noted["sha256"].items()}
         return {l: s for l, s in done.items() if (folder / file_name(l)).stat().st_size == sizes[l]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}  # there is nothing to go on with
+        return {}  # nothing to resume
 
 
 def _as_json(facts: dict):

@@ -1,8 +1,8 @@
-"""Which expert is evicted when a slot is needed: one small class a policy.
+"""Eviction policies, one small class each.
 
-A key is (block, expert). A pool (`residency.py`) tells its policy what it holds (`add`, `drop`) and what is
-used (`hit`, in the order of use), and asks for a victim among the keys that are not pinned. `LRU`, `LFU`
-and `CLOCK` are the textbook ones; where a name has several readings, the class says which.
+A key is (block, expert). A pool (`residency.py`) reports to its policy which keys it holds (`add`, `drop`)
+and uses (`hit`, in the order of use), and asks for a victim among the keys that are not pinned. `LRU`, `LFU`
+and `CLOCK` are the textbook versions; if a name has several readings, the class says which it implements.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ Expert = tuple[int, int]  # (block, expert)
 
 
 class Policy:
-    """What all policies share.
+    """Base class of the policies.
 
     Attributes:
         keeps: whether an expert stays after its use.
@@ -28,7 +28,7 @@ class Policy:
         self.slots, self.now, self.block = slots, 0, 0
 
     def add(self, key: Expert) -> None:
-        """A key has come in, on demand (its `hit` follows) or ahead of a use that may never come."""
+        """A key was added, on demand (a `hit` follows) or as a prefetch that may never be used."""
 
     def hit(self, key: Expert) -> None:
         """A key in memory is used."""
@@ -57,7 +57,7 @@ class LRU(Policy):
 
     def __init__(self, slots):
         super().__init__(slots)
-        self.order: dict[Expert, None] = {}  # from the oldest to the newest
+        self.order: dict[Expert, None] = {}  # oldest first
 
     def add(self, key):
         self.order[key] = None
@@ -77,7 +77,7 @@ class LRU(Policy):
 
 
 class Forget(LRU):
-    """No cache: every expert is dropped after its use. Only prefetched experts wait for theirs."""
+    """No cache: every expert is dropped after its use. Only prefetched experts stay until theirs."""
 
     keeps = False
 
@@ -94,7 +94,7 @@ class Scored(LRU):
 
 
 class LFU(Scored):
-    """Evicts the key used least often since the beginning; evicted keys keep their counts."""
+    """Evicts the key with the fewest uses so far; evicted keys keep their counts."""
 
     def __init__(self, slots):
         super().__init__(slots)
@@ -109,8 +109,8 @@ class LFU(Scored):
 
 
 class LFRU(LFU):
-    """Scores uses divided by the passes since the last one. (The name covers several mixtures of frequency
-    and recency; this is the plainest.)"""
+    """Scores uses divided by the passes since the last one. (The name covers several combinations of
+    frequency and recency; this is the simplest.)"""
 
     def __init__(self, slots):
         super().__init__(slots)
@@ -211,9 +211,9 @@ class S3FIFO(Policy):
 
 class LeastStale(LRU):
     """Least-Stale, the class-and-distance reading. (SpecMD's algorithm, arXiv 2602.03921, is not public
-    in code and three readings of it circulate.) It evicts first what this pass has not touched (stale); of
-    these, keys of blocks that the pass has left behind; of these, the farthest. What this pass has touched
-    comes last. In a pool of one block all distances are equal, and this is LRU."""
+    in code and three readings of it circulate.) It evicts stale keys first (not touched in this pass); of
+    these, keys of blocks that the pass has left behind; of these, the farthest. Touched keys come last. In a
+    pool of one block all distances are equal, and this is LRU."""
 
     def __init__(self, slots):
         super().__init__(slots)
@@ -267,8 +267,8 @@ class TraceGuided(Scored):
 
 
 class Belady(Policy):
-    """Evicts the key whose next use is farthest ahead (Belady 1966): it needs the future, and no policy
-    misses less often.
+    """Evicts the key whose next use is farthest ahead (Belady 1966). It needs the future; no policy has
+    fewer misses.
 
     Args:
         uses: key -> the numbers of the passes that use it, ascending (`Trace.uses`).

@@ -1,6 +1,6 @@
-"""Which experts will be needed, predicted from ids alone; these run in a replay as well.
+"""Predictors of experts that use only ids, so they also run in a replay.
 
-Those that look at states are in `state_predictors.py`. A prediction only starts reads.
+Predictors from hidden states are in `state_predictors.py`. A prediction only starts reads.
 """
 
 from collections.abc import Sequence
@@ -8,25 +8,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..common import UserError
-from .trace import Named, Trace
+from .trace import Predicted, Trace
 
 
 class Predictor:
-    """Predicts nothing; what all predictors share. Experts are named best first."""
+    """Base class of the predictors; predicts nothing. Predictions list the best expert first."""
 
     def new_text(self) -> None:
         """A new text begins."""
 
-    def before(self, number: int) -> Named:
-        """Before the first block of a token's pass, the number-th of the run."""
+    def before(self, number: int) -> Predicted:
+        """Predictions before the first block of a token's pass; `number` counts the passes of the run."""
         return []
 
-    def of(self, token: int) -> Named:
-        """What the token alone says, before its pass."""
+    def of(self, token: int) -> Predicted:
+        """Predictions from the token alone, before its pass."""
         return []
 
-    def at(self, number: int, l: int, wanted: Sequence[int]) -> Named:
-        """When block l's router has chosen the experts `wanted`."""
+    def at(self, number: int, l: int, wanted: Sequence[int]) -> Predicted:
+        """Predictions when block l's router has chosen the experts `wanted`."""
         return []
 
 
@@ -54,7 +54,7 @@ class Distant(Predictor):
 
 
 class PreviousToken(Distant):
-    """The experts that the token before had."""
+    """Predicts the experts of the previous token."""
 
     def __init__(self, blocks, distance):
         super().__init__(blocks, distance)
@@ -67,13 +67,13 @@ class PreviousToken(Distant):
         return self.last.get(m, [])
 
     def at(self, number, l, wanted):
-        named = super().at(number, l, wanted)
+        predicted = super().at(number, l, wanted)
         self.last[l] = list(wanted)
-        return named
+        return predicted
 
 
 class Static(Distant):
-    """The `width` experts that ran most often in an earlier trace."""
+    """Predicts the `width` experts that ran most often in an earlier trace."""
 
     def __init__(self, trace: Trace, distance: int, width: int):
         super().__init__(trace.blocks, distance)
@@ -85,7 +85,7 @@ class Static(Distant):
 
 
 class Random(Distant):
-    """`width` experts drawn at random, the same in each run: the floor."""
+    """Predicts `width` random experts, the same in each run: a lower bound."""
 
     def __init__(self, blocks, distance, experts: int, width: int, seed: int = 0):
         super().__init__(blocks, distance)
@@ -97,11 +97,10 @@ class Random(Distant):
 
 
 class Oracle(Distant):
-    """The experts of this very run, from its trace: the ceiling.
+    """Predicts the experts of this run from its own trace: an upper bound.
 
     Raises:
-        UserError: the run leaves the trace, so this is no ceiling. After `follow` this is no error: its
-            caller compares the texts.
+        UserError: the run differs from the trace. Not after `follow`, whose caller compares the texts.
     """
 
     def __init__(self, trace: Trace, distance: int):
@@ -110,7 +109,7 @@ class Oracle(Distant):
         self.strict = True
 
     def follow(self, trace: Trace, first: int) -> None:
-        """The run's passes from number `first` on are those of a trace."""
+        """From pass `first` on, the run is that of `trace`."""
         self.wanted, self.first = [dict(zip(trace.blocks, p.wanted)) for p in trace.passes], first
         self.strict = False
 
@@ -130,18 +129,18 @@ class Oracle(Distant):
         return []
 
 
-OTHER_RUN = "The oracle's trace is of another text; record this run with `--trace`, and give that."
+OTHER_RUN = "The oracle's trace is of another text; record this run with `--trace` and use that trace."
 
 
 class Recorded(Predictor):
-    """What was predicted in the run that a trace is of."""
+    """Repeats the predictions recorded in a trace."""
 
     def __init__(self, trace: Trace):
         self.trace = trace
         self.moment = {l: i + 1 for i, l in enumerate(trace.blocks)}
 
     def before(self, number):
-        return self.trace.passes[number].named[0]
+        return self.trace.passes[number].predicted[0]
 
     def at(self, number, l, wanted):
-        return self.trace.passes[number].named[self.moment[l]]
+        return self.trace.passes[number].predicted[self.moment[l]]

@@ -1,8 +1,7 @@
-"""Threads that read records from disk, past the page cache, each into its slot.
+"""Threads that read records from disk into slots; independent of MLX.
 
-They read bytes and know nothing of MLX. Demand reads overtake prefetches. By default reads go past the page
-cache (O_DIRECT on Linux, F_NOCACHE on macOS): a file that was just written, or fits in memory, would
-otherwise be read at the speed of memory and pass for a disk.
+Demand reads overtake prefetches. By default reads bypass the page cache (O_DIRECT on Linux, F_NOCACHE on
+macOS): otherwise a recently written or small file is read from memory, and its speed is not the disk's.
 """
 
 import fcntl
@@ -31,15 +30,15 @@ PATIENCE = 2.0  # seconds that `close` waits for reads under way
 class Link:
     """A slower disk, simulated: a token bucket of `rate` bytes/s.
 
-    Reads are charged from when they were issued, not from when their bytes came, so the rate holds whether
-    they came from the disk or from memory.
+    Reads are charged from when they are issued, so the rate holds whether the bytes come from the disk or
+    from memory.
     """
 
     def __init__(self, rate: float):
         self.rate, self.next, self.lock = rate, 0.0, threading.Lock()
 
     def finish(self, issued: float, nbytes: int) -> None:
-        """Sleep until a request of so many bytes, issued then (perf_counter), would be done."""
+        """Sleep until a request of `nbytes`, issued at `issued` (perf_counter), would be finished."""
         with self.lock:
             self.next = max(self.next, issued) + nbytes / self.rate
             until = self.next
@@ -48,14 +47,14 @@ class Link:
 
 
 class Request:
-    """One record on its way.
+    """One read of a record.
 
     Attributes:
-        land: called with the record (uint8, not to be changed) when it is read, in a reader's thread.
+        land: called in a reader's thread with the record (uint8, read-only).
         urgent: whether it was issued on demand.
-        rank: NOW and AHEAD are the queues in which it waits; PARKED is not read until it gets another rank.
+        rank: the queue, NOW or AHEAD; a PARKED request is not read until its rank changes.
         issued, begun, finished: perf_counter; 0 until then.
-        error: why it failed, one sentence.
+        error: one sentence if it failed.
     """
 
     __slots__ = (
@@ -73,19 +72,19 @@ class Request:
 
 
 class Reader:
-    """Reads records of a store. Close it, or use it in a `with`.
+    """Reads records of a store. Close it, or use it as a context manager.
 
     Args:
         mode: `direct` past the page cache, or `buffered` through it.
-        threads: how many read at once; each has a buffer of one record. One of several is reserved for
-            demand reads.
-        link: bytes/s of a simulated link in front of the disk; None is the disk as it is.
+        threads: number of threads, each with a buffer of one record. If there are several, one is reserved
+            for demand reads.
+        link: bytes/s of a simulated link in front of the disk; None is the real disk.
 
-    Every record is checked (`Store.is_right`). A read that fails, comes short or gives a wrong record is
-    tried once more; then `wait` raises, and the record has not landed.
+    Every record is checked (`Store.is_right`). A read that fails, is short or returns a wrong record is
+    retried once; then `wait` raises, and the record is not stored in its slot.
 
     Raises:
-        UserError: a file cannot be opened in this mode, or there is no memory or no thread for reading.
+        UserError: a file cannot be opened in this mode, or memory or threads are exhausted.
     """
 
     def __init__(self, store: Store, mode: str = "direct", threads: int = 2, link: float | None = None):
@@ -95,7 +94,7 @@ class Reader:
         self.bytes_read = self.reads = self.retries = 0
         self._changed = threading.Condition()
         self._queues: tuple[deque[Request], deque[Request]] = deque(), deque()  # NOW, AHEAD
-        self._early, self._most_early = 0, max(1, threads - 1)  # reads ahead under way, and how many may be
+        self._early, self._most_early = 0, max(1, threads - 1)  # running prefetches, and their limit
         self._closed, self._failed = False, ""
         self._files: dict[int, int] = {}
         self._threads: list[threading.Thread] = []
@@ -113,13 +112,13 @@ class Reader:
         except (OSError, MemoryError, RuntimeError) as error:
             self.close()
             raise UserError(
-                f"The system has no memory or no thread left for reading ({error}); close other programs, or "
-                "give less --threads."
+                f"The system has no memory or threads left for reading ({error}); close other programs, or "
+                "use fewer --threads."
             ) from error
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory that reading takes, apart from where records land."""
+        """Memory of the read buffers, without the slots."""
         return len(self._threads) * self.size
 
     # --- for the thread that computes ---
@@ -134,20 +133,20 @@ class Reader:
         return request
 
     def rank(self, requests: Iterable[Request], rank: int) -> None:
-        """Give another rank to requests that are still queued."""
+        """Change the rank of requests that are still queued."""
         with self._changed:
             for request in requests:
                 self._move(request, rank)
 
     def _move(self, request: Request, rank: int) -> None:
         if request.state == QUEUED and request.rank != rank:
-            request.rank = rank  # its place in the other queue is skipped later
+            request.rank = rank  # `_take` skips it in the other queue
             if rank != PARKED:
                 self._queues[rank].append(request)
                 self._changed.notify_all()
 
     def cancel(self, request: Request) -> None:
-        """A record is not needed any more; when this returns it has landed or never will."""
+        """Cancel a request. On return, its record is in the slot or will never be written."""
         with self._changed:
             while request.state == LANDING and not self._failed:
                 self._changed.wait()
@@ -155,7 +154,7 @@ class Reader:
                 request.state = CANCELLED
 
     def wait(self, requests: Iterable[Request]) -> None:
-        """Wait until all of these have landed; prefetches among them become demand reads.
+        """Wait until all of these are in their slots; prefetches among them become demand reads.
 
         Raises:
             UserError: one of them could not be read, or the reader has stopped.
@@ -173,8 +172,8 @@ class Reader:
                 raise UserError(request.error)
 
     def close(self) -> None:
-        """Stop the threads and close the files. A read that hangs longer than `PATIENCE` is left behind with
-        its open file, and what it brings goes nowhere."""
+        """Stop the threads and close the files. A read that hangs longer than `PATIENCE` is abandoned with
+        its open file, and its result is discarded."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -192,7 +191,7 @@ class Reader:
         self.close()
 
     def _check(self) -> None:
-        """Refuse to wait for what will never come."""
+        """Raise if the reader has failed or is closed."""
         if self._failed or self._closed:
             raise UserError(self._failed or "This reader of experts is closed; open the store again.")
 
@@ -203,13 +202,13 @@ class Reader:
             with answering():
                 while (request := self._take()) is not None:
                     self._serve(request, buffer)
-        except BaseException as error:  # whoever waits must hear of it, whatever it is
+        except BaseException as error:  # waiting threads must be notified of any failure
             with self._changed:
                 self._failed = f"A thread that reads experts ended ({_reason(error)}); open the model again."
                 self._changed.notify_all()
 
     def _take(self) -> Request | None:
-        """The next request, as soon as there is one; None when the reader closes."""
+        """Wait for the next request; None when the reader closes."""
         with self._changed:
             while True:
                 if self._closed:
@@ -225,7 +224,7 @@ class Reader:
                     return request
 
     def _serve(self, request: Request, buffer: np.ndarray) -> None:
-        """Read one record, and put it into its slot if it is still needed."""
+        """Read one record and write it into its slot if it is still needed."""
         record = buffer[: self.store.manifest.record_size(request.block)]
         error = self._bring(request, record)
         with self._changed:
@@ -238,7 +237,7 @@ class Reader:
                 request.land(record)
         except Exception as fault:
             where = f"Expert {request.expert} of block {request.block}"
-            error = f"{where} cannot be put into its slot ({_reason(fault)}); open the model again."
+            error = f"{where} cannot be written into its slot ({_reason(fault)}); open the model again."
         with self._changed:
             request.error, request.finished = error, time.perf_counter()
             request.state = DONE
@@ -249,7 +248,7 @@ class Reader:
         self._changed.notify_all()
 
     def _bring(self, request: Request, record: np.ndarray) -> str | None:
-        """Read one record, at most twice; why that failed, if it did."""
+        """Read one record, in at most two attempts; returns the error, if any."""
         for attempt in range(2):
             try:
                 self._read(request, record)
@@ -273,7 +272,7 @@ class Reader:
                 raise OSError("the file ends too early")
             got += n
             if got < size and self.mode == "direct" and got % PAGE:
-                raise OSError("the read came short")  # it cannot go on from the middle of a page
+                raise OSError("the read was short")  # a direct read cannot resume within a page
         with self._changed:
             self.reads += 1
             self.bytes_read += got
@@ -284,7 +283,7 @@ class Reader:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, or its name if it says nothing."""
+    """An error's message, or its type if it has none."""
     return (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
 
 
@@ -302,13 +301,8 @@ def open_file(path: Path, mode: str) -> int:
 
 
 def system_read_bytes() -> int | None:
-    """Bytes that the system has read from disks for this process so far; None where it does not say."""
+    """Bytes that the system has read from disks for this process so far; None if it does not count them."""
     try:
         return psutil.Process().io_counters().read_bytes
-    except (
-        AttributeError,
-        OSError,
-        RuntimeError,
-        psutil.Error,
-    ):  # where it is not counted
+    except (AttributeError, OSError, RuntimeError, psutil.Error):  # not counted on this system
         return None

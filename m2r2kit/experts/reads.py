@@ -1,4 +1,4 @@
-"""The reads of a decoder: issued by the bookkeeping, reordered as routers decide, waited for when needed."""
+"""The reads of a decoder: issued for the bookkeeping, reordered when routers decide, awaited when needed."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,21 +10,19 @@ from .policies import Expert
 from .reader import AHEAD, PARKED, Reader, Request
 from .residency import Load, Residency
 from .slots import Bank
-from .trace import Named
+from .trace import Predicted
 
 
 class Reads:
-    """Carries out what a `Residency` asks for.
+    """Carries out the loads of a `Residency`.
 
     Args:
-        reader: it reads the records.
-        residency: the bookkeeping whose loads are carried out here.
         bank_of: block -> the slots of its pool.
-        timeline: a list to add `Event`s to; reads appear when they are used.
+        timeline: `Event`s are appended to it; reads when they are used.
 
     Attributes:
         pending: reads of experts that have not been used since.
-        work: what is counted, renewed for each text.
+        work: counts and waits, replaced for each text.
     """
 
     def __init__(
@@ -39,36 +37,36 @@ class Reads:
         self.work = ExpertWork()
 
     def fill(self, loads: Sequence[Load]) -> None:
-        """Read all experts, if all fit."""
+        """Carry out the initial loads of all experts, if all fit, and wait for them."""
         self.start(loads, urgent=True)
         self.reader.wait(self.pending.pop(load.key) for load in loads)
 
     def start(self, loads: Sequence[Load], urgent: bool) -> None:
-        """Issue reads; pending reads of what they evict are cancelled."""
+        """Issue reads and cancel pending reads of the evicted experts."""
         for key, slot, evicted in loads:
             if evicted in self.pending:
                 self.reader.cancel(self.pending.pop(evicted))
             l, expert = key
             self.pending[key] = self.reader.submit(l, expert, _into(self.bank_of[l], slot), urgent)
 
-    def sort(self, l: int, wanted: Sequence[int], named: Named) -> None:
-        """Block l has chosen: wrong predictions for it are parked, so that right ones are read first; parked
-        ones that are predicted again rejoin the queue."""
+    def sort(self, l: int, wanted: Sequence[int], predicted: Predicted) -> None:
+        """After block l's router: park wrong predictions for it, and requeue parked reads that are predicted
+        again."""
         pending = self.pending
         if not pending:
             return
-        self.again((m, experts) for m, experts in named if m != l)
+        self.again((m, experts) for m, experts in predicted if m != l)
         wrong = self.residency.wrong(l, wanted)
         self.reader.rank([pending[key] for key in wrong if key in pending], PARKED)
 
-    def again(self, named: Iterable[tuple[int, Sequence[int]]]) -> None:
-        """Parked reads that are predicted again rejoin the queue."""
-        keys = ((m, expert) for m, experts in named for expert in experts)
+    def again(self, predicted: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Requeue parked reads that are predicted again."""
+        keys = ((m, expert) for m, experts in predicted for expert in experts)
         requests = [self.pending[key] for key in keys if key in self.pending]
         self.reader.rank([r for r in requests if r.rank == PARKED], AHEAD)
 
     def ready(self, l: int, experts: Sequence[int]) -> list[int]:
-        """Wait until these experts of block l are in memory; their slots."""
+        """Wait until these experts of block l are in memory and return their slots."""
         keys, held, work = [(l, e) for e in experts], self.residency.pool_of[l].held, self.work
         waiting = [self.pending.pop(key) for key in keys if key in self.pending]
         if waiting:
@@ -86,7 +84,7 @@ class Reads:
         return [held[key] for key in keys]
 
     def settle(self) -> None:
-        """Wait for the prefetches that were not needed, so that they do not disturb what is timed next."""
+        """Wait for pending prefetches, so that they do not disturb the next timing."""
         self.reader.wait(r for r in self.pending.values() if r.rank != PARKED)
 
     def note(self, *event) -> None:

@@ -1,17 +1,17 @@
-"""Which experts are in memory, in which slot, and what each access found: the bookkeeping without bytes.
+"""Which experts are in memory, in which slots, and the outcome of each access: bookkeeping without bytes.
 
-An expert is (block, expert) everywhere. The live decoder and the replay of a trace both run this code,
-so their counts are the same. For that, nothing here depends on time: a slot belongs to an expert from the
-moment its read is issued. Only the live run knows whether a prefetch came `in time` or `late`.
+An expert is (block, expert) everywhere. The live decoder and the replay of a trace both run this code, so
+their counts are equal. Nothing here depends on time: a slot belongs to an expert from the moment its read is
+issued. Only the live run knows whether a prefetch is `in time` or `late`.
 
-    new_text()                a text begins; where all experts fit, the first text reads all of them
+    new_text()                a text begins; if all experts fit, the first text reads all of them
     begin()                   a pass begins
     speculate(m, experts)     block m may need these: reads to start; they stay until m has chosen
-    demand(l, experts)        block l needs these now: reads to start at once; they stay until ..
-    release(l, experts)       .. block l is done
+    demand(l, experts)        block l needs these now: reads to start at once; they stay until `release`
+    release(l, experts)       block l is done
     end()                     the pass ends
 
-`arrive` does these in the order of a token's pass.
+`arrive` calls these in the order of a token's pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,15 +33,15 @@ class Load(NamedTuple):
 
 @dataclass
 class Counts:
-    """What all accesses found. An access is one expert that one block needs in one pass.
+    """Outcomes of all accesses. An access is one expert that one block needs in one pass.
 
     Attributes:
         resident: in memory from an earlier use.
-        ahead: prefetched and not used since; in time or late.
+        ahead: prefetched and used for the first time; in time or late.
         missed: read on demand.
         speculated: prefetches issued.
         unused: prefetches evicted before any use.
-        filled: reads at the beginning of the first text, where all experts fit.
+        filled: reads at the start of the first text, if all experts fit.
         refused: predictions for which no slot could be freed.
         predicted: accesses in blocks that had a prediction; `right` of them were predicted.
     """
@@ -80,10 +80,10 @@ class Counts:
 
 
 class Pool:
-    """Some slots, the blocks that share them, and the policy that chooses what is evicted.
+    """Slots shared by one or all blocks, and their eviction policy.
 
     Args:
-        slots: how many.
+        slots: number of slots.
         reserve: slots that predictions must leave free for demand; 0 if the pool serves one block.
     """
 
@@ -95,7 +95,7 @@ class Pool:
         self.unused: set[Expert] = set()  # prefetched, and not used since
 
     def bring(self, key: Expert) -> Load | None:
-        """A slot for an expert that is not in memory; None if all slots are pinned."""
+        """Assign a slot to an expert that is not in memory; None if all slots are pinned."""
         evicted = None
         if not self.free:
             evicted = self.policy.victim(self.pinned)
@@ -114,7 +114,7 @@ class Pool:
 
 
 class Residency:
-    """The slots of all blocks, and what is in them.
+    """The slots of all blocks and their contents.
 
     Args:
         blocks: indices of the blocks that have experts.
@@ -124,8 +124,8 @@ class Residency:
         shared: one pool for all blocks instead of one each.
 
     Attributes:
-        whole: all experts fit and stay. They are read when the first text begins, expert e of the i-th
-            block of a pool into slot i * E + e, and nothing moves from then on.
+        whole: all experts fit and stay. They are read at the start of the first text, expert e of the i-th
+            block of a pool into slot i * E + e, and never move.
 
     Raises:
         UserError: too few slots for one token.
@@ -141,9 +141,7 @@ class Residency:
         shared: bool = False,
     ):
         if slots < top_k:
-            raise UserError(
-                f"{top_k} experts run for each token, and the budget holds {slots}; give it more."
-            )
+            raise UserError(f"{top_k} experts run for each token, but the budget holds {slots}; increase it.")
         self.blocks, self.experts, self.shared, self.slots = tuple(blocks), experts, shared, slots
         reserve = top_k if shared else 0
         self.pools = [Pool(slots, policy(slots), reserve) for _ in (blocks[:1] if shared else blocks)]
@@ -172,28 +170,28 @@ class Residency:
             pool.policy.begin()
 
     def arrive(
-        self, block: int, wanted: Sequence[int], named: Sequence[tuple[int, Sequence[int]]]
+        self, block: int, wanted: Sequence[int], predicted: Sequence[tuple[int, Sequence[int]]]
     ) -> tuple[list[Load], list[Load]]:
         """A token's pass reaches a block, and the block before is done: (demand reads, prefetches).
 
         Args:
             wanted: experts that the block's router chose.
-            named: (block, experts) predicted at this block.
+            predicted: (block, experts) predicted at this block.
         """
         if self.running:
             self.release(*self.running)
-        for m, experts in named:
+        for m, experts in predicted:
             if m == block:  # too late for a prefetch, but it counts as a prediction
                 self.predicted.setdefault(m, set()).update((m, expert) for expert in experts)
         loads, ahead = self.demand(block, wanted), []
-        for m, experts in named:
+        for m, experts in predicted:
             if m != block:
                 ahead += self.speculate(m, experts)
         self.running = block, wanted
         return loads, ahead
 
     def speculate(self, block: int, experts: Sequence[int]) -> list[Load]:
-        """Experts that a block may need in this pass, best first. Returns the reads to start."""
+        """Prefetch experts that a block may need in this pass, best first. Returns the reads to start."""
         pool, counts, loads = self.pool_of[block], self.counts, []
         pinned, held = pool.pinned, pool.held
         keys = [(block, expert) for expert in experts]
@@ -220,20 +218,20 @@ class Residency:
         return loads
 
     def wrong(self, l: int, wanted: Sequence[int]) -> set[Expert]:
-        """What was predicted for block l in this pass and is not among the experts that it wants."""
+        """The wrong predictions for block l in this pass."""
         return self.predicted.get(l, set()).difference((l, expert) for expert in wanted)
 
     def demand(self, block: int, experts: Sequence[int]) -> list[Load]:
-        """Experts that a block needs now, all different and no more than fit (`groups`). They stay until
+        """Request experts that a block needs now, distinct and no more than fit (`groups`). They stay until
         `release`. Returns the reads to start."""
         pool, counts = self.pool_of[block], self.counts
         held, policy, pinned, unused = pool.held, pool.policy, pool.pinned, pool.unused
         policy.block = block
         keys = [(block, expert) for expert in experts]
-        if self.predicted and (named := self.predicted.get(block)) is not None:
+        if self.predicted and (predicted := self.predicted.get(block)) is not None:
             counts.predicted += len(keys)
-            counts.right += len(named.intersection(keys))
-            pinned.difference_update(named)  # they were kept for this moment
+            counts.right += len(predicted.intersection(keys))
+            pinned.difference_update(predicted)  # they were pinned until now
         pinned.update(keys)
         missing = [key for key in keys if key not in held]
         present = [key for key in keys if key in held] if missing else keys
@@ -256,7 +254,7 @@ class Residency:
         return loads
 
     def release(self, block: int, experts: Sequence[int]) -> None:
-        """A block is done with what it demanded."""
+        """Release the experts that a block demanded."""
         pool, keys = self.pool_of[block], [(block, expert) for expert in experts]
         pool.pinned.difference_update(keys)
         if not pool.policy.keeps:
@@ -264,17 +262,17 @@ class Residency:
                 pool.remove(key)
 
     def end(self) -> None:
-        """A pass ends; its predictions are dropped."""
+        """End the pass and drop its predictions."""
         if self.running:
             self.release(*self.running)
             self.running = None
-        for block, named in self.predicted.items():
-            self.pool_of[block].pinned -= named
+        for block, predicted in self.predicted.items():
+            self.pool_of[block].pinned -= predicted
         self.predicted.clear()
 
     def groups(self, block: int, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Experts of a block in groups that fit; those in memory come first, so that none of them is
-        evicted before its use. Demand and release each group before taking the next."""
+        """Split experts of a block into groups that fit, those in memory first, so that none is evicted
+        before its use. Demand and release each group before taking the next."""
         pool = self.pool_of[block]
         rest = sorted(set(experts), key=lambda expert: ((block, expert) not in pool.held, expert))
         size = pool.slots - len(pool.pinned) if self.shared else pool.slots

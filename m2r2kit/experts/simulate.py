@@ -1,13 +1,13 @@
-"""Run the bookkeeping of a recorded run again, without the model: its counts (`replay`), its time (`Clock`).
+"""Replay a recorded run without the model: its counts (`replay`) or its time (`Clock`).
 
-The live decoder keeps the same books (`residency.py`), so the counts are the same, with any policy, budget
-and predictor that needs no model. The clock adds another disk:
+The live decoder uses the same bookkeeping (`residency.py`), so the counts are equal, with any policy, budget
+and predictor that needs no model. The clock simulates a disk:
 
-    computing   so many seconds up to each router, and after the last one
-    reads       one after the other, so many seconds each; demand reads overtake prefetches, and a wrong
+    computing   given seconds up to each router, and after the last one
+    reads       one after the other, of constant duration; demand reads overtake prefetches, and a wrong
                 prediction is parked, as in the live decoder
 
-The clock is kinder in one thing: what is neither computing nor reading takes no time.
+The clock is optimistic: only computing and reading take time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,11 +21,11 @@ from .trace import Trace
 
 
 def replay(trace: Trace, residency: Residency, predictor: Predictor | None = None) -> Counts:
-    """What the live run would count, prompts included.
+    """The counts of the live run, prompts included.
 
     Args:
-        residency: the one to fill; empty at first.
-        predictor: one that needs no model (`predictors.Recorded` names what the live run named).
+        residency: empty; it is filled.
+        predictor: one that needs no model (`predictors.Recorded` repeats the live run's predictions).
     """
     text = None
     for number, p in enumerate(trace.passes):
@@ -52,17 +52,17 @@ def replay(trace: Trace, residency: Residency, predictor: Predictor | None = Non
     return residency.counts
 
 
-# --- the same on a clock --------------------------------------------------------------------
+# --- simulated time --------------------------------------------------------------------
 
 
 @dataclass
 class Clocked:
-    """What the simulated run took. Prompts are read beforehand and take no time here.
+    """Result of a simulated run. Prompts take no time.
 
     Attributes:
-        tokens: the events of each token, as a live run's `timeline` has them.
-        seconds, stall_seconds: of all tokens, and the part of them spent waiting.
-        counts, in_time, late: as `ExpertWork` has them.
+        tokens: the events of each token, as in a live `timeline`.
+        seconds, stall_seconds: of all tokens, and of these the time spent waiting.
+        counts, in_time, late: as in `ExpertWork`.
     """
 
     tokens: list[list[Event]] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Clocked:
 
 @dataclass(eq=False)
 class Read:
-    """A record on its way; `begun` is None until its turn comes."""
+    """A simulated read; `begun` is None while it is queued."""
 
     issued: float
     urgent: bool
@@ -84,7 +84,7 @@ class Read:
 
 
 class Line:
-    """A disk that does one read after the other, each of `seconds`."""
+    """A simulated disk: one read after the other, each of `seconds`."""
 
     def __init__(self, seconds: float):
         self.seconds, self.free = seconds, 0.0
@@ -93,7 +93,7 @@ class Line:
         self.pending: dict[Expert, Read] = {}  # reads of experts that have not been used since
 
     def ask(self, loads: Sequence[Load], now: float, urgent: bool) -> None:
-        """Issue reads; pending reads of what they evict are dropped."""
+        """Issue reads and drop pending reads of the evicted experts."""
         self.serve(now)
         for key, _, evicted in loads:
             self.drop(evicted)
@@ -101,7 +101,7 @@ class Line:
             (self.now_needed if urgent else self.ahead).append(read)
 
     def drop(self, key: Expert | None) -> None:
-        """This expert is not needed any more."""
+        """Drop the pending read of an expert, if there is one."""
         if key in self.pending:
             self.park([self.pending.pop(key)])
 
@@ -112,14 +112,14 @@ class Line:
                 self.ahead.remove(read)
 
     def again(self, keys: Iterable[Expert], now: float) -> None:
-        """Put parked reads that are predicted again back in the queue."""
+        """Requeue parked reads that are predicted again."""
         for read in (self.pending[key] for key in keys if key in self.pending):
             if read.begun is None and read not in self.ahead and read not in self.now_needed:
                 read.issued = now
                 self.ahead.append(read)
 
     def serve(self, until: float) -> None:
-        """Do all reads that begin before a moment."""
+        """Run all reads that begin before `until`."""
         while queue := self.now_needed or self.ahead:
             begun = max(self.free, queue[0].issued)
             if begun >= until:
@@ -129,7 +129,7 @@ class Line:
             self.free = read.finished
 
     def bring(self, reads: Sequence[Read], now: float) -> float:
-        """The moment when all of these are there; prefetches among them become demand reads."""
+        """The time when all of these are finished; prefetches among them become demand reads."""
         self.serve(now)
         for read in reads:
             if read.begun is None and read not in self.now_needed:
@@ -142,13 +142,13 @@ class Line:
 
 
 class Clock:
-    """Runs a recorded run again and says when each thing happens.
+    """Replays a recorded run with simulated times.
 
     Args:
-        residency: an empty one, of any size and policy.
+        residency: empty, of any size and policy.
         predictor: one that needs no model; None predicts nothing.
-        compute: seconds up to each block's router, and for the rest: one more than there are blocks.
-        read: seconds of a record: its bytes over the disk's bytes/s.
+        compute: seconds up to each block's router, then those after the last router.
+        read: seconds to read a record.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Clock:
         self.out = Clocked()
 
     def run(self, trace: Trace) -> Clocked:
-        """All passes of a trace, one after the other."""
+        """Replay all passes of a trace."""
         residency, text, prompts = self.residency, None, Counts()
         for number, p in enumerate(trace.passes):
             before = replace(residency.counts)
@@ -191,18 +191,18 @@ class Clock:
 
     def _token(self, trace: Trace, number: int, chosen: Sequence[Sequence[int]]) -> None:
         residency, line, events = self.residency, self.line, []
-        named = self.predictor.before(number)
-        for m, experts in named:
+        predicted = self.predictor.before(number)
+        for m, experts in predicted:
             line.ask(residency.speculate(m, experts), self.now, False)
-        line.again(((m, expert) for m, experts in named for expert in experts), self.now)
+        line.again(((m, expert) for m, experts in predicted for expert in experts), self.now)
         for l, wanted, seconds in zip(trace.blocks, chosen, self.compute):
             events.append(Event("compute", l, self.now, self.now + seconds))
             self.now += seconds
-            named = self.predictor.at(number, l, wanted)
-            loads, ahead = residency.arrive(l, wanted, named)
+            predicted = self.predictor.at(number, l, wanted)
+            loads, ahead = residency.arrive(l, wanted, predicted)
             line.ask(loads, self.now, True)
             line.ask(ahead, self.now, False)
-            line.again(((m, expert) for m, experts in named if m != l for expert in experts), self.now)
+            line.again(((m, expert) for m, experts in predicted if m != l for expert in experts), self.now)
             wrong = residency.wrong(l, wanted)
             line.park(line.pending[key] for key in wrong if key in line.pending)
             self._wait(l, wanted, events)
@@ -211,7 +211,7 @@ class Clock:
         self.out.tokens.append(events)
 
     def _wait(self, l: int, wanted: Sequence[int], events: list[Event]) -> None:
-        """Until these experts of block l are there."""
+        """Advance the time until these experts of block l are in memory."""
         line, out = self.line, self.out
         reads = {expert: line.pending.pop((l, expert)) for expert in wanted if (l, expert) in line.pending}
         if not reads:

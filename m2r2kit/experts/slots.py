@@ -1,12 +1,12 @@
-"""The slot bank: where experts lie in memory, and how the model computes from there.
+"""The slot bank: the experts in memory, and computing from them.
 
 One array for each piece of a record, with a capacity of a few experts: (slots, out, in) instead of
-(E, out, in). mlx-lm's own `SwitchGLU` runs over it, with slot numbers instead of expert ids; each position is
-multiplied by the same matrix, so the result is the same to the bit.
+(E, out, in). mlx-lm's own `SwitchGLU` runs on it, with slot numbers instead of expert ids; each position is
+multiplied by the same matrix, so the result is bit-identical.
 
-A record is copied through a NumPy view of the arrays. That changes memory which MLX takes for constant. It
-is right because a slot is written only between its last use and its next (`residency.py`). Checked on CPUs;
-not yet tried on Apple's GPUs, which share the memory.
+Records are copied through NumPy views of the arrays, which changes memory that MLX treats as constant. This
+is correct because a slot is written only between two uses (`residency.py`). Tested on CPUs, not on Apple
+GPUs, which share the memory.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,11 @@ from .store import Manifest, Piece
 
 
 class Bank:
-    """So many empty slots for experts whose records consist of these pieces."""
+    """Empty slots for experts whose records consist of `pieces`.
+
+    Raises:
+        UserError: this version of MLX has read-only arrays.
+    """
 
     def __init__(self, pieces: Sequence[Piece], slots: int):
         self.pieces = pieces
@@ -37,7 +41,7 @@ class Bank:
         return sum(array.nbytes for array in self.arrays.values())
 
     def write(self, slot: int, record: np.ndarray) -> None:
-        """Copy a record (bytes) into a slot; any thread may."""
+        """Copy a record (bytes) into a slot; may be called from any thread."""
         for piece, view in zip(self.pieces, self.views, strict=True):
             view[slot] = record[piece.offset : piece.offset + piece.nbytes]
 
@@ -49,7 +53,7 @@ class Bank:
 
 
 def bytes_of(array: mx.array) -> np.ndarray:
-    """The memory of an evaluated array, uint8 (rows, bytes of a row); nothing is copied."""
+    """The memory of an evaluated array as uint8 (shape[0], bytes), without a copy."""
     return np.frombuffer(memoryview(array).cast("B"), np.uint8).reshape(array.shape[0], -1)
 
 
@@ -67,7 +71,7 @@ def slots_of_budget(manifest: Manifest, budget: int, buffers: int, shared: bool 
     slots = max(0, budget - buffers) // each
     if slots < manifest.top_k:
         least = manifest.top_k * each + buffers
-        raise UserError(f"A budget of {budget} bytes is too small for this model; it needs {least} at least.")
+        raise UserError(f"A budget of {budget} bytes is too small for this model; it needs at least {least}.")
     return min(slots, manifest.experts * (len(manifest.blocks) if shared else 1))
 
 

@@ -1,4 +1,4 @@
-"""Which experts will be needed, predicted from hidden states, inside the model's compiled pass.
+"""Predictors of experts from hidden states, inside the model's compiled pass.
 
     u_l     the hidden state after block l's attention, which block l's own router reads
     g_m     block m's router on a state, as block m applies it: gate_m(norm_m(.))
@@ -24,7 +24,7 @@ class StatePredictor(nn.Module, Predictor):
     router on the embedding alone.
 
     Attributes:
-        width: how many experts it predicts for a block.
+        width: experts to predict per block.
     """
 
     def __init__(self, backbone: Backbone, width: int | None):
@@ -41,22 +41,21 @@ class StatePredictor(nn.Module, Predictor):
 
     @property
     def reads(self) -> list[int]:
-        """Blocks whose KV cache it reads, apart from the one that runs."""
+        """Blocks whose KV cache it reads, besides the current one."""
         return []
 
     def ahead(self, l: int, h, u, p, cache, mask, before) -> tuple[mx.array, list[mx.array]]:
-        """At block l: (what is handed on to block l + 1, a state for each target's router).
+        """At block l: (the predictor's state for block l + 1, a hidden state for each target's router).
 
         Args:
-            h: what enters block l, (1, 1, D); `u`: the state after its attention.
-            p: what block l - 1 handed on; at block 0 it is h.
-            cache: the layer caches, of which block l's holds this token already; `mask` is that of its
-                attention.
-            before: h_N of the token before, (1, 1, D).
+            h: the input of block l, (1, 1, D); `u`: the state after its attention.
+            p: the predictor's state from block l - 1; h at block 0.
+            cache: the layer caches; block l's already holds this token. `mask`: of block l's attention.
+            before: h_N of the previous token, (1, 1, D).
         """
         raise NotImplementedError
 
-    def named(self, l: int, states: list[mx.array]) -> mx.array:
+    def predict(self, l: int, states: list[mx.array]) -> mx.array:
         """The experts that the targets' routers choose for these states: (targets, width) ids, best first."""
         logits = [router(self._backbone, m, s) for m, s in zip(self.targets(l), states, strict=True)]
         return self._best(mx.concatenate(logits, axis=1)[0])
@@ -67,7 +66,7 @@ class StatePredictor(nn.Module, Predictor):
         return order if self._permute is None else self._permute[order]
 
     def of(self, token):
-        if self._with_experts[0] != 0:  # blocks without experts change the state before a router sees it
+        if self._with_experts[0] != 0:  # earlier blocks without experts change the state
             return []
         if token not in self._of:
             logits = router(self._backbone, 0, self._backbone.embed(mx.array([[token]])))
@@ -75,7 +74,7 @@ class StatePredictor(nn.Module, Predictor):
         return [(0, self._of[token])]
 
     def shuffle(self, seed: int = 0) -> "StatePredictor":
-        """Predict permuted experts: a control that reads as much and knows nothing."""
+        """Permute the predicted experts: a control with as many reads and no information."""
         experts = self._backbone.config.get("num_experts") or self._backbone.config["num_local_experts"]
         self._permute = mx.array(np.random.default_rng(seed).permutation(experts))
         self._of.clear()
@@ -90,7 +89,7 @@ def router(backbone: Backbone, m: int, state: mx.array) -> mx.array:
 
 class NextRouter(StatePredictor):
     """The routers of the next blocks on the current state; no training. Distance 0 is each router on its own
-    input: always right, and too late to help."""
+    input: always right, but too late to help."""
 
     def __init__(self, backbone: Backbone, distance: int = 1, width: int | None = None):
         super().__init__(backbone, width)
@@ -114,13 +113,13 @@ class NextRouter(StatePredictor):
         return p, [u] * len(self.targets(l))
 
 
-# --- the stream, and the map that it is compared with ---------------------------------------
+# --- the stream and its control, the direct map ---------------------------------------
 
 
 @dataclass(frozen=True)
 class Turn:
-    """The targets at one block of an interval: those predicted from u, which p does not reach in time, and
-    those predicted from p_{l+1}."""
+    """The targets at one block of an interval: `by_u` from u, because p does not reach them in time; `by_p`
+    from p_{l+1}."""
 
     first: bool
     by_u: tuple[int, ...]
@@ -128,24 +127,26 @@ class Turn:
 
 
 def turns(config: StreamConfig, depth: int, with_experts: Sequence[int]) -> dict[int, Turn]:
-    """What a stream predicts at each block. p_{l+1}, known after block l's attention, stands for h_tau(l+1).
-    It predicts the experts of the blocks from there up to where its next state stands. Blocks that no p
-    reaches before they run are predicted from u at the beginning of an interval."""
+    """The targets of a stream at each block. p_{l+1}, known after block l's attention, stands for h_tau(l+1)
+    and predicts the blocks from tau(l+1) up to the depth of the next state. Blocks that no p reaches before
+    they run are predicted from u at the start of an interval."""
     steps = [
         (l, a, tau(l + 1, a, b, depth, config.rate), tau(l, a, b, depth, config.rate))
         for a, b in intervals(config)
         for l in range(a, b)
     ]
-    found, named = {}, set()
+    found, predicted = {}, set()
     ends = [at for _, _, at, _ in steps[1:]]
-    ends += [2 * at - before for _, _, at, before in steps[-1:]]  # the last one reaches as far again
+    ends += [
+        2 * at - before for _, _, at, before in steps[-1:]
+    ]  # the last state covers as many blocks as the one before
     for (l, a, at, _), end in zip(steps, ends, strict=True):
-        by_u = tuple(m for m in with_experts if l == a and l < m < at and m not in named)
+        by_u = tuple(m for m in with_experts if l == a and l < m < at and m not in predicted)
         by_p = tuple(m for m in with_experts if at <= m < max(end, at + 1))
-        named |= {*by_u, *by_p}
+        predicted |= {*by_u, *by_p}
         found[l] = Turn(l == a, by_u, by_p)
     while found and not (found[max(found)].by_u or found[max(found)].by_p):
-        del found[max(found)]  # where nothing is left to predict, p need not be computed
+        del found[max(found)]  # without targets, p is not computed
     return found
 
 
@@ -153,12 +154,12 @@ class StreamPredictor(StatePredictor):
     """The accelerated stream.
 
     Args:
-        stream: of the form `attention` or `adapter`; its rate is the velocity, 1 the control.
-        opening: another, of rate 1 and with intervals of one block, for block 1, which no p of the faster
-            stream reaches in time. Without it, block 1 is predicted from the state u.
+        stream: of the form `attention` or `adapter`; rate 1 is the control without velocity.
+        opening: a stream of rate 1 with intervals of one block, for block 1, which the faster stream does not
+            reach in time. Without it, block 1 is predicted from u.
 
     Raises:
-        UserError: an opening that does not begin at the state after attention.
+        UserError: the opening does not begin at the state after attention.
     """
 
     def __init__(
@@ -167,9 +168,9 @@ class StreamPredictor(StatePredictor):
         super().__init__(stream._backbone, width)
         plan = turns(stream.config, self._backbone.depth, self._with_experts)
         if opening is not None and not opening.block(0).begins_at_u:
-            raise UserError("A stream that opens another must begin at the state after attention.")
+            raise UserError("An opening stream must begin at the state after attention.")
         object.__setattr__(self, "_opening", opening)
-        # set past MLX, which would take them for parameters of this module
+        # set past MLX, which would treat them as parameters of this module
         object.__setattr__(self, "_stream", stream)
         object.__setattr__(self, "_turns", plan)
 
@@ -188,13 +189,13 @@ class StreamPredictor(StatePredictor):
         if turn.first and self._begins_at_u(l):
             p = stream.block(l).after_attention(u)
         else:
-            position = cache[l].offset - 1  # of this token, which the cache holds already
+            position = cache[l].offset - 1  # of this token, already in the cache
             p = stream.begin(l, h, before) if turn.first else p
             p = stream.advance(l, p, cache, position, position, mask)
         return p, self._by_u(l, u, turn) + [p] * len(turn.by_p)
 
     def _by_u(self, l: int, u: mx.array, turn: Turn) -> list[mx.array]:
-        """The states for the targets that no p reaches in time."""
+        """The states for the targets `by_u`."""
         if turn.by_u and self._opening is not None and l == 0:
             u = self._opening.block(0).after_attention(u)
         return [u] * len(turn.by_u)
@@ -204,17 +205,17 @@ class StreamPredictor(StatePredictor):
         return self._stream.block(l).begins_at_u and not carried
 
     def path(self, states: list, after: list, cache: list, a: int, b: int) -> list[mx.array]:
-        """p_a .. p_b of an interval over whole sequences, as `over` takes them."""
+        """p_a .. p_b of an interval over whole sequences; arguments as for `over`."""
         if b == a + 1 and self._begins_at_u(a):
             return [states[a], self._stream.block(a).after_attention(after[a])]
         return self._stream(states, cache, exit=b)
 
     def over(self, states: list, after: list, cache: list) -> dict[tuple[int, int], mx.array]:
-        """What `ahead` hands to routers, for whole sequences at once: (l, m) -> (B, T, D), for training.
+        """The router inputs of `ahead` for whole sequences, for training: (l, m) -> (B, T, D).
 
         Args:
             states: h_0 .. h_N, each (B, T, D); `after`: u_0 .. u_{N-1}.
-            cache: the slow keys and values of the same tokens.
+            cache: the slow stream's keys and values of the same tokens.
         """
         found = {}
         for a, b in intervals(self._stream.config):
@@ -229,7 +230,8 @@ class StreamPredictor(StatePredictor):
 
 @dataclass(frozen=True)
 class DirectConfig:
-    """Settings of a `DirectMap`: exits and rate of the stream that it is compared with, rank of its maps."""
+    """Settings of a `DirectMap`: exits and rate of the stream it is compared with, and the rank of its
+    maps."""
 
     exits: tuple[int, ...] = (1,)
     rate: float | None = None
@@ -238,8 +240,8 @@ class DirectConfig:
 
 class DirectMap(StatePredictor):
     """A low-rank change of u_l for each pair (l, m) where a stream predicts block m at block l:
-    g_m(u_l + u_l A B). Untrained, it is the next router. It is the control of the stream: as many parameters,
-    and no recurrence."""
+    g_m(u_l + u_l A B). Untrained, it equals the next router. It is the control of the stream: as many
+    parameters, no recurrence."""
 
     def __init__(self, backbone: Backbone, config: DirectConfig, width: int | None = None):
         super().__init__(backbone, width)
@@ -254,7 +256,7 @@ class DirectMap(StatePredictor):
 
     @classmethod
     def like(cls, stream: AcceleratedStream) -> "DirectMap":
-        """One that predicts the same blocks at the same time, with about as many parameters."""
+        """A map that predicts the same blocks at the same time as `stream`, with about as many parameters."""
         config = stream.config
         one = cls(stream._backbone, DirectConfig(config.exits, config.rate, 1))
         each = 2 * stream._backbone.width * len(one.a)
@@ -266,7 +268,7 @@ class DirectMap(StatePredictor):
         return [*turn.by_u, *turn.by_p] if turn else []
 
     def changed(self, l: int, m: int, u: mx.array) -> mx.array:
-        """The state that stands for u_m: (.., D) -> (.., D)."""
+        """The approximation of u_m: (.., D) -> (.., D)."""
         i = self._places[l, m]
         return u + (u @ self.a[i]) @ self.b[i]
 

@@ -1,20 +1,20 @@
-"""The expert store: the experts of a model as records, each read at once.
+"""The expert store: the experts of a model as records; one read loads one expert.
 
-    STORE/manifest.json     what the store holds, the SHA-256 of each record, and its own
+    STORE/manifest.json     the layout, the SHA-256 of each record, and a checksum of the manifest
     STORE/block-07.bin      the experts of block 7, one record after the other
-    STORE/model.json        the model's weight files as they were when their hash was last computed
+    STORE/model.json        stamps of the model's weight files when their hash was last computed
 
-A record holds gate, up and down of one expert, one after the other, padded to whole pages of 4 KiB, because
-reads past the page cache must begin and end at a page. All records of a block have one size; blocks may
-differ, as in models with mixed quantisation.
+A record holds gate, up and down of one expert, padded to whole pages of 4 KiB, because direct reads must
+begin and end at a page. All records of a block have the same size; blocks may differ, as in models with mixed
+quantization.
 
 What is checked:
 
 - the manifest against its own checksum when the store is opened, and against the model when it is used;
 - each record against its SHA-256 when it is first read through a `Store`, and by `pack --verify`;
-- each later read against a `quick_sum` taken at the first. It runs at the speed of memory, and a flipped bit
-  or a lost or exchanged page escapes it once in 2^32 cases. So a record that rots while the store is in use
-  ends the text with a sentence instead of changing it.
+- each later read against a `quick_sum` taken at the first. It runs at memory speed and misses a flipped bit
+  or a lost or swapped page once in 2^32 cases. A record that is damaged while in use raises an error instead
+  of changing the text.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from ..model.hashes import weights_sha256
 FORMAT = 2
 PAGE = 4096  # bytes
 MANIFEST, STAMPS = "manifest.json", "model.json"
-DTYPES = ("float32", "float16", "bfloat16")  # of the arithmetic
+DTYPES = ("float32", "float16", "bfloat16")  # that a model computes in
 NAMES = {
     "family": "type",
     "dtype": "arithmetic",
@@ -47,7 +47,7 @@ NAMES = {
 
 
 def padded(nbytes: int) -> int:
-    """Bytes of the whole pages that hold so many bytes."""
+    """`nbytes` rounded up to whole pages."""
     return -(-nbytes // PAGE) * PAGE
 
 
@@ -65,15 +65,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds.
+    """The contents of a store.
 
     Attributes:
         model_sha256: hash of the weight files that it was packed from (`hashes.weights_sha256`).
         family: the model's type.
-        dtype: arithmetic of the model that these experts belong to, such as `float32`.
+        dtype: dtype that the model computes in, such as `float32`.
         blocks: indices of the blocks that have experts.
         experts: E, the experts of each block; `top_k` of them run for a token.
-        pieces: for each of `blocks`, what its records consist of.
+        pieces: for each of `blocks`, the pieces of its records.
         sha256: for each of `blocks`, the hash of each of its E records, padding included.
     """
 
@@ -87,7 +87,7 @@ class Manifest:
     sha256: tuple[tuple[str, ...], ...]
 
     def pieces_of(self, block: int) -> tuple[Piece, ...]:
-        """What a record of a block consists of."""
+        """The pieces of a block's records."""
         return self.pieces[self.blocks.index(block)]
 
     def record_size(self, block: int) -> int:
@@ -96,7 +96,7 @@ class Manifest:
 
     @property
     def quantized(self) -> bool:
-        """Whether records hold quantised weights."""
+        """Whether records hold quantized weights."""
         return any(piece.name.endswith(".scales") for pieces in self.pieces for piece in pieces)
 
     @property
@@ -111,7 +111,7 @@ class Manifest:
 
     @property
     def slot_bytes(self) -> int:
-        """Memory of one slot in each block, which takes no padding."""
+        """Memory of one slot in every block, without padding."""
         return sum(map(_end, self.pieces))
 
     @property
@@ -121,7 +121,7 @@ class Manifest:
 
     @property
     def mean_record_bytes(self) -> int:
-        """Bytes of a record, the mean over all blocks."""
+        """Bytes of a record, mean over blocks."""
         return self.total_bytes // (self.experts * len(self.blocks))
 
     def to_json(self) -> str:
@@ -130,7 +130,8 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if this is no manifest."""
+        """Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if this is not a
+        manifest."""
         value = parse_json(text)
         if value["format"] != FORMAT or value["page"] != PAGE:
             raise ValueError("it was written by another version of this kit")
@@ -147,7 +148,7 @@ class Manifest:
         return manifest
 
     def check(self) -> None:
-        """Raises ValueError if the facts contradict each other."""
+        """Raises ValueError if the fields are inconsistent."""
         if self.dtype not in DTYPES:
             raise ValueError(f"its arithmetic is {self.dtype}")
         for pieces in self.pieces:
@@ -155,13 +156,13 @@ class Manifest:
             for piece in pieces:
                 size = math.prod(piece.shape) * getattr(mx, piece.dtype).size
                 if piece.offset != end or piece.nbytes != size:
-                    raise ValueError(f"{piece.name} does not lie where it should")
+                    raise ValueError(f"{piece.name} has a wrong offset or size")
                 end += size
             if not end:
                 raise ValueError("its records are empty")
         counts = {len(self.blocks), len(self.pieces), len(self.sha256)}
         if not 1 <= self.top_k <= self.experts or len(counts) != 1 or not self.blocks:
-            raise ValueError("its counts do not fit each other")
+            raise ValueError("its counts are inconsistent")
         if any(len(block) != self.experts for block in self.sha256):
             raise ValueError("a record has no checksum")
 
@@ -172,12 +173,12 @@ def _end(pieces: tuple[Piece, ...]) -> int:
 
 
 def _checksum(value: dict) -> str:
-    """Of everything that a manifest says."""
+    """Checksum of a manifest's other fields."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def quick_sum(record: np.ndarray) -> int:
-    """A checksum at the speed of memory: the CRC-32 of the sums of a record's pages as 64-bit words.
+    """A checksum at memory speed: the CRC-32 of each page's sum of 64-bit words.
 
     Args:
         record: uint8, whole pages.
@@ -190,22 +191,22 @@ def file_name(block: int) -> str:
 
 
 def stamps(model: Path) -> list[list]:
-    """Name, bytes, times of change, inode and device of each weight file of a model's folder. They change
-    when a file is written again, even if its time is set back."""
+    """Name, size, times of change, inode and device of each weight file of a model's folder. They change when
+    a file is rewritten, even if its modification time is restored."""
     files = [(path.name, path.stat()) for path in weight_files(model)]
     return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for name, s in files]
 
 
 def stamped(sha256: str, files: list[list]) -> str:
-    """What `model.json` says: files with these `stamps` have this hash."""
+    """Content of `model.json`: files with these `stamps` have this hash."""
     return json.dumps({"sha256": sha256, "files": files})
 
 
 class Store:
-    """A store on disk. Opening it reads the manifest and looks at the sizes of the files, not into them.
+    """A store on disk. Opening it reads the manifest and checks the sizes of the files, not their contents.
 
     Raises:
-        UserError: there is none, it is not whole, or another version of this kit wrote it.
+        UserError: there is none, it is incomplete, or another version of this kit wrote it.
     """
 
     def __init__(self, folder: str | Path):
@@ -237,8 +238,8 @@ class Store:
         return self.manifest.sha256[self.manifest.blocks.index(block)][expert]
 
     def is_right(self, block: int, expert: int, record: np.ndarray) -> bool:
-        """Whether a record that was read (uint8, padding included) is the one that was packed: by its
-        SHA-256 the first time, by its quick sum from then on. Any thread may ask."""
+        """Whether a record (uint8, with padding) is the one that was packed: by SHA-256 the first time, then
+        by `quick_sum`. Thread-safe."""
         key, found = (block, expert), quick_sum(record)
         if key in self._verified:
             return self._verified[key] == found
@@ -265,8 +266,8 @@ class Store:
         return found
 
     def model_sha256(self, model: Path) -> str:
-        """`weights_sha256` of a model's folder. For a large model that takes minutes, so it is computed again
-        only if the weight files have changed since the store was packed, or last saw them."""
+        """`weights_sha256` of a model's folder. For a large model this takes minutes, so it is computed again
+        only if the weight files have changed since the last time."""
         file, now = self.folder / STAMPS, stamped(self.manifest.model_sha256, stamps(model))
         try:
             if file.read_text() == now:
@@ -280,7 +281,7 @@ class Store:
         return sha256
 
     def belongs_to(self, model_sha256: str) -> None:
-        """Refuse, in one sentence, a model that this store was not packed from."""
+        """Raise UserError if this store was packed from another model."""
         if self.manifest.model_sha256 != model_sha256:
             raise UserError(
                 f"The experts in {self.folder} were packed from another model "
@@ -288,8 +289,8 @@ class Store:
             )
 
     def fits(self, facts: dict) -> None:
-        """Refuse, in one sentence, a model of other facts (`packing.facts_of`) than this store's. The hash of
-        the weights does not cover them: they depend on the model's config.json."""
+        """Raise UserError if the model's facts (`packing.facts_of`) differ from this store's. They depend on
+        its config.json, which the hash of the weights does not cover."""
         self.belongs_to(facts["model_sha256"])
         for name, its in facts.items():
             mine = getattr(self.manifest, name)

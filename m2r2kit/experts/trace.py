@@ -1,7 +1,7 @@
-"""A routing trace: which experts every block chose in every pass of a run, and what was predicted.
+"""A routing trace: the experts that each block chose in each pass of a run, and the predictions.
 
-It is enough to run the bookkeeping again without the model (`simulate.py`), with any policy and budget. The
-passes over a prompt take many positions at once; of these the trace holds the union of the chosen experts.
+It suffices to replay the bookkeeping without the model (`simulate.py`), with any policy and budget. A pass
+over a prompt has many positions; the trace holds the union of their experts.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from ..common import UserError, whole
 from .policies import Expert
 
-Named = list[tuple[int, list[int]]]  # (block, experts), best first
+Predicted = list[tuple[int, list[int]]]  # (block, experts), best first
 
 
 @dataclass
@@ -21,16 +21,16 @@ class Pass:
     """One pass over the model.
 
     Attributes:
-        text: number of the text that it belongs to.
-        prompt: whether it is a pass over a prompt (all of it but its last token).
-        wanted: for each block that has experts, those it chose.
-        named: what was predicted before the first block, and then at each block.
+        text: index of its text.
+        prompt: whether it is a pass over a prompt (without its last token).
+        wanted: the chosen experts of each block with experts.
+        predicted: the predictions before the first block, then those at each block.
     """
 
     text: int
     prompt: bool
     wanted: list[list[int]] = field(default_factory=list)
-    named: list[Named] = field(default_factory=list)
+    predicted: list[Predicted] = field(default_factory=list)
 
 
 @dataclass
@@ -73,8 +73,8 @@ class Trace:
         lists, names = [], []  # experts; (pass, moment, block, how many) of each prediction
         lengths = [[len(w) for w in p.wanted] for p in self.passes]
         for number, p in enumerate(self.passes):
-            for moment, named in enumerate(p.named):
-                for block, experts in named:
+            for moment, predicted in enumerate(p.predicted):
+                for block, experts in predicted:
                     names.append((number, moment, block, len(experts)))
                     lists += experts
         with whole(file) as new, new.open("wb") as stream:
@@ -94,27 +94,29 @@ class Trace:
         """Read a trace.
 
         Args:
-            model: what has the `blocks`, `experts` and `top_k` that the trace must have, such as a manifest.
+            model: the trace must have its `blocks`, `experts` and `top_k`; for example a manifest.
 
         Raises:
-            UserError: there is no trace, it is damaged, or it was recorded with another model.
+            UserError: there is no trace, it is damaged, or it belongs to another model.
         """
         try:
             with np.load(file, allow_pickle=False) as kept:
                 arrays = {name: kept[name] for name in kept.files}
             trace = cls(tuple(arrays["blocks"].tolist()), *arrays["shape"].tolist())
-            wanted, named = iter(arrays["wanted"].tolist()), iter(arrays["named"].tolist())
+            wanted, predicted = iter(arrays["wanted"].tolist()), iter(arrays["named"].tolist())
             for (text, prompt), lengths in zip(arrays["passes"].tolist(), arrays["lengths"].tolist()):
                 chosen = [[next(wanted) for _ in range(n)] for n in lengths]
                 trace.passes.append(Pass(text, bool(prompt), chosen, [[] for _ in range(len(chosen) + 1)]))
             if not set(arrays["wanted"].tolist()) <= set(range(trace.experts)):
                 raise ValueError("there are no such experts")
             for number, moment, block, count in arrays["names"].tolist():
-                trace.passes[number].named[moment].append((block, [next(named) for _ in range(count)]))
+                trace.passes[number].predicted[moment].append(
+                    (block, [next(predicted) for _ in range(count)])
+                )
         except FileNotFoundError:
             raise UserError(f"There is no trace {file}; record one with `--trace`.") from None
-        except Exception as error:  # NumPy raises whatever a damaged zip leads it to
-            raise UserError(f"{file} is damaged or no trace; record it again.") from error
+        except Exception as error:  # NumPy raises various errors for a damaged file
+            raise UserError(f"{file} is damaged or not a trace; record it again.") from error
         if model and (trace.blocks, trace.experts, trace.top_k) != (model.blocks, model.experts, model.top_k):
             raise UserError(f"{file} is the trace of another model; record one with this model.")
         return trace
@@ -123,8 +125,8 @@ class Trace:
 def sticky(
     blocks: int, experts: int, top_k: int, passes: int, stay: float = 0.5, skew: float = 1.0, seed: int = 0
 ) -> Trace:
-    """A trace made up: in each pass every expert of the last one stays with probability `stay`, and the
-    others are drawn by a popularity of 1 / rank ** skew, the ranks shuffled in each block."""
+    """A synthetic trace: each expert of the last pass stays with probability `stay`, and the others are drawn
+    with popularity 1 / rank ** skew, with shuffled ranks in each block."""
     rng = np.random.default_rng(seed)
     weights = np.arange(1, experts + 1) ** -float(skew)
     popularity = [rng.permutation(weights / weights.sum()) for _ in range(blocks)]
@@ -136,14 +138,15 @@ def sticky(
             p[kept] = 0
             drawn = rng.choice(experts, top_k - len(kept), replace=False, p=p / p.sum())
             last[l] = np.concatenate([kept, drawn])
-        empty: list[Named] = [[] for _ in range(blocks + 1)]
+        empty: list[Predicted] = [[] for _ in range(blocks + 1)]
         trace.passes.append(Pass(0, False, [w.tolist() for w in last], empty))
     return trace
 
 
 def distances(trace: Trace) -> list[int]:
-    """For each use of an expert but its first: how many others of its block ran since the last one."""
-    found, recent = [], {l: [] for l in trace.blocks}  # of each block, the newest last
+    """Reuse distances: for each use of an expert but its first, the number of other experts of its block that
+    ran since the last one."""
+    found, recent = [], {l: [] for l in trace.blocks}  # per block, newest last
     for p in trace.passes:
         for l, wanted in zip(trace.blocks, p.wanted):
             order = recent[l]
@@ -157,6 +160,6 @@ def distances(trace: Trace) -> list[int]:
 
 
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
-    """Experts in both over experts in either."""
+    """Jaccard similarity of two sets of experts: |intersection| / |union|."""
     a, b = set(one), set(other)
     return len(a & b) / len(a | b) if a | b else 1.0

@@ -1,11 +1,11 @@
-"""Train predictors of experts: a stream or a direct map learns what the routers of later blocks will say.
+"""Train predictors of experts: a stream or a direct map learns the outputs of later blocks' routers.
 
-    loss = mean over (l, m) of KL(softmax s g_m(u_m) || softmax s g_m(what stands for u_m at block l))
+    loss = mean over (l, m) of KL(softmax s g_m(u_m) || softmax s g_m(the state for block m at block l))
            + align_weight * (1 - cos(p_l, h_tau(l)))                            for a stream
 
-s scales a token's logits to a standard deviation of `SPREAD`: routers with balanced load are nearly flat, and
-what counts is the order of the experts. The model, its routers included, is frozen, and needs all its experts
-in memory for the teacher forward.
+s scales a token's logits to a standard deviation of `SPREAD`: balanced routers have nearly flat logits, but
+only the order of the experts matters. The model, including its routers, is frozen, and the teacher forward
+needs all experts in memory.
 """
 
 import math
@@ -27,7 +27,7 @@ SPREAD = 2.5  # standard deviation of a router's logits in the loss
 
 @dataclass
 class RouterTeacherBatch:
-    """What the model did with one batch of rows (B, T).
+    """The teacher forward of one batch of token ids (B, T).
 
     Attributes:
         states: h_0 .. h_N, each (B, T, D); `after`: u_0 .. u_{N-1}.
@@ -42,14 +42,14 @@ class RouterTeacherBatch:
 
 
 def teacher_batch(backbone: Backbone, rows: np.ndarray) -> RouterTeacherBatch:
-    """Run the frozen model over rows of token ids (B, T)."""
+    """Run the frozen model on token ids (B, T)."""
     cache = backbone.new_cache()
     states, after, logits = [backbone.embed(mx.array(rows))], [], {}
     for l in range(backbone.depth):
         mask = create_attention_mask(states[-1], cache[l])
         u = moe.attend(backbone, l, states[-1], mask, cache[l])
         after.append(u)
-        states.append(moe.dense(backbone, l, u))  # its experts are in memory: it runs as it is
+        states.append(moe.dense(backbone, l, u))  # its experts are in memory
         if moe.has_experts(backbone, l):
             logits[l] = router(backbone, l, u)
     kept = [KeptKV(*map(mx.contiguous, c.keys_and_values())) for c in cache]
@@ -58,8 +58,8 @@ def teacher_batch(backbone: Backbone, rows: np.ndarray) -> RouterTeacherBatch:
 
 
 def default_exits(depth: int) -> tuple[int, ...]:
-    """Intervals of one block each, so that every p begins at the model's own state: at a rate of 2 each looks
-    two blocks ahead."""
+    """Intervals of one block, so that p restarts from the model's hidden state at each block; at rate 2 it
+    looks two blocks ahead."""
     return tuple(range(1, max(2, depth)))
 
 
@@ -70,8 +70,9 @@ def new_stream(
     rank: int = 0,
     ffn_width: int = 320,
 ) -> AcceleratedStream:
-    """An untrained stream that predicts experts: shared-KV attention and a small FFN in each block. If the
-    attention is unchanged (`rank` 0), a p that begins at a block does not attend a second time there."""
+    """An untrained stream that predicts experts: shared-KV attention and a small FFN in each block. With
+    `rank` 0 the attention is unchanged, so a p that begins at a block reuses the block's own attention
+    output."""
     config = StreamConfig(
         "attention", exits or default_exits(backbone.depth), rate=rate, rank=rank, ffn_width=ffn_width,
         deep=0.0, carry=False,
@@ -80,12 +81,12 @@ def new_stream(
 
 
 def predictor_of(module) -> StreamPredictor | DirectMap:
-    """The predictor that a trained module makes."""
+    """The predictor of a trained module."""
     return StreamPredictor(module) if isinstance(module, AcceleratedStream) else module
 
 
 def loss(module, batch: RouterTeacherBatch, settings: DistilConfig, rng=None) -> mx.array:
-    """The loss above, a scalar; pairs (l, m) that u itself predicts train nothing and are left out."""
+    """The loss above, a scalar; pairs (l, m) predicted from u itself have no parameters and are left out."""
     predictor, total, pairs = predictor_of(module), 0.0, 0
     backbone = predictor._backbone
     for (l, m), state in predictor.over(batch.states, batch.after, batch.cache).items():
@@ -124,8 +125,8 @@ def train(
 def recall(
     predictor: StreamPredictor | DirectMap, batches: list[RouterTeacherBatch]
 ) -> dict[tuple[int, int], float]:
-    """Recall on held-out rows: (l, m) -> the share of block m's top-k that is predicted at block l; pairs
-    that u itself predicts are left out."""
+    """Recall on held-out text: (l, m) -> the share of block m's top-k that is predicted at block l; pairs
+    predicted from u itself are left out."""
     backbone, found = predictor._backbone, {}
     k = backbone.config["num_experts_per_tok"]
     for batch in batches:
@@ -140,7 +141,7 @@ def recall(
 
 
 def by_distance(recalls: dict[tuple[int, int], float]) -> dict[int, float]:
-    """Mean recall by the number of blocks between l and m."""
+    """Mean recall by distance m - l."""
     found: dict[int, list[float]] = {}
     for (l, m), value in recalls.items():
         found.setdefault(m - l, []).append(value)

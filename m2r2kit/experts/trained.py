@@ -1,4 +1,4 @@
-"""Trained predictors of a model on disk: streams and direct maps, each in its own folder."""
+"""Trained predictors on disk: streams and direct maps, each in its own folder."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from .state_predictors import DirectConfig, DirectMap, StreamPredictor
 
 FOLDER = "predictors"  # inside the model's
 STREAMS = {"m2r2": "stream", "m2r2-r1": "stream-r1"}  # rate 2, and the control without velocity
-OPENING = "m2r2-r1"  # for the stream of rate 2, it also predicts the block that comes too early for it
+OPENING = "m2r2-r1"  # also the opening of the stream of rate 2 (`StreamPredictor`)
 DIRECT = "direct"
 
 
 def folder_of(model: str | Path, name: str) -> Path:
-    """Where a model's trained predictor lies."""
+    """The folder of a model's trained predictor."""
     return trained_folder(model, FOLDER) / (STREAMS.get(name) or DIRECT)
 
 
 def file_of(name: str) -> str:
-    """The name of the files in that folder, without their endings."""
+    """The name of its files, without suffix."""
     return DIRECT if name == DIRECT else "stream"
 
 
@@ -33,12 +33,12 @@ def predictor(
     width: int | None = None,
     folder: str | Path | None = None,
 ) -> StreamPredictor | DirectMap:
-    """A trained predictor of a model by its name; a stream with its opening, if that was trained too.
+    """A trained predictor of a model by name; a stream has its opening if that is trained too.
 
     Args:
         model: the model's folder.
-        width: how many experts it predicts for a block; by default as many as run.
-        folder: where it lies, if not in the model's folder.
+        width: experts to predict per block; by default as many as run.
+        folder: the predictor's folder, if not inside the model's.
 
     Raises:
         UserError: there is none, it is damaged, or it belongs to another model.
@@ -65,15 +65,15 @@ def direct(backbone: Backbone, folder: str | Path, width: int | None = None) -> 
 
 
 def stream(backbone: Backbone, folder: str | Path) -> AcceleratedStream:
-    """A stream trained to predict experts; raises UserError likewise."""
+    """A stream trained to predict experts; raises UserError as `direct` does."""
     there(folder, "stream")
     return load_stream(backbone, folder)
 
 
 def there(folder: str | Path, name: str) -> None:
-    """Refuse a folder without the trained part, in a sentence that names the command."""
+    """Raise UserError if the folder has no trained part `name`."""
     if not (Path(folder) / f"{name}.json").exists():
-        raise UserError(f"There is no trained {name} in {folder}; make it with `m2r2kit train predictor`.")
+        raise UserError(f"There is no trained {name} in {folder}; create it with `m2r2kit train predictor`.")
 
 
 def hand_over(model: str | Path, other: str | Path, bits: int = 16) -> None:
@@ -81,7 +81,7 @@ def hand_over(model: str | Path, other: str | Path, bits: int = 16) -> None:
     them to it.
 
     Args:
-        bits: of their matrices (`checkpoints.save`).
+        bits: per weight of their matrices (`checkpoints.save`).
 
     Raises:
         UserError: one of them is damaged, or belongs to another model.
