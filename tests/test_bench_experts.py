@@ -79,7 +79,7 @@ def test_without_it_the_arms_are_compared_with_each_other_and_less_is_held(monke
     )
     found = figures(shares=[0.25, 0.5])
     assert found["resident_equal"] is found["overhead_resident"] is None
-    assert found["compute_seconds"] > 0 and "4 slots a block" in found["compute_from"]
+    assert found["compute_seconds"] > 0 and "4 slots per block" in found["compute_from"]
     assert max(held) == 4  # never more than the largest budget
     assert all(arm["equal"] for budget in found["budgets"] for arm in budget["arms"].values())
 

@@ -267,7 +267,7 @@ def test_a_damaged_trace_is_one_sentence(tmp_path):
     content = (tmp_path / "t.npz").read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"text"):
         (tmp_path / "t.npz").write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged or no trace"):
+        with pytest.raises(UserError, match="damaged or not a trace"):
             Trace.load(tmp_path / "t.npz")
 
 

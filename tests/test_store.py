@@ -83,7 +83,7 @@ def test_a_small_quantised_model_is_packed_as_it_is_run(tmp_path):
 
 
 def test_a_model_without_experts_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no mixture of experts"):
+    with pytest.raises(UserError, match="not a mixture of experts"):
         packing.pack(tiny.folder("llama"), tmp_path / "store")
     assert not list(tmp_path.iterdir())
 
@@ -169,8 +169,8 @@ def test_what_another_model_left_is_not_gone_on_with(tmp_path):
         (lambda f: edit(f, sha256=[]), "changed after it was written"),
         (lambda f: edit(f, format=1), "another version"),
         (lambda f: edit(f, dtype="bfloat16"), "changed after it was written"),
-        (lambda f: edit(f, signed=True, sha256=[]), "counts do not fit"),
-        (lambda f: edit(f, signed=True, top_k=99), "counts do not fit"),
+        (lambda f: edit(f, signed=True, sha256=[]), "counts are inconsistent"),
+        (lambda f: edit(f, signed=True, top_k=99), "counts are inconsistent"),
         (lambda f: edit(f, signed=True, dtype="int8"), "arithmetic is int8"),
         (lambda f: edit(f, signed=True, blocks=[0, 1, 2, 7]), "lacks block-07.bin"),
     ],
@@ -243,7 +243,7 @@ def test_a_folder_of_the_users_own_is_neither_used_nor_deleted(tmp_path):
     for name in ("store.packing", "store.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="no folder of an interrupted packing"):
+    with pytest.raises(UserError, match="not a folder of an interrupted packing"):
         packing.pack(tiny_experts.model(), tmp_path / "store")
     assert (tmp_path / "store.packing" / "notes.txt").read_text() == "mine"
     shutil.rmtree(tmp_path / "store.packing")
@@ -398,7 +398,7 @@ def test_blocks_of_different_bits_have_records_of_different_sizes(mixed, tmp_pat
     assert tokens == [generate(right, p, max_tokens=14).tokens for p in test_experts.PROMPTS]
     assert residency.counts.ahead and residency.counts.missed
     assert slots_of_budget(manifest, budget_of_share(manifest, 0.5, 100), 100) == 4
-    with pytest.raises(UserError, match="share no slots"):
+    with pytest.raises(UserError, match="cannot share slots"):
         model.residency(12, methods.policy("lru"), shared=True)
     flip(tmp_path / "store" / "block-02.bin", 3 * sizes[2] + 5)
     assert Store(tmp_path / "store").damaged() == [(2, 3)]
