@@ -96,7 +96,7 @@ def test_the_command_prints_a_table_and_records_it(tmp_path, monkeypatch, capsys
     ]  # fmt: skip
     assert main(asked) == 0
     out = capsys.readouterr().out
-    assert "disk (simulated)" in out and "budget 25.0% (2 slots a block)" in out
+    assert "disk (simulated)" in out and "budget 25.0% (2 slots per block)" in out
     record = json.loads((tmp_path / "experts.jsonl").read_text())
     assert record["settings"]["link"] == 50_000_000 and len(record["figures"]["budgets"]) == 2
     assert main([*asked[:-1], "--budgets", "10%"]) == 2

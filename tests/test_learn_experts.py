@@ -189,4 +189,4 @@ def test_the_command_trains_all_three_and_the_bench_finds_them(tmp_path, monkeyp
 
 def test_a_dense_model_has_no_experts_to_name(capsys):
     assert main(["train", "predictor", "--model", str(tiny.folder("llama"))]) == 2
-    assert "no mixture of experts" in capsys.readouterr().err
+    assert "not a mixture of experts" in capsys.readouterr().err

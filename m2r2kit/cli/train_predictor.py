@@ -64,7 +64,7 @@ def run(args) -> int:
     training.check(args, files)
     backbone = for_training(args.model)
     if not backbone.is_moe:
-        raise UserError(f"{args.model} is no mixture of experts; it has no experts to name.")
+        raise UserError(f"{args.model} is not a mixture of experts; it has no experts to predict.")
     modules = {kind: new(kind, backbone, args) for kind in args.kind}
     train, held_out = text(backbone, args.corpus, args.rows, args.seed)
     batches, judges = (taught(backbone, rows, args.batch) for rows in (train, held_out))
