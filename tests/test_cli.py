@@ -31,7 +31,7 @@ def test_help_describes_every_command(command, capsys):
         (["generate", "--prompt", "a", "--top-p", "0"], "'0' is not a number above 0 to 1"),
         (["generate", "--prompt", "a", "--method", "magic"], "invalid choice: 'magic'"),
         (["bench", "speculation", "--methods", "plain,magic"], "there is no magic"),
-        (["bench", "speculation", "--methods", ","], "an empty list names none"),
+        (["bench", "speculation", "--methods", ","], "the list is empty"),
         (["bench", "map", "--exits", "2,x"], "'x' is not a whole number from 1"),
         (["train", "backbone"], "required: --out"),
         (["train", "stream", "--form", "cube"], "invalid choice: 'cube'"),

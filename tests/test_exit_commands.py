@@ -106,7 +106,7 @@ def test_exits_begin_with_a_stream_of_the_same_first_interval(tmp_path, little):
         train_exits.run(training(tmp_path / "x", "m2r2", start=tmp_path / "t", model=model))
     with pytest.raises(UserError, match=r"first interval is blocks 1\.\.2, the stream.s 0\.\.2"):
         train_exits.run(training(tmp_path / "x", "m2r2", exits=(2, 3), start=tmp_path / "t"))
-    with pytest.raises(UserError, match="Only m2r2 begins with a stream"):
+    with pytest.raises(UserError, match="--start is for --kind m2r2 alone"):
         train_exits.run(training(tmp_path / "x", "lens", start=tmp_path / "s"))
 
 
@@ -123,7 +123,7 @@ def test_a_router_can_be_trained_anew_and_nothing_else_changes(tmp_path, little)
     assert now["steps"] == facts["steps"] and now["router_steps"] == 5
     with pytest.raises(UserError, match="bare has no router"):
         train_exits.run(training(out, "bare", router_only=True))
-    with pytest.raises(UserError, match="stay as they are"):
+    with pytest.raises(UserError, match="keeps exits and stream"):
         train_exits.run(training(out, "m2r2", router_only=True))
 
 
@@ -185,7 +185,7 @@ def test_what_is_taken_back_is_what_the_skipped_blocks_did_not_save():
 def test_bench_without_m2r2_says_so(everything):
     model = str(tiny.folder("llama", **MODEL))
     asked = SimpleNamespace(model=model, trained=everything, methods=["calm"], record=False)
-    with pytest.raises(UserError, match="name it among the methods"):
+    with pytest.raises(UserError, match="add it to --methods"):
         bench_command.run(asked)
 
 
@@ -216,7 +216,7 @@ def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path,
         assert said in capsys.readouterr().err
     assert main([*line, "--trained", str(tmp_path), "--risk", "0.2"]) == 0
     said = capsys.readouterr().err
-    assert "left after block" in said and (
+    assert "exits after block" in said and (
         "after the same words at most 20%" in said or "no threshold" in said
     )
     for asked, said in (
@@ -224,7 +224,7 @@ def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path,
         (["--threshold", "-1"], "is not a number from 0 to 2"),
         (
             ["--threshold", "0.5", "--temp", "1"],
-            "The method exits takes the likeliest token; leave out --temp",
+            "The method exits decodes greedily; leave out --temp",
         ),
     ):
         assert main([*line, "--trained", str(tmp_path), *asked]) == 2

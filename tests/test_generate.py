@@ -64,7 +64,7 @@ def test_a_prompt_from_standard_input(chatty, capsys, monkeypatch):
     assert "as UTF-8" in refused(capsys, *asked(chatty, "--prompt", "-"))
     monkeypatch.setattr(sys, "stdin", None)
     assert "input is closed" in refused(capsys, *asked(chatty, "--prompt", "-"))
-    assert "give --prompt - once" in refused(capsys, *asked(chatty, "--prompt", "-", "--prompt", "-"))
+    assert "use --prompt - only once" in refused(capsys, *asked(chatty, "--prompt", "-", "--prompt", "-"))
 
 
 def test_several_prompts_are_the_turns_of_a_conversation(chatty, capsys):

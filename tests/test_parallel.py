@@ -62,7 +62,7 @@ def test_an_interrupt_reaches_all_and_one_saves(run):
     os.kill(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
-    assert "go on with: m2r2kit train backbone" in out and "--processes 2" in out
+    assert "resume with: m2r2kit train backbone" in out and "--processes 2" in out
     state = json.loads((run.folder / "run.json").read_text())
     assert state["step"] > 1 and (run.folder / state["arrays"]).exists()
     assert Run(run.folder).step == state["step"]

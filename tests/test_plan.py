@@ -62,4 +62,4 @@ def test_the_command_prints_the_plans(capsys):
     assert main(["bench", "experts", "--plan", "OLMoE-1B-7B"]) == 0
     assert "Qwen3-30B" not in capsys.readouterr().out
     assert main(["bench", "experts", "--plan", "GPT-2"]) == 2
-    assert "no card 'GPT-2'" in capsys.readouterr().err
+    assert "no plan for 'GPT-2'" in capsys.readouterr().err

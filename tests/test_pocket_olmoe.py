@@ -268,7 +268,7 @@ def test_a_mixture_is_trained_exported_and_its_experts_counted(start, tmp_path, 
     assert np.allclose(np.sum(use["share"], 1), 1, atol=1e-3) and np.shape(use["share"]) == (2, 6)
     assert len(use["entropy"]) == 2 and max(use["entropy"]) < np.log2(6) + 1e-3
     args.type, args.config = None, None
-    with pytest.raises(UserError, match="--start is for a mixture of experts; add --type olmoe"):
+    with pytest.raises(UserError, match="--start needs a mixture of experts; add --type olmoe"):
         train.run(args)
 
 

@@ -372,7 +372,8 @@ def test_a_finished_run_is_exported_evaluated_and_recorded(tmp_path, monkeypatch
     )
     assert train.run(args) == 0
     assert (
-        "Saved after 64 of 64,000 tokens; go on with: m2r2kit train backbone --out" in capsys.readouterr().out
+        "Saved after 64 of 64,000 tokens; resume with: m2r2kit train backbone --out"
+        in capsys.readouterr().out
     )
     args = SimpleNamespace(
         out=out,

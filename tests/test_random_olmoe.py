@@ -124,7 +124,7 @@ def test_it_decodes_in_a_fresh_process_and_says_its_peak(made, tmp_path, monkeyp
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     asked = [*memory(made), "--budget", "50%"]
     assert main([*asked, "--max-tokens", "6", "--most", "2GB", "--record"]) == 0
-    assert "6 tokens, equal in both" in capsys.readouterr().out
+    assert "6 tokens, same text" in capsys.readouterr().out
     found = json.loads((tmp_path / "experts-large.jsonl").read_text())["figures"]
     assert found["equal"] and found["tokens"] == 6
     for arm in (found["streamed"], found["whole"]):

@@ -4,6 +4,7 @@ import re
 import sys
 
 from m2r2kit.bench.records import ROOT
+from m2r2kit.model.families import FAMILIES
 
 sys.path.insert(0, str(ROOT / "ci"))
 
@@ -26,6 +27,11 @@ def test_links_lead_somewhere():
 def test_every_notebook_is_listed():
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
         assert f"notebooks/{path.name}" in TEXT
+
+
+def test_every_family_is_named():
+    words = set(re.findall(r"\w+", TEXT))
+    assert [name for name in FAMILIES if name not in words] == []
 
 
 def test_the_api_page_says_what_the_docstrings_say():

@@ -56,9 +56,9 @@ def test_what_cannot_be_kept_there_is_kept_elsewhere(figures, folder):
     records.RESULTS.mkdir()
     if figures is FIGURES:  # damaged while it was measured
         (records.RESULTS / "speculation.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"The result is kept in .*\.json\.$") as caught:
+    with pytest.raises(UserError, match=r"The result is saved in .*\.json\.$") as caught:
         result.keep(asked(record=True), "speculation", {"n": 1}, figures)
-    kept = Path(re.search(r"kept in (.*)\.$", str(caught.value)).group(1))
+    kept = Path(re.search(r"saved in (.*)\.$", str(caught.value)).group(1))
     assert kept.parent == Path.cwd() and json.loads(kept.read_text())["settings"] == {"n": 1}
 
 

@@ -115,7 +115,7 @@ def test_an_interrupted_training_goes_on(tmp_path, written, untuned, interrupted
     with pytest.raises(UserError, match="unfinished stream with other settings"):
         train_stream.run(arguments(tmp_path, rank=8))
     assert train_stream.run(arguments(tmp_path)) == 0
-    assert "Going on after 2 steps." in capsys.readouterr().out
+    assert "Resuming after 2 steps." in capsys.readouterr().out
     assert not (tmp_path / "unfinished").exists() and len(written) == 1
 
 
@@ -136,10 +136,10 @@ def test_seconds_of_an_interrupted_training_add_up(tmp_path, written, untuned, i
 def test_an_interrupted_training_goes_on_with_nothing_else(tmp_path, written, interrupted, monkeypatch):
     interrupted(arguments(tmp_path))
     for changes, said in (
-        ({"rows": 24}, "has rows 16 and not 24"),
-        ({"seed": 1}, "has seed 0 and not 1"),
-        ({"batch": 4}, "has batch 8 and not 4"),
-        ({"steps": 5}, "has steps 3 and not 5"),
+        ({"rows": 24}, "has rows 16, not 24"),
+        ({"seed": 1}, "has seed 0, not 1"),
+        ({"batch": 4}, "has batch 8, not 4"),
+        ({"steps": 5}, "has steps 3, not 5"),
     ):
         with pytest.raises(UserError, match=said):
             train_stream.run(arguments(tmp_path, **changes))
@@ -240,7 +240,7 @@ def test_rows_are_token_ids_even_beside_an_empty_text():
 
 
 def test_a_comparison_runs_in_one_process(tmp_path, written):
-    with pytest.raises(UserError, match="leave --processes out"):
+    with pytest.raises(UserError, match="leave out --processes"):
         train_stream.run(arguments(tmp_path, compare=True, processes=2))
 
 

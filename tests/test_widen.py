@@ -82,6 +82,6 @@ def test_what_cannot_be_widened_is_one_sentence_and_leaves_nothing(both, tmp_pat
         said = capsys.readouterr().err
         assert sentence in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
     assert main(["make-moe", str(out), "--model", str(both[0])]) == 2  # nothing says how wide
-    assert "say how much with --widen" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "add --widen K" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert main(["make-moe", str(both[1]), "--widen", "2", "--model", str(both[0])]) == 2
     assert "exists already" in capsys.readouterr().err

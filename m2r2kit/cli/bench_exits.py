@@ -1,4 +1,4 @@
-"""`m2r2kit bench exits`: curves of quality against depth for every method, then the time of some points."""
+"""`m2r2kit bench exits`: quality against depth for each method, then the time of some thresholds."""
 
 import sys
 
@@ -51,7 +51,7 @@ def run(args) -> int:
     folder = trained.folder(args.model, args.trained)
     methods = {name: method(name, backbone, folder) for name in args.methods}
     if "m2r2" not in methods:
-        raise UserError("The others are compared with m2r2; name it among the methods.")
+        raise UserError("All methods are compared with m2r2; add it to --methods.")
     prompts = prompt_files.first_of_each_kind(prompt_files.read(args.prompts or prompt_files.ALL), args.limit)
     asked = questions(backbone, prompts, args.max_tokens)
     if asked.left_out:
@@ -98,7 +98,7 @@ def run(args) -> int:
 
 
 def readers(methods: dict[str, Method]) -> dict:
-    """What is read at the exits by the methods, each kind once."""
+    """What each kind of module reads at the exits."""
     return {METHODS[name].kind: each.reader for name, each in methods.items() if each.reader is not None}
 
 
@@ -107,7 +107,11 @@ def quiet() -> bool:
 
 
 def time(backbone: Backbone, methods: dict, curves: dict, pairs, figures: dict, repeats: int) -> None:
-    """Add `timed` points to the figures of each method that can decode; `pairs` are prompts and answers."""
+    """Add `timed` and `fastest` to the figures of each method that can decode.
+
+    Args:
+        pairs: (prompt ids, answer ids) of each text.
+    """
     arms = []
     for name, each in methods.items():
         if name in bench.UNTIMED:
@@ -129,7 +133,7 @@ def time(backbone: Backbone, methods: dict, curves: dict, pairs, figures: dict, 
 
 
 def keep_answers(backbone: Backbone, methods: dict, pairs, figures: dict, max_tokens: int) -> None:
-    """Add to the figures of each method, at its fastest point, how many arithmetic answers stay."""
+    """Add to the figures how many arithmetic answers each method keeps at its fastest threshold."""
     for name, each in methods.items():
         if best := figures[name].get("fastest"):
             arm = bench.timed(each, best["threshold"])

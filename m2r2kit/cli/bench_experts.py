@@ -1,4 +1,4 @@
-"""`m2r2kit bench experts`: ways of streaming experts side by side; or, with `--plan`, on paper."""
+"""`m2r2kit bench experts`: compare ways of streaming experts, or estimate their speed with `--plan`."""
 
 import argparse
 import sys
@@ -55,7 +55,7 @@ def run(args) -> int:
 
         return plan.run(args)
     if not args.experts:
-        raise UserError("Say where the experts are with --experts STORE, or ask for --plan.")
+        raise UserError("Give the experts with --experts STORE, or use --plan.")
     quiet = not sys.stderr.isatty()
     prompts = prompt_files.read(args.prompts or prompt_files.ALL)
     prompts = prompt_files.first_of_each_kind(prompts, args.limit)
@@ -63,7 +63,7 @@ def run(args) -> int:
     manifest = model.store.manifest
     if any(round(share * manifest.experts) < manifest.top_k for share in args.budgets):
         raise UserError(
-            f"{manifest.top_k} of {manifest.experts} experts run for a token; a budget of "
+            f"A token runs {manifest.top_k} of {manifest.experts} experts; a budget of "
             f"{min(args.budgets):.1%} does not hold them."
         )
     whole = Backbone.load(args.model) if args.resident else None

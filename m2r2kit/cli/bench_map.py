@@ -1,4 +1,4 @@
-"""`m2r2kit bench map`: the predicted speed-up of each exit with each number of drafts."""
+"""`m2r2kit bench map`: the predicted speed-up for each exit and draft length."""
 
 import sys
 
@@ -69,14 +69,14 @@ def run(args) -> int:
 
 
 def default_exits(backbone: Backbone, method: str, stream) -> list[int]:
-    """Those that the stream was trained for, or, where nothing is trained, some down to two thirds."""
+    """The exits of the trained stream; for `early-exit`, eight depths up to two thirds of the model."""
     if method == "m2r2":
         return list(checkpoints.read_settings(stream, "stream", StreamConfig)[0].exits)
     return sorted({max(1, backbone.depth * part // 24) for part in (1, 2, 3, 4, 6, 8, 12, 16)})
 
 
 def table(figures: dict) -> Table:
-    """One line an exit: its speed-up with 1, 2, .. drafts."""
+    """One line per exit: its speed-up with 1, 2, .. drafts."""
     rows = []
     for row in figures["rows"]:
         speeds = row["predicted_speedup"]

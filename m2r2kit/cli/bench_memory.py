@@ -1,4 +1,4 @@
-"""`m2r2kit bench memory`: a model under a budget, in a process whose peak the system says."""
+"""`m2r2kit bench memory`: peak memory of decoding with experts on disk, in a process of its own."""
 
 from ..bench.memory import measure
 from ..experts.store import Store
@@ -37,15 +37,14 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Measure, print, and with `--record` add a record. 1 if the texts differ, or the peak is above
-    `--most`."""
+    """Measure, print and record; 1 if the texts differ or the peak exceeds `--most`."""
     check_result(args, "experts-large")
-    store = Store(args.experts)  # what is wrong is said before anything starts
+    store = Store(args.experts)  # raises before a process starts
     folder = model_folder(args.model)
     store.belongs_to(store.model_sha256(folder))
     more = ["--predictor", args.predictor, "--reads", args.reads, "--threads", str(args.threads)]
     figures = measure(str(folder), args.experts, str(args.budget), args.prompt, args.max_tokens, more)
-    print(in_words(figures))
+    print(summary(figures))
     m = store.manifest
     settings = {
         "model": model_name(args.model), "model_sha256": m.model_sha256, "dtype": m.dtype,
@@ -59,21 +58,21 @@ def run(args) -> int:
     return 0 if figures["equal"] and figures["streamed"]["peak_bytes"] <= args.most else 1
 
 
-def in_words(figures: dict) -> str:
-    """A few lines."""
+def summary(figures: dict) -> str:
+    """The figures, one line each."""
     streamed, whole, routing = figures["streamed"], figures["whole"], figures["routing"]
     lines = [
         f"{figures['model_bytes'] / 1e9:.2f} GB of weights, {figures['tokens']} tokens, "
-        + ("equal in both:" if figures["equal"] else "which DIFFER:")
+        + ("same text:" if figures["equal"] else "DIFFERENT TEXT:")
     ]
     for name, arm in (("experts on disk", streamed), ("all in memory", whole)):
         lines.append(
             f"{name:16} peak {arm['peak_bytes'] / 1e6:7.0f} MB, {arm['tokens_per_second']:6.2f} tokens/s, "
-            f"{arm['wall_seconds']:.1f} s from start to end"
+            f"{arm['wall_seconds']:.1f} s in total"
         )
     lines.append(
-        f"routing: the busier half of a block's experts had {routing['busier_half']:.0%} of the uses "
+        f"routing: the most used half of a block's experts takes {routing['busier_half']:.0%} of the uses "
         f"({routing['busier_half_by_chance']:.0%} by chance); {routing['stays'] or 0:.0%} of a token's "
-        f"experts had been the last token's ({routing['stays_by_chance']:.0%} by chance)"
+        f"experts also ran for the token before ({routing['stays_by_chance']:.0%} by chance)"
     )
     return "\n".join(lines)

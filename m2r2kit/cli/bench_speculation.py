@@ -1,4 +1,4 @@
-"""`m2r2kit bench speculation`: the arms side by side, equality first, then time."""
+"""`m2r2kit bench speculation`: compare drafting methods, outputs first, then interleaved time."""
 
 import sys
 
@@ -46,10 +46,10 @@ def run(args) -> int:
     names = args.methods if "plain" in args.methods else ["plain", *args.methods]
     arms = []
     for name in names:
-        who, drafts = None, 0
+        drafter, drafts = None, 0
         if name != "mlx_lm":
-            who, drafts = ready(name, backbone, *folders, args.exit, args.draft)
-        arms.append(Arm(name, who, drafts, training(name, *folders)))
+            drafter, drafts = ready(name, backbone, *folders, args.exit, args.draft)
+        arms.append(Arm(name, drafter, drafts, training(name, *folders)))
     drafts = args.draft or next((arm.drafts for arm in arms if arm.name == "m2r2"), DRAFTS)
     asked = questions(backbone, tqdm(prompts, unit="prompt", leave=False, disable=quiet), args.max_tokens)
     if asked.left_out:
@@ -82,6 +82,8 @@ def run(args) -> int:
 
 
 def drafts_at(arm: Arm) -> int:
-    """The depth at which an arm drafts: for M2R2 that of p, one more than its slow stream has gone; 0 for
-    one that uses no block of the model."""
+    """The depth at which an arm drafts; 0 if its drafter runs no block of the model.
+
+    For M2R2 it is the depth of p, one more than the slow blocks that a draft runs.
+    """
     return getattr(arm.drafter, "read_at", arm.drafter.exit) if arm.drafts else 0

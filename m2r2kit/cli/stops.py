@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread by a signal that asks to stop; `number` is the signal's."""
+    """Raised in the main thread by SIGTERM or SIGHUP; `number` is the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -15,13 +15,13 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """The shell's exit code of a program that a signal ended: 130 for Ctrl-C."""
+    """The shell's exit code of a program that a signal stopped: 130 for Ctrl-C."""
     return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Stopped`. One that is ignored (`nohup`) or handled stays so."""
+    """Make SIGTERM and SIGHUP raise `Stopped`, unless they are ignored (`nohup`) or handled already."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""`m2r2kit train backbone`: the pocket model from nothing."""
+"""`m2r2kit train backbone`: train a pocket model from scratch."""
 
 import hashlib
 import math
@@ -53,14 +53,14 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Train a pocket model, or go on; when it is finished, or with `--to`, export, evaluate, record.
+    """Train a pocket model or resume; at the end, or with `--to`, export, evaluate and record it.
 
     Args:
         args: out, corpus, type, start, tokens, minutes, to, config, processes: as in
             `m2r2kit train backbone --help`.
 
     Returns:
-        0, or 1 if it was interrupted (what was learnt is saved).
+        0, or 1 if it was interrupted (the run is saved).
     """
     check_result(args, "pretrain")
     if args.processes > 1 and not parallel.started():
@@ -75,22 +75,22 @@ def run(args) -> int:
         run.config = replace(run.config, tokens=args.tokens)
     first = run.group.rank() == 0
     if not first:
-        parallel.any_of(False)  # the first process makes the tokens, the others wait here and read them
+        parallel.any_of(False)  # wait for the first process to write the tokens, then read them
     start = getattr(run.config, "start", "")
     tokenizer, tokens = prepare(
         folder,
         lambda: documents(_corpus(args.corpus)),
         run.config.vocabulary,
-        Path(start) / "tokenizer.json" if start else None,  # the model it starts from knows these tokens
+        Path(start) / "tokenizer.json" if start else None,  # the tokenizer of the model to start from
     )
     if first:
         parallel.any_of(False)
     run.batches = Batches(tokens)
     _train(run, 60 * args.minutes if args.minutes else math.inf)
     if not first:
-        return 0  # the first process says how it ended
+        return 0  # the first process reports
     if run.stopped or (run.seen < run.config.tokens and not args.to):
-        print(f"Saved after {run.seen:,} of {run.config.tokens:,} tokens; go on with: {command}")
+        print(f"Saved after {run.seen:,} of {run.config.tokens:,} tokens; resume with: {command}")
         return 1 if run.stopped else 0
     target = pocket.export(run, tokenizer, Path(args.to) if args.to else folder / "model")
     print(f"{target}: {run.blocks} blocks, {run.seen:,} tokens seen. Held-out documents:")
@@ -105,24 +105,24 @@ def run(args) -> int:
         share = figures["experts"]["share"]
         least, most = (run.config.experts * f(map(f, share)) for f in (min, max))
         print(
-            f"The least used expert gets {least:.2f} times an even share of the tokens, the most {most:.2f}"
+            f"Least used expert: {least:.2f} times an even share of the tokens; most used: {most:.2f} times"
         )
     keep(args, "pretrain", _facts(run, target), figures)
     return 0
 
 
 def _settings(args) -> PretrainConfig | None:
-    """What `--config`, `--type` and `--start` ask for; None where nothing does."""
+    """The run settings from `--config`, `--type` and `--start`; None if none is given."""
     asked = {"type": args.type, "start": args.start and str(args.start)}
     asked = {name: value for name, value in asked.items() if value}
     try:
         if args.config:
             asked = parse_json(Path(args.config).read_text()) | asked
         if asked.get("type") != "olmoe" and "start" in asked:
-            raise UserError("--start is for a mixture of experts; add --type olmoe")
+            raise UserError("--start needs a mixture of experts; add --type olmoe")
         return settings(asked) if asked else None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{args.config} is not a JSON object of settings of a run ({error})") from None
+        raise UserError(f"{args.config} is not a JSON object of run settings ({error})") from None
 
 
 def _corpus(folder: Path | None) -> Path:
@@ -144,7 +144,7 @@ def _train(run: Run, seconds: float) -> None:
 
 
 def _facts(run: Run, folder: Path) -> dict:
-    """What a record says of how a model came to be."""
+    """The facts of a training run, for its record."""
     weights = (folder / "model.safetensors").read_bytes()
     return {
         "model": folder.name,

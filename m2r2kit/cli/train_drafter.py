@@ -1,4 +1,4 @@
-"""`m2r2kit train drafter`: baselines of the accelerated stream, trained on the same rows in the same way."""
+"""`m2r2kit train drafter`: train baseline drafters, on the same rows and in the same way as the stream."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Train, save, tune and record each kind that is asked for, on the same rows."""
+    """Train, save, tune and record each requested kind."""
     check_result(args, "drafters")
     training.check(args, [folder_of(kind, args) / "drafter.json" for kind in args.kind])
     backbone = for_training(args.model)
@@ -43,24 +43,24 @@ def run(args) -> int:
     depths = set().union(*(module.depths for module in modules.values()))
     train, held_out = text(backbone, args.corpus, args.rows, args.seed)
     batches = distillation.teacher_batches(backbone, train, depths, set(), args.batch)
-    judges = distillation.teacher_batches(backbone, held_out, depths, set())
+    validation = distillation.teacher_batches(backbone, held_out, depths, set())
     for kind, module in modules.items():
-        one(backbone, kind, module, batches, judges, folder_of(kind, args), args)
+        train_one(backbone, kind, module, batches, validation, folder_of(kind, args), args)
     return 0
 
 
 def folder_of(kind: str, args) -> Path:
-    """Where a kind is saved."""
+    """The folder of a kind."""
     return Path(args.out) if args.out else drafters_folder(args.model, None) / kind
 
 
-def one(backbone: Backbone, kind: str, module, batches, judges, out: Path, args) -> None:
-    """Train one kind, save it, tune the number of its drafts and record it."""
+def train_one(backbone: Backbone, kind: str, module, batches, validation, out: Path, args) -> None:
+    """Train, save, tune and record one kind."""
     distil = training.settings(args)
-    before = baselines.mean_loss(module, judges, distil)
+    before = baselines.mean_loss(module, validation, distil)
     with training.progress(distil.steps, kind) as report:
         history = baselines.train(module, batches, distil, report, training.limit(args))
-    after = baselines.mean_loss(module, judges, distil)
+    after = baselines.mean_loss(module, validation, distil)
     steps = len(history.losses)
     print(f"{kind}: held-out loss {before:.3f} before, {after:.3f} after {steps} steps.")
     facts = {"steps": steps, "train_seconds": round(history.seconds), "drafts": training.UNTUNED}
@@ -68,7 +68,7 @@ def one(backbone: Backbone, kind: str, module, batches, judges, out: Path, args)
     parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
     figures = {"parameters": parameters, "held_out_loss": after, "held_out_loss_before": before}
     if args.tune:
-        tuned = tune_baseline(backbone, kind, module)  # it may change the threshold as well
+        tuned = tune_baseline(backbone, kind, module)  # may change the module's threshold too
         print(tuned)
         facts["drafts"] = tuned.drafts
         baselines.save(module, backbone, out, **facts)

@@ -1,4 +1,4 @@
-"""`m2r2kit train exits`: what lets tokens leave early, M2R2's and its baselines', on the same rows."""
+"""`m2r2kit train exits`: train the exits of M2R2 and its baselines, on the same rows."""
 
 import argparse
 from pathlib import Path
@@ -55,11 +55,11 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Train, save and record each kind that is asked for."""
+    """Train, save and record each requested kind."""
     check_result(args, "exits-training", "exits-calibration")
     training.check(args, [folder_of(kind, args) / "exits.json" for kind in args.kind])
     if args.start and args.kind != ["m2r2"]:
-        raise UserError("Only m2r2 begins with a stream; leave --start out, or ask for --kind m2r2.")
+        raise UserError("--start is for --kind m2r2 alone; leave out one of them.")
     backbone = for_training(args.model)
     if args.router_only:
         modules = {kind: saved(backbone, kind, args) for kind in args.kind}
@@ -70,29 +70,29 @@ def run(args) -> int:
     rows, _ = text(backbone, args.corpus, args.rows, args.seed)
     fresh = calibrate.held_out_texts(backbone, args.corpus, args.seed) if args.calibrate else None
     for kind, module in modules.items():
-        one(backbone, kind, module, rows, fresh, folder_of(kind, args), args)
+        train_one(backbone, kind, module, rows, fresh, folder_of(kind, args), args)
     return 0
 
 
 def folder_of(kind: str, args) -> Path:
-    """Where a kind is saved."""
+    """The folder of a kind."""
     return Path(args.out) if args.out else trained.folder(args.model, None) / kind
 
 
 def saved(backbone: Backbone, kind: str, args):
-    """A trained module of which only the router is to be new.
+    """A trained module, for retraining its router only.
 
     Raises:
-        UserError: this kind has no router, or something is asked for that stays as it is.
+        UserError: this kind has no router, or the arguments ask for other exits or a stream.
     """
     if kind not in ROUTED:
         raise UserError(f"{kind} has no router; --router-only is for {' and '.join(ROUTED)}.")
     if args.exits or args.start:
-        raise UserError("With --router-only, exits and stream stay as they are; leave out --exits, --start.")
+        raise UserError("--router-only keeps exits and stream; leave out --exits and --start.")
     return trained.load(backbone, folder_of(kind, args), kind)[0]
 
 
-def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> None:
+def train_one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> None:
     """Train, save and record one kind."""
     distil = training.settings(args, trained.STEPS)
     with training.progress(distil.steps, kind) as report:
@@ -101,7 +101,7 @@ def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> 
         )
     losses = history.losses
     facts = {"steps": len(losses), "train_seconds": round(history.seconds)}
-    if args.router_only:  # beside what the rest of it took
+    if args.router_only:  # keep the facts of the first training
         before = checkpoints.read_settings(out, "exits", type(module.config))[1]
         facts = {f"router_{name}": value for name, value in facts.items()}
         facts |= {name: before[name] for name in ("steps", "train_seconds") if name in before}
@@ -115,4 +115,4 @@ def one(backbone: Backbone, kind: str, module, rows, fresh, out: Path, args) -> 
     keep(args, "exits-training", settings, figures)
     print(f"{kind}: {len(losses)} steps. Saved in {out}.", flush=True)
     if fresh is not None and isinstance(module, trained.Exits):
-        calibrate.one(backbone, kind, out, fresh, args)
+        calibrate.calibrate_one(backbone, kind, out, fresh, args)

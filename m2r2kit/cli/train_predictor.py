@@ -1,4 +1,4 @@
-"""`m2r2kit train predictor`: what names experts ahead of time, trained on the same rows, and compared."""
+"""`m2r2kit train predictor`: train expert predictors on the same rows, and compare them."""
 
 import numpy as np
 from mlx.utils import tree_flatten
@@ -58,7 +58,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Train, save and record each kind that is asked for."""
+    """Train, save and record each requested kind."""
     check_result(args, "predictors")
     files = [trained.folder_of(args.model, kind) / f"{trained.file_of(kind)}.json" for kind in args.kind]
     training.check(args, files)
@@ -67,40 +67,40 @@ def run(args) -> int:
         raise UserError(f"{args.model} is not a mixture of experts; it has no experts to predict.")
     modules = {kind: new(kind, backbone, args) for kind in args.kind}
     train, held_out = text(backbone, args.corpus, args.rows, args.seed)
-    batches, judges = (taught(backbone, rows, args.batch) for rows in (train, held_out))
+    batches, validation = (teacher_batches(backbone, rows, args.batch) for rows in (train, held_out))
     for kind, module in modules.items():
-        one(kind, module, backbone, batches, judges, args)
+        train_one(kind, module, backbone, batches, validation, args)
     return 0
 
 
 def new(kind: str, backbone: Backbone, args):
-    """An untrained predictor; the direct map stands against the stream of the same rate."""
+    """An untrained predictor; the direct map has the size of the stream of the same rate."""
     rate = 1.0 if kind == "m2r2-r1" else args.rate
     exits = tuple(args.exits) if args.exits else None
     stream = learn.new_stream(backbone, rate, exits, args.rank, args.ffn_width)
     return DirectMap.like(stream) if kind == "direct" else stream
 
 
-def taught(backbone: Backbone, rows: np.ndarray, batch: int) -> list[learn.RouterTeacherBatch]:
-    """Batches of `batch` rows each."""
+def teacher_batches(backbone: Backbone, rows: np.ndarray, batch: int) -> list[learn.RouterTeacherBatch]:
+    """The teacher's states and routing for the rows, in batches of `batch` rows."""
     starts = range(0, len(rows) - batch + 1, batch) if len(rows) >= batch else [0]
-    starts = tqdm(starts, desc="the model teaches", leave=False)
+    starts = tqdm(starts, desc="teacher forward", leave=False)
     return [learn.teacher_batch(backbone, rows[i : i + batch]) for i in starts]
 
 
-def one(kind: str, module, backbone: Backbone, batches, judges, args) -> None:
-    """Train one kind, save and record it."""
+def train_one(kind: str, module, backbone: Backbone, batches, validation, args) -> None:
+    """Train, save and record one kind."""
     predictor = learn.predictor_of(module)
     settings = training.settings(args)
-    before = learn.by_distance(learn.recall(predictor, judges))
+    before = learn.by_distance(learn.recall(predictor, validation))
     with training.progress(settings.steps, kind) as report:
         history = learn.train(module, batches, settings, report, training.limit(args))
-    after = learn.by_distance(learn.recall(predictor, judges))
+    after = learn.by_distance(learn.recall(predictor, validation))
     folder, name = trained.folder_of(args.model, kind), trained.file_of(kind)
     facts = {"steps": len(history.losses), "train_seconds": round(history.seconds)}
     checkpoints.save(module, module.config, backbone.sha256, folder, name, **facts)
-    said = ", ".join(f"{apart} ahead {before[apart]:.3f} -> {r:.3f}" for apart, r in after.items())
-    print(f"{kind}: held-out slot recall, by blocks: {said}. Saved in {folder}.", flush=True)
+    recalls = ", ".join(f"{apart} ahead {before[apart]:.3f} -> {r:.3f}" for apart, r in after.items())
+    print(f"{kind}: held-out slot recall, by distance in blocks: {recalls}. Saved in {folder}.", flush=True)
     parameters = sum(w.size for _, w in tree_flatten(module.trainable_parameters()))
     figures = facts | {"parameters": parameters, "recall": after, "recall_before": before}
     described = training.described(args, backbone, module.config, settings, kind=kind)

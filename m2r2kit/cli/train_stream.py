@@ -1,4 +1,4 @@
-"""`m2r2kit train stream`: the accelerated stream of a model, which itself stays as it is."""
+"""`m2r2kit train stream`: train the accelerated stream of a frozen model."""
 
 import argparse
 import hashlib
@@ -84,44 +84,44 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Train, measure, save, tune the number of drafts and record; or `--compare`."""
+    """Train, evaluate, save, tune and record a stream; or `--compare`."""
     check_result(args, "stream", "alignment")
     if args.processes > 1 and args.compare:
-        raise UserError("--compare times each training, so it runs in one process; leave --processes out.")
+        raise UserError("--compare times each training in one process; leave out --processes.")
     out = Path(args.out) if args.out else trained_folder(args.model, "stream")
     training.check(args, [] if args.compare else [out / "stream.json", out / "unfinished" / "stream.json"])
     if args.processes > 1 and not parallel.started():
         return parallel.launch(args.processes, args.words)
     group = parallel.group()
     if group.rank():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process saves, and ends the others
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process saves and stops the others
     backbone = for_training(args.model)
     config = settings(args)
     check(backbone, config)
     distil = training.settings(args)
-    seed = args.seed + 1000 * group.rank()  # each process reads rows of its own
+    seed = args.seed + 1000 * group.rank()  # each process trains on its own rows
     if args.compare:
         train, held_out = text(backbone, args.corpus, args.rows, seed)
         return compare(backbone, config, train, held_out, distil, args)
 
-    mx.random.seed(args.seed)  # all processes begin with the same parameters
+    mx.random.seed(args.seed)  # all processes start with the same parameters
     stream = AcceleratedStream(backbone, config)
-    start = begin_with(stream, args.start, config) if args.start else None
+    start = initialise(stream, args.start, config) if args.start else None
     asked = {name: getattr(args, name) for name in ("rows", "batch", "seed", "processes")}
     asked |= {"steps": distil.steps, "start": start}
     unfinished = out / "unfinished"
     done = resume(stream, unfinished, backbone, config, asked)
     if done["steps"]:
-        print(f"Going on after {done['steps']} steps" + (", not from --start." if args.start else "."))
+        print(f"Resuming after {done['steps']} steps" + (", not from --start." if args.start else "."))
     train, held_out = text(backbone, args.corpus, args.rows // group.size(), seed)
     if not group.rank():
         asked["text"] = hashlib.sha256(train.tobytes()).hexdigest()
-        same(done.get("asked", {}), asked, unfinished)
+        check_same(done.get("asked", {}), asked, unfinished)
     depths, blocks = needs(stream)
     batches = distillation.teacher_batches(backbone, train, depths, blocks, args.batch)
-    judges = [] if group.rank() else distillation.teacher_batches(backbone, held_out, depths, blocks)
+    validation = [] if group.rank() else distillation.teacher_batches(backbone, held_out, depths, blocks)
     step, begun, before = done["steps"], time.perf_counter(), done["train_seconds"]
-    gone_on = replace(distil, first_step=step, first_seconds=before)
+    resumed = replace(distil, first_step=step, first_seconds=before)
     with training.progress(distil.steps, first=step, silent=group.rank() > 0) as bar:
 
         def report(now, loss):
@@ -131,20 +131,20 @@ def run(args) -> int:
 
         try:
             trained = distillation.train_stream(
-                backbone, config, batches, judges, gone_on, training.limit(args), report, stream
+                backbone, config, batches, validation, resumed, training.limit(args), report, stream
             )
         except KeyboardInterrupt:
             took = round(before + time.perf_counter() - begun, 1)
             facts = {"steps": step, "train_seconds": took, "asked": asked}
             checkpoints.save(stream, config, backbone.sha256, unfinished, "stream", **facts)
-            print(f"\nInterrupted; saved after {step} steps. The same command goes on from there.")
+            print(f"\nInterrupted; saved after {step} steps. The same command resumes from there.")
             return 1
     if group.rank():
         return 0
     print("  ".join(f"{k} {v:.3f}" for k, v in trained.figures.items() if isinstance(v, float)))
     facts = {"steps": step, "train_seconds": round(trained.seconds), "drafts": training.UNTUNED}
     checkpoints.save(stream, config, backbone.sha256, out, "stream", **facts)  # tuning may be interrupted
-    forget(unfinished)
+    delete_unfinished(unfinished)
     figures = trained.figures | facts | {"parameters": trained.parameters}
     if args.tune:
         tuned, estimate = tune_stream(backbone, stream)
@@ -156,7 +156,7 @@ def run(args) -> int:
 
 
 def settings(args) -> StreamConfig:
-    """The stream that the arguments ask for; what they leave out is `StreamConfig`'s default."""
+    """The stream's settings from the arguments, with the defaults of `StreamConfig`."""
     default = StreamConfig()
     return StreamConfig(
         form=args.form,
@@ -173,58 +173,61 @@ def settings(args) -> StreamConfig:
 def resume(
     stream: AcceleratedStream, folder: Path, backbone: Backbone, config: StreamConfig, asked: dict
 ) -> dict:
-    """Load what an interrupted run left.
+    """Load the state of an interrupted run.
 
     Returns:
-        its `steps`, `train_seconds` and what was `asked` of it; zeros if there is none.
+        its `steps`, `train_seconds` and `asked` settings; zero steps if there is none.
 
     Raises:
-        UserError: it has other settings than those asked for now.
+        UserError: it has other settings than this run.
     """
     if not (folder / "stream.json").exists():
         return {"steps": 0, "train_seconds": 0.0}
     old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
     if old != config:
         raise UserError(
-            f"{folder} holds an unfinished stream with other settings; delete it or use its settings."
+            f"{folder} holds an unfinished stream with other settings; use them, or delete the folder."
         )
-    same(facts.get("asked", {}), asked, folder)
+    check_same(facts.get("asked", {}), asked, folder)
     checkpoints.load_weights(stream, facts, backbone.sha256, folder, "stream")
     return {"train_seconds": 0.0} | facts
 
 
-def same(old: dict, new: dict, folder: Path) -> None:
-    """Refuse to go on with an unfinished training that was asked for something else."""
+def check_same(old: dict, new: dict, folder: Path) -> None:
+    """Refuse to resume an unfinished training with other settings."""
     for name in new:
         if name in old and old[name] != new[name]:
-            what = "other text" if name == "text" else f"{name} {old[name]} and not {new[name]}"
+            what = "other text" if name == "text" else f"{name} {old[name]}, not {new[name]}"
             raise UserError(
                 f"The unfinished training in {folder} has {what}; "
-                "repeat its command to go on, or delete that folder to begin anew."
+                "repeat its command to resume it, or delete that folder to start again."
             )
 
 
-def begin_with(stream: AcceleratedStream, folder: Path, config: StreamConfig) -> str:
-    """Start from another trained stream: of this model, or of one with the same shapes. One that
-    carries nothing from token to token may go on as one that does, as that begins with zeros.
+def initialise(stream: AcceleratedStream, folder: Path, config: StreamConfig) -> str:
+    """Initialise a stream from a trained one, of this model or of one with the same shapes.
+
+    A stream without `carry` can initialise one with it, as that part starts at zero.
 
     Returns:
-        the SHA-256 of its weights.
+        the SHA-256 of the weights of the trained stream.
     """
     old, facts = checkpoints.read_settings(folder, "stream", StreamConfig)
     if old not in (config, replace(config, carry=False)):
-        raise UserError(f"The stream in {folder} has other settings ({old}); ask for the same ones.")
+        raise UserError(f"The stream in {folder} has other settings ({old}); use the same ones.")
     start = stream if old == config else AcceleratedStream(stream._backbone, old)
     try:
         checkpoints.load_weights(start, facts, facts["base_sha256"], folder, "stream")
     except UserError as error:
-        raise UserError(f"{error} If it is whole, its model has other shapes than this one.") from error
+        raise UserError(
+            f"{error} If the file is intact, its model has other shapes than this one."
+        ) from error
     stream.update(start.trainable_parameters())
     return facts["weights_sha256"]
 
 
-def forget(folder: Path) -> None:
-    """Delete what an interrupted run left."""
+def delete_unfinished(folder: Path) -> None:
+    """Delete the state of an interrupted run."""
     for name in ("stream.json", "stream.safetensors"):
         (folder / name).unlink(missing_ok=True)
     if folder.exists():
@@ -232,21 +235,21 @@ def forget(folder: Path) -> None:
 
 
 def compare(backbone: Backbone, base: StreamConfig, train, held_out, distil: DistilConfig, args) -> int:
-    """Every readout of the same size, trained the same number of steps; one record, `alignment`."""
+    """Train readouts of equal size for the same number of steps; one record, `alignment`."""
     exit = base.exits[0]
     depths = {backbone.depth, *range(exit + 1)}
     depths |= {tau(l, 0, exit, backbone.depth, r) for l in range(exit + 1) for r in (base.rate, 1.0)}
     _, blocks = needs(AcceleratedStream(backbone, base))
     blocks |= set(range(exit))
     batches: list[TeacherBatch] = distillation.teacher_batches(backbone, train, depths, blocks, args.batch)
-    judges = distillation.teacher_batches(backbone, held_out, depths, blocks)
+    validation = distillation.teacher_batches(backbone, held_out, depths, blocks)
     rows = []
     print(f"{'form':24} {'params':>9} {'seconds':>7} {'agreement':>9} {'nats':>6} {'cos h_N':>7}")
     for name, made in distillation.comparison(backbone, exit, base):
         if isinstance(made, StreamConfig):
-            got = distillation.train_stream(backbone, made, batches, judges, distil)
+            got = distillation.train_stream(backbone, made, batches, validation, distil)
         else:
-            got = distillation.train_readout(backbone, made(), batches, judges, distil)
+            got = distillation.train_readout(backbone, made(), batches, validation, distil)
         f = got.figures
         rows.append(
             {"form": name, "exit": exit, "parameters": got.parameters, "train_seconds": got.seconds, **f}

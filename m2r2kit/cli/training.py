@@ -1,4 +1,4 @@
-"""What the `train` commands share: what is refused before the long part, settings, progress and records."""
+"""Shared by the `train` commands: early checks, settings, progress and records."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,40 +13,40 @@ from ..model.backbone import Backbone
 from ..stream.distil import DistilConfig
 from .result import model_name
 
-UNTUNED = 4  # drafts in a step where --no-tune leaves it to `m2r2kit tune`
+UNTUNED = 4  # draft length until `m2r2kit tune` chooses one
 
 
 def check(args, files: Iterable[Path]) -> None:
-    """Refuse before anything is computed what would fail after the training.
+    """Check, before any computation, what would fail after the training.
 
     Args:
-        files: that will be written.
+        files: files that the command will write.
 
     Raises:
-        UserError: too few rows for a batch, one folder for several kinds, or a file that cannot be written.
+        UserError: fewer rows than a batch, one folder for several kinds, or a file that cannot be written.
     """
     if args.rows < args.batch:
-        raise UserError(f"{args.rows} rows of text do not fill one batch; ask for at least {args.batch}.")
+        raise UserError(f"{args.rows} rows of text do not fill one batch; use at least {args.batch}.")
     if getattr(args, "out", None) and len(getattr(args, "kind", [])) > 1:
-        raise UserError("--out names the folder of one kind; leave it out, or ask for one kind at a time.")
+        raise UserError("--out is the folder of one kind; leave it out, or train one kind at a time.")
     for file in files:
         check_writable(file)
 
 
 def settings(args, steps: int | None = None) -> DistilConfig:
-    """The settings that the arguments ask for; `steps` if they do not say how many."""
+    """The training settings from the arguments; `steps` is the default number of steps."""
     asked = {"steps": args.steps or steps, "seed": args.seed}
     return replace(DistilConfig(), **{name: value for name, value in asked.items() if value is not None})
 
 
 def limit(args) -> float:
-    """Seconds after which the training stops."""
+    """Time limit in seconds."""
     return 60 * args.minutes if args.minutes else math.inf
 
 
 @contextmanager
 def progress(steps: int, name: str | None = None, first: int = 0, silent: bool = False) -> Iterator[Callable]:
-    """A bar of training steps; yields the function (step, loss) to be called after each."""
+    """A progress bar; yields a function (step, loss) to call after each step."""
     with tqdm(total=steps, initial=first, unit="step", desc=name, disable=silent) as bar:
 
         def report(step: int, loss: float) -> None:
@@ -57,7 +57,7 @@ def progress(steps: int, name: str | None = None, first: int = 0, silent: bool =
 
 
 def described(args, backbone: Backbone, *configs, **more) -> dict:
-    """What a record says of how something was trained."""
+    """The training settings, for a record."""
     facts = {
         "model": model_name(args.model),
         "model_sha256": backbone.sha256,

@@ -1,4 +1,4 @@
-"""`m2r2kit tune`: how long drafts should be on this machine: a stream's, its tree's and the baselines'."""
+"""`m2r2kit tune`: choose the draft length on this machine, for a stream, its tree and its baselines."""
 
 from dataclasses import asdict
 
@@ -19,7 +19,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Tune all that lies there on the tuning prompts, and write the answers into their JSON."""
+    """Tune all trained drafters on the tuning prompts, and write the results into their JSON."""
     folder = stream_folder(args.model, args.stream)
     check_writable(folder / "stream.json")
     backbone = Backbone.load(args.model)
