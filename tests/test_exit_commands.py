@@ -201,7 +201,7 @@ def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path,
     assert main([*line, *here, "--threshold", "0", "--exits", "2", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["depth"]) == {2}
     for asked, said in (
-        (["--exits", "1,7"], "not trained for exits at 7; choose among 1, 2, 3"),
+        (["--exits", "1,7"], "No exit was trained at 7; choose among 1, 2, 3"),
         ([], "not calibrated"),
     ):
         assert main([*line, *here, *asked]) == 2

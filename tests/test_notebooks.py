@@ -318,7 +318,7 @@ def test_notebooks_are_found_by_number_name_and_file(folder):
     assert [p.name for p in notebooks.find()] == ["00_a.ipynb", "04_b.ipynb"]
     for name in ("04", "04_b", "notebooks/04_b.ipynb"):
         assert [p.name for p in notebooks.find([name])] == ["04_b.ipynb"]
-    with pytest.raises(UserError, match="there is no notebook '05'"):
+    with pytest.raises(UserError, match="There is no notebook '05'"):
         notebooks.find(["05"])
 
 

@@ -37,7 +37,7 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
 def test_it_is_as_large_as_asked_and_says_what_it_is_not(tmp_path, capsys):
     assert main(["make-moe", str(tmp_path / "m"), "--size", "4MB", "--width", "32"]) == 0
     said = capsys.readouterr().out
-    assert "All weights are random" in said and "prefer some experts" in said
+    assert "All weights are random" in said and "favour some experts" in said
     config = sized(4_000_000, width=32)
     each = config.blocks * (config.expert_bytes + 4 * config.width)
     assert 0 <= config.total_bytes - 4_000_000 < each

@@ -1,8 +1,8 @@
-"""A papermill engine that starts this Python and hears every error of a kernel, not only those of cells.
+"""A papermill engine that runs this Python and collects every error of a kernel, not only those of cells.
 
-An exception in a callback, a thread or a task does not fail its cell: it goes to an Output widget or to
-stderr, and the next `clear_output` wipes the traces. The messages on their way from the kernel show them
-all, so this listens to these, also between cells and after the last one.
+An exception in a callback, thread or task does not fail its cell: it goes to an Output widget or to stderr,
+where the next `clear_output` may delete it. The engine therefore reads all messages from the kernel, also
+between cells and after the last one.
 """
 
 import os
@@ -18,11 +18,11 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from ..common import ROOT
 
-# As Python writes it: the line, the indented frames, then the error. Other text may name the word.
+# As Python prints it: this line, indented frames, the error. The word alone may be ordinary text.
 TRACEBACK = re.compile(
     r"^[ |+]*(?:Exception Group )?Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(\S.*)", re.M
 )
-# Runs after the last cell: threads end, and errors that only the collector of garbage tells are told.
+# Runs after the last cell: waits for threads, and collects garbage, which may report more errors.
 LAST = """\
 def _wait():
     import gc, sys, threading, time
@@ -37,13 +37,13 @@ _wait()
 LAST_SECONDS = 10
 
 
-class Heard:
-    """What a kernel told besides the outputs of its cells, and which cell was running."""
+class Errors:
+    """Errors from a kernel besides the outputs of its cells, and the cell that is running."""
 
     def __init__(self):
-        self.cell = 0  # counted as the kernel counts: code cells from 1
+        self.cell = 0  # as the kernel numbers them: code cells, from 1
         self.errors: list[str] = []  # such as "ValueError: five is too many"
-        self.stderr = ""  # of the whole run: a text may come in several messages
+        self.stderr = ""  # of the whole run: one traceback may span several messages
 
     def listen(self, message: dict) -> None:
         content = message["content"]
@@ -58,14 +58,14 @@ class Heard:
 
 
 class ThisPython(KernelSpecManager):
-    """The kernel is the Python that runs this, whatever kernels the machine has installed."""
+    """The kernel is this Python, whatever kernels are installed."""
 
     def get_kernel_spec(self, kernel_name):
-        # the kernel's log tells of the transport at each start, and of its own end as an error
+        # without the kernel's log, which reports a normal end as an error
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
         env = {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-            # a backend chosen for scripts would leave the notebooks without pictures
+            # notebooks need the inline backend, whatever MPLBACKEND says
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         }
         return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python", env=env)
@@ -77,7 +77,7 @@ class Manager(AsyncKernelManager):
 
 
 class Client(PapermillNotebookClient):
-    """Papermill's client with ears."""
+    """Papermill's client; it passes every message of the kernel to `Errors`."""
 
     def papermill_execute_cells(self):
         super().papermill_execute_cells()
@@ -91,14 +91,14 @@ class Client(PapermillNotebookClient):
             self.nb.cells.pop()
 
     def execute_cell(self, cell, cell_index, **kwargs):
-        self.nb_man.heard.cell += cell.cell_type == "code"
+        self.nb_man.errors.cell += cell.cell_type == "code"
         return super().execute_cell(cell, cell_index, **kwargs)
 
     async def _async_poll_output_msg(self, parent_msg_id, cell, cell_index):
-        """As nbclient's, which drops what belongs to an earlier cell, such as the error of its thread."""
+        """Like nbclient's, which drops messages of earlier cells, such as the error of a thread."""
         while True:
             message = await self.kc.iopub_channel.get_msg(timeout=None)
-            self.nb_man.heard.listen(message)
+            self.nb_man.errors.listen(message)
             if message["parent_header"].get("msg_id") == parent_msg_id:
                 try:
                     self.process_message(message, cell, cell_index)
@@ -108,8 +108,8 @@ class Client(PapermillNotebookClient):
 
 class Engine(NBClientEngine):
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, heard, execution_timeout=None, **kwargs):
-        nb_man.heard = heard
+    def execute_managed_notebook(cls, nb_man, kernel_name, errors, execution_timeout=None, **kwargs):
+        nb_man.errors = errors
         return Client(
             nb_man,
             kernel_name=kernel_name,

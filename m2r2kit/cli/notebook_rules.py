@@ -1,4 +1,4 @@
-"""What can be said of a notebook without running it: budgets, parameters, committed outputs, sliders."""
+"""Checks of a notebook that do not run it: budgets, parameters, committed outputs, sliders."""
 
 import ast
 import io
@@ -16,7 +16,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|home|root|tmp|Users)\b[^\s\"'<>
 
 
 def structure(nb: nbformat.NotebookNode, size: int) -> list[str]:
-    """Where a notebook leaves the budgets of this project; `size` in bytes."""
+    """All problems of a notebook; `size` in bytes."""
     problems = []
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
     lines = [len(cell.source.strip().splitlines()) for cell in code]
@@ -49,7 +49,7 @@ def structure(nb: nbformat.NotebookNode, size: int) -> list[str]:
 
 
 def count_words(markdown: str) -> int:
-    """Words that a person reads: no code blocks, equations, tags or addresses."""
+    """Words of prose, without code blocks, equations, tags and addresses."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$\n]+\$|<[^>]+>|\]\([^)]*\)", " ", markdown, flags=re.S)
     return len(re.findall(r"[^\W_]+(?:['’.-][^\W_]+)*", text))
 
@@ -67,14 +67,14 @@ def imported(nb: nbformat.NotebookNode) -> list[str]:
 
 
 def parameters(nb: nbformat.NotebookNode) -> set[str]:
-    """Names that the cell tagged `parameters` sets."""
+    """Names set by the cell tagged `parameters`."""
     tagged = [cell.source for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
     nodes = [node for source in tagged for node in ast.parse(source).body]
     return {node.target.id for node in nodes if isinstance(node, ast.AnnAssign)}
 
 
 def parameter_problems(source: str) -> list[str]:
-    """Each parameter is one line `name: type = literal  # what it does`, or has its comment above."""
+    """Problems of a parameter cell: each line is `name: type = literal`, with a comment there or above."""
     problems = []
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
@@ -92,7 +92,7 @@ def parameter_problems(source: str) -> list[str]:
 
 
 def outputs(nb: nbformat.NotebookNode) -> list[str]:
-    """What must not be in a committed notebook: errors, gaps, widget state, paths of a machine."""
+    """Problems of committed outputs: errors, gaps, widget state, paths of a machine."""
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
     problems = []
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
@@ -114,7 +114,7 @@ def outputs(nb: nbformat.NotebookNode) -> list[str]:
 
 
 def _texts(value):
-    """Every string in outputs but encoded pictures, whose letters mean nothing."""
+    """Every string in the outputs, except encoded pictures."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -130,9 +130,9 @@ def _texts(value):
 
 
 def rebound(nb: nbformat.NotebookNode) -> list[str]:
-    """Names that a slider's function reads and a later cell gives another meaning.
+    """Names that a slider's function reads and a later cell rebinds.
 
-    After all cells have run, such a slider would draw into another picture.
+    After all cells have run, such a slider would draw with the wrong values.
     """
     trees = [ast.parse(cell.source) for cell in nb.cells if cell.cell_type == "code"]
     problems, functions = [], {}
@@ -149,9 +149,9 @@ def rebound(nb: nbformat.NotebookNode) -> list[str]:
 
 
 def reused(nb: nbformat.NotebookNode) -> list[str]:
-    """Names that a cell reads from a cell above it and that more than one cell binds.
+    """Names that a cell reads from an earlier cell and that more than one cell binds.
 
-    Where each has one meaning, any cell can be run again after all have run.
+    Without them, any cell can be run again after all have run.
     """
     trees = [ast.parse(cell.source) for cell in nb.cells if cell.cell_type == "code"]
     bound = [_binds(tree) for tree in trees]
@@ -169,7 +169,7 @@ def reused(nb: nbformat.NotebookNode) -> list[str]:
 
 
 def _reads(code: ast.FunctionDef | ast.Module, functions: dict) -> set[str]:
-    """Names from outside that a function or a cell reads, also through functions of the notebook."""
+    """Global names that a function or a cell reads, directly or through functions of the notebook."""
     names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
     own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
     own |= {node.arg for node in ast.walk(code) if isinstance(node, ast.arg)}
@@ -181,7 +181,7 @@ def _reads(code: ast.FunctionDef | ast.Module, functions: dict) -> set[str]:
 
 
 def _binds(node: ast.AST) -> set[str]:
-    """Names that a cell binds for all cells: not those inside functions and comprehensions."""
+    """Global names that a cell binds: not those inside functions and comprehensions."""
     found = set()
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.ClassDef)):

@@ -1,8 +1,7 @@
 """Run, check and build the notebooks of this project (`m2r2kit notebooks run|check|build`).
 
-Execution goes through papermill, with three things that papermill leaves out: an unknown
-parameter is an error, an error in a widget callback or a thread is an error, and the kernel is always the
-Python that runs this (`notebook_client.py`).
+Papermill executes them, with three changes: an unknown parameter is an error, so is an exception in a widget
+callback or a thread, and the kernel is always this Python (`notebook_client.py`).
 """
 
 import json
@@ -26,10 +25,12 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def find(names=()) -> list[Path]:
-    """Notebooks in reading order: all, or those named by number (`04`), name or file."""
+    """Notebooks in reading order: all, or those given by number (`04`), name or file."""
     every = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
     if not every:
-        raise UserError(f"no notebooks are in {FOLDER}; {missing_advice(FOLDER, 'restore them from git')}")
+        raise UserError(
+            f"There are no notebooks in {FOLDER}; {missing_advice(FOLDER, 'restore them from git')}"
+        )
     if not names:
         return every
     chosen = []
@@ -37,16 +38,16 @@ def find(names=()) -> list[Path]:
         stem = Path(name).stem
         hits = [path for path in every if path.stem == stem or path.stem.split("_")[0] == stem]
         if not hits:
-            raise UserError(f"there is no notebook '{name}'; there are {', '.join(p.stem for p in every)}")
+            raise UserError(f"There is no notebook '{name}'; choose among {', '.join(p.stem for p in every)}")
         chosen += hits
     return sorted(set(chosen))
 
 
 def load(path: Path) -> nbformat.NotebookNode:
-    """A notebook file, as format 4."""
+    """Read a notebook file, as format 4."""
     try:
         return nbformat.read(path, as_version=4)
-    except Exception as error:  # nbformat raises many kinds for a broken file
+    except Exception as error:  # nbformat raises many types for a broken file
         raise UserError(f"{path.name} is not a notebook ({error}); restore it from the repository") from None
 
 
@@ -55,7 +56,7 @@ def load(path: Path) -> nbformat.NotebookNode:
 
 @contextmanager
 def _home(folder: str) -> Iterator[None]:
-    """Jupyter keeps files in the home folder: where none can be written, `folder` stands in for it."""
+    """Use `folder` as the home folder if the real one cannot be written: Jupyter keeps files there."""
     before = os.environ.get("HOME")
     home = os.path.expanduser("~")
     if os.path.isabs(home) and os.access(home, os.W_OK | os.X_OK):
@@ -71,10 +72,14 @@ def _home(folder: str) -> Iterator[None]:
 
 
 def execute(path: Path, values: dict | None = None, cell_seconds: int | None = None, bar=False):
-    """Execute a copy of a notebook; returns (executed notebook or None, problems, seconds).
+    """Execute a copy of a notebook in its own folder, as JupyterLab does.
 
-    `values` replace its parameters. The kernel starts in the notebook's own folder, as it does in
-    JupyterLab. `cell_seconds` ends the run when one cell takes longer.
+    Args:
+        values: replace the notebook's parameters.
+        cell_seconds: time limit of one cell.
+
+    Returns:
+        (executed notebook or None, problems, seconds).
     """
     values = values or {}
     unknown = set(values) - parameters(load(path))
@@ -86,13 +91,13 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    from .notebook_client import NAME, Heard
+    from .notebook_client import NAME, Errors
 
     def number(count):
-        """Of a cell in the file: papermill runs one more, with the values, after the parameters."""
+        """The number of a cell in the file: papermill inserts one with the values."""
         return max(1, count - bool(values))
 
-    heard = Heard()
+    errors = Errors()
     begun = time.perf_counter()
     nb, failed = None, []
     with tempfile.TemporaryDirectory(prefix="m2r2kit-") as folder, _home(folder):
@@ -107,24 +112,22 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
                 progress_bar={"desc": path.stem, "leave": False} if bar else False,
                 cwd=str(path.resolve().parent),
                 execution_timeout=cell_seconds,
-                heard=heard,
+                errors=errors,
             )
         except PapermillExecutionError as error:
             failed = [f"cell {number(error.exec_count)}: {error.ename}: {error.evalue}"]
         except CellTimeoutError:
-            failed = [f"cell {number(heard.cell)} took more than {cell_seconds} s"]
-            heard = Heard()  # the interrupt that ended it
+            failed = [f"cell {number(errors.cell)} took more than {cell_seconds} s"]
+            errors = Errors()  # without the interrupt that ended the cell
         except DeadKernelError:
-            failed = [
-                f"cell {number(heard.cell)}: the kernel died, as where memory ends or a library crashes"
-            ]
+            failed = [f"cell {number(errors.cell)}: the kernel died: out of memory, or a crash in a library"]
         except RuntimeError as error:
-            if heard.cell:
+            if errors.cell:
                 raise
             failed = [f"the kernel did not start ({error}); see `m2r2kit doctor`"]
-    # what failed a cell was heard as well; only the rest comes from callbacks
-    quiet = [text for text in heard.all() if not any(text in line for line in failed)]
-    failed += [f"an error that its cell did not raise, as in a widget's callback: {text}" for text in quiet]
+    # the error that failed a cell is among them; the others come from callbacks and threads
+    quiet = [text for text in errors.all() if not any(text in line for line in failed)]
+    failed += [f"an error outside of cells, such as in a widget's callback: {text}" for text in quiet]
     return nb, failed, time.perf_counter() - begun
 
 
@@ -132,7 +135,7 @@ def execute(path: Path, values: dict | None = None, cell_seconds: int | None = N
 
 
 def _each(paths, work) -> int:
-    """Do `work(path) -> (problems, seconds)` for each, one line each; the last line is the sum."""
+    """Run `work(path) -> (problems, seconds)` for each notebook; prints one line each, and a summary."""
     failed, begun = 0, time.perf_counter()
     width = max(len(path.stem) for path in paths)
     for path in tqdm(paths, unit="notebook", disable=None, leave=False):
@@ -141,14 +144,14 @@ def _each(paths, work) -> int:
         tqdm.write(f"{path.stem:{width}}  {seconds:6.1f} s  {'failed' if problems else 'passed'}")
         for problem in problems:
             tqdm.write(f"    {problem}")
-        sys.stdout.flush()  # ci/kit.py reads along
+        sys.stdout.flush()  # ci/kit.py reads the lines as they come
     print(f"total {time.perf_counter() - begun:.1f} s")
     print(f"notebooks: {len(paths) - failed} passed, {failed} failed", flush=True)
     return 1 if failed else 0
 
 
 def run(names=()) -> int:
-    """Execute notebooks with their own parameters; the files stay as they are."""
+    """Execute copies of notebooks with their own parameters."""
 
     def work(path):
         _, problems, seconds = execute(path, bar=sys.stderr.isatty())
@@ -158,7 +161,7 @@ def run(names=()) -> int:
 
 
 def check(names=(), full: bool = False) -> int:
-    """CI: the budgets and committed outputs of notebooks, and a run with their CI parameters."""
+    """Check the budgets and committed outputs of notebooks, and execute copies with their CI parameters."""
 
     def work(path):
         nb = load(path)
@@ -170,10 +173,9 @@ def check(names=(), full: bool = False) -> int:
 
 
 def clean(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook without what belongs to one run or one machine; changes `nb`.
+    """Remove from an executed notebook, in place, what is specific to one run or machine.
 
-    A widget cannot live on a page without a kernel, and its text form helps nobody: it goes, and
-    the still picture displayed beside it stays.
+    Widgets need a kernel, so they are removed; the still picture beside each remains.
     """
     nb.metadata = nbformat.NotebookNode(
         {

@@ -1,4 +1,4 @@
-"""`m2r2kit notebooks`: execute the notebooks, check them as CI does, or write them back executed."""
+"""`m2r2kit notebooks`: run the notebooks, check them as CI does, or rebuild their outputs."""
 
 from . import notebooks
 
@@ -18,7 +18,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Do it; 1 if a notebook fails."""
+    """Run, check or build; 1 if a notebook fails."""
     if args.action == "check":
         return notebooks.check(args.names, full=args.full)
     return notebooks.run(args.names) if args.action == "run" else notebooks.build(args.names)

@@ -1,7 +1,6 @@
-"""Is this machine fit for the kit? Each finding is OK or one sentence of what to do.
+"""`m2r2kit doctor`: check this machine. Each check is OK, or says in one sentence what to do.
 
-`m2r2kit doctor` prints the table, `--json` the same for programs. It takes a few seconds,
-most of them for the matrix products and the disk, which are measured and not looked up.
+It takes a few seconds, most of them to measure the speed of matrix products and of the disk.
 """
 
 import json
@@ -23,11 +22,11 @@ from .tools import c_compiler, fused_kernels, notebook_kernel
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 OLDEST_GLIBC, OLDEST_MACOS = (2, 35), (14, 0)
-LEAST_RATIO = 0.7  # MLX's products against NumPy's
+LEAST_RATIO = 0.7  # speed of MLX's products over NumPy's
 
 
 def checks() -> list[Check]:
-    """All findings, in the order of the table. Measures for a few seconds; never raises."""
+    """All checks, in the order of the table. Takes a few seconds; never raises."""
     found = []
     for check in (
         python, packages, system, device, blas, products,
@@ -39,7 +38,7 @@ def checks() -> list[Check]:
         except ImportError as error:
             sentence = "run `python3 ci/kit.py lab`, which installs what is missing"
             result = Check(check.__name__.replace("_", " "), str(error), False, sentence)
-        except Exception as error:  # one broken part must not hide the others
+        except Exception as error:  # one broken check must not hide the others
             sentence = f"this check itself failed ({type(error).__name__}: {error}); please report it"
             result = Check(check.__name__.replace("_", " "), "unknown", False, sentence)
         found += result if isinstance(result, list) else [result]
@@ -51,7 +50,7 @@ def arguments(parser):
 
 
 def run(args) -> int:
-    """Print the findings; returns 0, or 1 if one is not OK."""
+    """Print the checks; returns 0, or 1 if one is not OK."""
     found = checks()
     ok = all(check.ok for check in found)
     if args.json:
@@ -72,7 +71,7 @@ def run(args) -> int:
 
 def python() -> Check:
     ok = OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON
-    advice = "" if ok else "install Python 3.11, 3.12 or 3.13: MLX is tested with these here"
+    advice = "" if ok else "install Python 3.11, 3.12 or 3.13"
     return Check("Python", platform.python_version(), ok, advice)
 
 
@@ -122,15 +121,18 @@ def blas() -> Check:
     state = runtime.prepare()
     if state.kind != "stock":
         return Check("BLAS", f"{state.kind}: {state.detail}", True)
-    advice = "products are 50-90 times slower than they could be; `pip install scipy-openblas32` mends it"
+    advice = "products are 50-90 times slower than they could be; run `pip install scipy-openblas32`"
     if os.environ.get("M2R2KIT_BLAS") == "stock":
         advice = "products are 50-90 times slower than they could be; unset M2R2KIT_BLAS"
     return Check("BLAS", f"stock: {state.detail}", False, advice)
 
 
 def products() -> Check:
-    """float32 products 512x1024x1024 of MLX on the CPU and of NumPy, in turns of their own:
-    after a product the threads of its BLAS spin for a while, and would slow the other down."""
+    """Speed of float32 products (512, 1024) @ (1024, 1024) in MLX on the CPU and in NumPy.
+
+    The two alternate with pauses: after a product, the threads of its BLAS spin for a while and would slow
+    down the other.
+    """
     import mlx.core as mx
 
     numbers = np.random.default_rng(0)
@@ -149,7 +151,7 @@ def products() -> Check:
     while len(seconds[mlx_product]) < 15 and time.perf_counter() < end:
         for product, samples in seconds.items():
             time.sleep(0.03)
-            product()  # wakes the threads up; not counted
+            product()  # wakes up the threads; not measured
             for _ in range(3):
                 start = time.perf_counter()
                 product()

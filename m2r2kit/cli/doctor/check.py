@@ -1,11 +1,11 @@
-"""What one check finds."""
+"""The result of one check."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Check:
-    """One finding. `advice` says what to do, or for an OK one what could be gained."""
+    """One result. `advice` says what to do; if the check is OK, what is optional."""
 
     name: str
     value: str

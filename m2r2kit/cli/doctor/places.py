@@ -1,4 +1,4 @@
-"""Memory, limits and folders: is there enough, and may this user write where the kit writes?"""
+"""Checks of memory, limits, folders and disk."""
 
 import mmap
 import os
@@ -13,7 +13,7 @@ from ...common import GET_PROJECT, IN_PROJECT, ROOT, cache_dir, machine_bytes, m
 from .check import Check
 
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
-LEAST_FILES = 4096  # mlx_lm asks for as many when it is imported
+LEAST_FILES = 4096  # mlx_lm raises the limit to this when it is imported
 OWN_CACHE = "set M2R2KIT_CACHE to a folder of your own"
 
 
@@ -21,16 +21,16 @@ OWN_CACHE = "set M2R2KIT_CACHE to a folder of your own"
 
 
 def memory() -> Check:
-    """What this process may use: the machine's memory, or less where a container limits it."""
+    """Memory available to this process: the machine's, or a container's limit."""
     total, available = memory_bytes()
     value = f"{total / 2**30:.1f} GB, {available / 2**30:.1f} GB available"
     if total < machine_bytes():
         value += f" (a limit of the container; the machine has {machine_bytes() / 2**30:.1f} GB)"
     if available >= LEAST_MEMORY:
         return Check("memory", value, True)
-    advice = "close other programs: the notebooks want 2 GB of free memory"
+    advice = "close other programs: the notebooks need 2 GB of free memory"
     if total < LEAST_MEMORY:
-        advice = "the notebooks want 2 GB: raise the container's limit, such as `docker run --memory 4g`"
+        advice = "the notebooks need 2 GB: raise the container's limit, such as `docker run --memory 4g`"
     return Check("memory", value, False, advice)
 
 
@@ -39,7 +39,7 @@ def open_files() -> Check:
     if hard == resource.RLIM_INFINITY or hard >= LEAST_FILES:
         return Check("open files", "no limit" if hard == resource.RLIM_INFINITY else f"at most {hard}", True)
     advice = (
-        f"mlx_lm wants {LEAST_FILES}: ask whoever runs this machine to raise the hard limit "
+        f"mlx_lm needs {LEAST_FILES}: ask an administrator to raise the hard limit "
         f"(`docker run --ulimit nofile={LEAST_FILES}`, or /etc/security/limits.conf)"
     )
     return Check("open files", f"at most {hard}", False, advice)
@@ -61,7 +61,7 @@ def home_folder() -> Check:
 
 
 def cache_folder() -> Check:
-    """Compiled libraries, expert stores and texts to train on are kept there."""
+    """It holds compiled libraries, expert stores and training text."""
     folder = cache_dir()
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if there == folder:
@@ -77,14 +77,14 @@ def cache_folder() -> Check:
 
 
 def kit_folder() -> Check:
-    """Where the notebooks lie, and where records of measurements go."""
+    """It holds the notebooks and the records of measurements."""
     if not IN_PROJECT:
         return Check("kit folder", "none", True, f"not needed, but {GET_PROJECT}")
     shut = [name for name in ("notebooks", "data/results") if not os.access(ROOT / name, os.W_OK)]
     if not shut:
         return Check("kit folder", str(ROOT), True)
     advice = (
-        "notebooks run, but what you change in them and what you measure is kept in a copy only: "
+        "notebooks run, but changes to them and new records cannot be saved in it: "
         "copy the folder to a place of your own"
     )
     return Check("kit folder", f"{ROOT}, of which {' and '.join(shut)} cannot be written", True, advice)
@@ -99,12 +99,12 @@ def disk_space() -> Check:
     except FileNotFoundError:
         return Check("disk space", "unknown", False, "the folder you are in was deleted: `cd` to another one")
     ok = free >= LEAST_DISK
-    advice = "" if ok else "make room: trained modules and expert stores want 1 GB"
+    advice = "" if ok else "make room: trained modules and expert stores need 1 GB"
     return Check("disk space", f"{free / 2**30:.1f} GB free here", ok, advice)
 
 
 def disk_reads() -> Check:
-    """Read a fresh file past the page cache, as the expert loader does."""
+    """Speed of reading a new file past the page cache, as the expert reader does."""
     try:
         rate, way = _read_rate(64 << 20)
     except OSError as error:  # full, or not to be written
@@ -118,19 +118,19 @@ def _read_rate(size: int, chunk: int = 4 << 20) -> tuple[float, str]:
     folder.mkdir(parents=True, exist_ok=True)
     handle, path = tempfile.mkstemp(prefix="doctor-", dir=folder)
     try:
-        block = os.urandom(chunk)  # a disk that compresses must not be flattered
+        block = os.urandom(chunk)  # random, so that a compressing disk gains nothing
         for _ in range(size // chunk):
             os.write(handle, block)
         os.fsync(handle)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         source, way = _open_uncached(path)
-        buffer = mmap.mmap(-1, chunk)  # page-aligned, which direct reads ask for
+        buffer = mmap.mmap(-1, chunk)  # page-aligned, as direct reads need
         try:
             start = time.perf_counter()
             for offset in range(0, size, chunk):
                 if os.preadv(source, [buffer], offset) != chunk:
-                    raise OSError("a read came back short")
+                    raise OSError("short read")
             seconds = time.perf_counter() - start
         finally:
             os.close(source)

@@ -1,4 +1,4 @@
-"""Compilers, the code they made for MLX, and the Python that notebooks start."""
+"""Checks of compilers, of MLX's compiled kernels and of the notebook kernel."""
 
 import os
 import shutil
@@ -25,32 +25,32 @@ def c_compiler() -> Check:
         return Check("C compiler", "not needed on macOS", True)
     path = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if path is None:
-        advice = "not needed, but with one, products with a single row are 1.4-3 times faster"
+        advice = "not needed, but with one, matrix-vector products are 1.4-3 times faster"
         return Check("C compiler", "none", True, advice)
     if reason := _cannot_compile([path, "-x", "c", "-"], C_PROGRAM):
-        return Check("C compiler", f"{path} does not compile: {reason}", False, _mend("gcc libc6-dev"))
+        return Check("C compiler", f"{path} does not compile: {reason}", False, _reinstall("gcc libc6-dev"))
     return Check("C compiler", path, True)
 
 
 def fused_kernels() -> Check:
-    """On Linux `mx.compile` writes C++, calls `g++` and keeps the result; without `g++` it runs unfused."""
+    """On Linux `mx.compile` compiles C++ with `g++` and caches it; without `g++` nothing is fused."""
     if sys.platform == "darwin":
         return Check("fused kernels", "compiled by Metal", True)
     from ...model.cpu.kernels import is_whole_library, kernels_folder
 
     folder = kernels_folder()
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        advice = "set TMPDIR to a folder of your own, so that MLX can keep the code that it compiles"
+        advice = "set TMPDIR to a folder of your own, so that MLX can cache its compiled kernels"
         return Check("fused kernels", f"{folder} belongs to another user", False, advice)
     if damaged := [file for file in folder.glob("*.so") if _is_old(file) and not is_whole_library(file)]:
-        advice = f"delete {folder}, which MLX makes again"
+        advice = f"delete {folder}; MLX compiles it again"
         return Check("fused kernels", f"{len(damaged)} damaged in {folder}", False, advice)
     path = shutil.which("g++")
     if path is None:
-        advice = "not needed, but with a working g++ MLX fuses small operations: decoding is faster"
+        advice = "not needed, but with g++ MLX fuses small operations and decodes faster"
         return Check("fused kernels", "no g++", True, advice)
     if reason := _cannot_compile([path, "-std=c++17", "-x", "c++", "-"], PROGRAM):
-        return Check("fused kernels", f"{path} does not compile: {reason}", False, _mend("g++"))
+        return Check("fused kernels", f"{path} does not compile: {reason}", False, _reinstall("g++"))
     if reason := threads.unfused():
         return Check("fused kernels", f"none: {reason}", True, "not needed, but with them decoding is faster")
     return Check("fused kernels", path, True)
@@ -64,19 +64,19 @@ def _is_old(library: Path) -> bool:
         return False  # deleted meanwhile
 
 
-def _mend(packages: str) -> str:
+def _reinstall(packages: str) -> str:
     again = f"`apt install --reinstall {packages}`"
-    return f"install it anew (Debian and Ubuntu: {again}), or take it out of PATH"
+    return f"reinstall it (Debian and Ubuntu: {again}), or remove it from PATH"
 
 
 def _cannot_compile(command: list[str], program: str) -> str:
-    """Why a compiler makes no shared library of a few lines; empty where it does."""
+    """Why a compiler cannot build a small shared library; empty if it can."""
     try:
         with tempfile.TemporaryDirectory(prefix="m2r2kit-") as folder:
             command = [*command, "-shared", "-fPIC", "-o", os.path.join(folder, "library.so")]
             done = subprocess.run(command, input=program.encode(), capture_output=True, timeout=60)
     except subprocess.TimeoutExpired:
-        return "it does not end"
+        return "it takes more than 60 s"
     except OSError as error:
         return error.strerror or str(error)
     if done.returncode == 0:
@@ -87,13 +87,13 @@ def _cannot_compile(command: list[str], program: str) -> str:
 
 
 def notebook_kernel() -> Check:
-    """Notebooks must start the Python that has the kit, not one of the same name from elsewhere."""
+    """Notebooks must start this Python, not another kernel of the same name."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
     except RuntimeError:
-        advice = "`python3 ci/kit.py lab` finds a stand-in for it; Jupyter by itself does not"
+        advice = "`python3 ci/kit.py lab` uses another folder; Jupyter by itself does not"
         return Check("notebook kernel", "unknown, because there is no home folder", True, advice)
     except NoSuchKernel:
         return Check("notebook kernel", "none", False, "run `python -m ipykernel install --sys-prefix`")
@@ -108,10 +108,10 @@ def notebook_kernel() -> Check:
 
 
 def starts_this_python(program: str) -> bool:
-    """Whether Jupyter starts this Python for the first word of a kernel's command."""
+    """Whether a kernel's command, whose first word is `program`, starts this Python."""
     names = ("python", f"python{sys.version_info[0]}", f"python{sys.version_info[0]}.{sys.version_info[1]}")
     if program in names:
-        return True  # Jupyter puts its own Python in their place
-    # links are not followed: an environment's Python is a link to the one that it was made from
+        return True  # Jupyter replaces these with its own Python
+    # the file's link is not followed: an environment's Python is a link to its base Python
     folder, name = os.path.split(os.path.abspath(program))
     return name in names and os.path.realpath(folder) == os.path.realpath(os.path.dirname(sys.executable))
