@@ -1,7 +1,7 @@
-"""Records as tables: what a measuring command prints, and what notebook 14 shows of all that was measured.
+"""Tables of records, for the bench commands and notebook 14.
 
-measured.speculation(figures)               tables of a record's figures; so are `exits`, `experts`, ..
-measured.Measured("speculation", record)    the same with a title and the command, folded in a notebook
+measured.speculation(figures)               tables of a record's figures; likewise `exits`, `experts`, ..
+measured.Measured("speculation", record)    the same with title, command and machine, folded in a notebook
 """
 
 import html
@@ -21,11 +21,11 @@ READING = (
 
 
 class Measured:
-    """A record to be read: a title, tables, and by which command, when and on what they were made.
+    """Title and tables of a record, with its command, date and machine.
 
     Args:
-        subject: of the record, one of `SUBJECTS`.
-        record: as `records.read(subject)` has it.
+        subject: one of `SUBJECTS`.
+        record: one of `records.read(subject)`.
     """
 
     def __init__(self, subject: str, record: dict):
@@ -49,7 +49,7 @@ class Measured:
 
 
 def made(record: dict) -> str:
-    """When and on what a record was made."""
+    """Date and machine of a record."""
     machine = record["machine"]
     cores = f"{machine['cores']} core{'s' * (machine['cores'] != 1)}"
     return f"{record['date'][:10]}, {cores} of {machine['chip'].replace('(R)', '')}"
@@ -59,7 +59,7 @@ def made(record: dict) -> str:
 
 
 def speculation(figures: dict) -> list[Table]:
-    """The arms, and their speed-ups on each kind of prompt; an arm whose text differs has no speed."""
+    """The arms, and their speed-ups per kind of prompt; an arm whose text differs has no speed-up."""
     rows = []
     for name, arm in figures["arms"].items():
         speed, over, predicted = (
@@ -89,13 +89,13 @@ def speculation(figures: dict) -> list[Table]:
 
 
 def readouts(figures: dict) -> list[Table]:
-    """What each readout of `m2r2kit train stream --compare` agrees with the model's own choice."""
+    """Agreement of each readout of `m2r2kit train stream --compare` with the model's own token."""
     rows = [(row["form"], f"{row['parameters']:,}", f"{row['agreement']:.1%}") for row in figures["rows"]]
-    return [Table(("read at the exit", "trained parameters", "agreement"), rows)]
+    return [Table(("readout at the exit", "trained parameters", "agreement"), rows)]
 
 
 def exits(figures: dict) -> list[Table]:
-    """The methods, those that save most at 5 % loss first."""
+    """The methods, sorted by blocks saved at 5 % loss of agreement."""
     methods, rows = figures["methods"], []
     for name in sorted(methods, key=lambda name: -methods[name]["merit"][str(LOSSES[-1])]["saved"]):
         one, five = (methods[name]["merit"][str(loss)] for loss in LOSSES)
@@ -112,7 +112,7 @@ def exits(figures: dict) -> list[Table]:
 
 
 def experts(figures: dict) -> list[Table]:
-    """What they ran on, and the arms at each budget; an arm whose text differs has no speed."""
+    """The conditions, and the arms at each budget; an arm whose text differs has no speed-up."""
     tables = [Table(("", " "), _conditions(figures), left=(" ",))]
     for budget in figures["budgets"]:
         rows = [(name, *_reading(arm)) for name, arm in budget["arms"].items()]
@@ -169,16 +169,16 @@ def _reading(arm: dict) -> tuple[str, ...]:
     return (*speed, *shares, recall, f"{arm['bytes_per_token'] / 1e6:.2f}", predicted)
 
 
-SUBJECTS = {  # of records: title of settings and figures, tables of figures
+SUBJECTS = {  # subject -> (settings, figures) -> title; figures -> tables
     "speculation": (
         lambda s, f: f"Greedy decoding of {s['prompts']} prompts, {len(f['arms'])} methods",
         speculation,
     ),
     "alignment": (
-        lambda s, f: f"Agreement with the model's choice at block {f['rows'][0]['exit']}, all trained alike",
+        lambda s, f: f"Agreement with the model's token at block {f['rows'][0]['exit']}, equal training",
         readouts,
     ),
-    "exits": (lambda s, f: f"Leaving early, {s['prompts']} prompts, {len(f['methods'])} methods", exits),
+    "exits": (lambda s, f: f"Early exits, {s['prompts']} prompts, {len(f['methods'])} methods", exits),
     "experts": (
         lambda s, f: (
             f"Experts of {s['record_bytes'] / 1024:.0f} KiB read from a "

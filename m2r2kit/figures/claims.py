@@ -1,4 +1,4 @@
-"""The paper-and-ours table as bars (notebook 14)."""
+"""The paper-and-ours table as a bar chart (notebook 14)."""
 
 from ..bench.report import VERDICTS, amount
 from .style import COLORS, PALE
@@ -8,12 +8,13 @@ UNITS = {"x": "speed-ups", "share": "shares"}
 
 
 def draw_rows(ax, rows: list[dict], unit: str) -> str:
-    """Ours as a solid bar, once for all rows that show the same value of ours; below it, hatched, what each
-    of these rows compares it with: the paper's number, or else the baseline of the same run.
+    """Our value as a solid bar, shared by all rows with the same value; below it, hatched, the value that
+    each of
+    these rows compares it with: the paper's, otherwise the baseline of the same run.
 
     Args:
-        rows: of `report.table()`.
-        unit: of the rows that are drawn: `x` or `share`.
+        rows: from `report.table()`.
+        unit: draw the rows with this unit, `x` or `share`.
     """
     ax.clear()
     rows = [row for row in rows if row["unit"] == unit]
