@@ -1,6 +1,6 @@
-"""What speculation is held to, as functions: equal tokens, counts, an equal cache.
+"""Checks of speculative decoding: equal tokens, consistent counts, an equal cache.
 
-Called on the code as it is (`test_speculation.py` and others), and in `test_broken_speculation.py` on code
+`test_speculation.py` and others run them on the code; `test_broken_speculation.py` runs them on code
 broken on purpose, where they must fail.
 """
 
@@ -38,7 +38,7 @@ def m2r2(exit=2, threshold=0.0, **settings) -> M2R2:
 
 
 class Scripted(EarlyExit):
-    """Drafts what it is told, by position in the text: the states are real, the tokens are not its own."""
+    """Drafts given tokens by position in the text, with real states."""
 
     def __init__(self, text: list[int], exit=2, view=None):
         super().__init__(view or tiny.backbone(), exit)
@@ -84,7 +84,7 @@ def ties(view, prompt: list[int], found: list[int], wanted: list[int]) -> int:
     places. The gap is taken from one pass over the common text (teacher forced).
 
     Raises:
-        AssertionError: the texts differ where the model is not undecided.
+        AssertionError: the texts differ at a position that is not a tie.
     """
     assert len(found) == len(wanted) or found[-1] in view.eos or wanted[-1] in view.eos
     for i, (a, b) in enumerate(zip(found, wanted, strict=False)):
@@ -114,7 +114,7 @@ def check_equal(drafter, drafts, prompt=PROMPT, max_tokens=14, view=None) -> tup
 
 
 def check_counts(found: Generation, drafts: int):
-    """The numbers of a generation agree with each other."""
+    """The counts of a generation are consistent."""
     assert len(found.drafted) == len(found.accepted) == found.steps
     assert all(a <= d <= drafts for a, d in zip(found.accepted, found.drafted, strict=True))
     assert len(found.from_draft) == len(found.tokens)

@@ -1,4 +1,4 @@
-"""Sampling loses nothing: the tokens have the model's own distribution, whatever drafted them.
+"""Sampling is lossless: with any drafter, the tokens have the model's own distribution.
 
 The exact joint distribution of three tokens is enumerated with formulas written again here,
 and compared with samples of the kit's rule (chi-square). Rules broken on purpose must fail.
@@ -34,7 +34,7 @@ SETTINGS = [
 
 
 def chances(logits, temperature, top_k=0, top_p=1.0, min_p=0.0) -> list[float]:
-    """Top-p, min-p, top-k and temperature of one row, written as one would say it."""
+    """Reference implementation of top-p, min-p, top-k and temperature for one row."""
     p = [float(np.exp(x)) for x in logits]
     p = [x / sum(p) for x in p]
     order, kept, mass = sorted(range(len(p)), key=lambda i: -p[i]), [], 0.0
@@ -60,7 +60,7 @@ def joint(rows, vocabulary: int, **settings) -> np.ndarray:
 
 
 def check_counts(counts: np.ndarray, exact: np.ndarray):
-    """Chi-square: counts like these come from `exact` unless one is unlucky once in 10,000 times."""
+    """Chi-square test that counts come from `exact`, at p = 0.0001."""
     assert counts[exact == 0].sum() == 0, "a token that cannot be drawn was drawn"
     seen, expected = counts[exact > 0].astype(float), exact[exact > 0] * counts.sum()
     rare = expected < 5

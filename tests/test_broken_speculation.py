@@ -1,4 +1,4 @@
-"""Speculation broken on purpose: the checks of `speculation_checks.py` must see it."""
+"""Speculation broken on purpose: the checks of `speculation_checks.py` must fail."""
 
 import pytest
 import tiny
@@ -9,7 +9,7 @@ from m2r2kit.speculation import decode as loop
 
 
 def equal_and_cached(max_tokens=14):
-    """The checks that must fail when something is broken, with drafters of all three tempers."""
+    """The checks that must fail when something is broken, with three kinds of drafters."""
     tokens = plain(max_tokens=40).tokens
     half = PROMPT + [t if i % 3 else (t + 1) % tiny.EOS for i, t in enumerate(tokens)]
     yield lambda: check_equal(m2r2(), 4, max_tokens=max_tokens)

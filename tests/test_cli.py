@@ -1,4 +1,4 @@
-"""The command line: what it promises to people and programs that call it, no model needed."""
+"""The command line without a model: help, bad arguments, exit codes, JSON."""
 
 import json
 

@@ -62,7 +62,7 @@ def test_attention(heads, shared, rows, batch):
 
 
 def test_heads_that_share_keys_see_their_own_mask():
-    """Two masks of one shape in the same pass must not be taken for each other."""
+    """Two masks of one shape in the same pass must not be confused."""
     q, k, v = mx.random.normal((1, 4, 2, 8)), *(mx.random.normal((1, 2, 6, 8)) for _ in "kv")
 
     def attend(limit):

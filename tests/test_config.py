@@ -1,4 +1,4 @@
-"""config.json of any style: the function of the model as it was trained, or one sentence."""
+"""config.json of any style: the model computes what it was trained to compute, or is refused."""
 
 import json
 import math

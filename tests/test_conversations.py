@@ -1,4 +1,4 @@
-"""A chat model asks and answers itself; what it wrote is kept, gone on with, and read again."""
+"""A chat model generates questions and answers; its text is cached, extended and read again."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The cost model, against the closed form, by hand and by chance."""
+"""The cost model, compared with the closed form, by hand and by simulation."""
 
 import numpy as np
 import pytest

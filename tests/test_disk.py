@@ -1,4 +1,4 @@
-"""Measuring a disk: every byte is asked for, threads or not; what cannot be measured is said."""
+"""Measuring a disk: every byte is read, with threads or without; what cannot be measured is reported."""
 
 import pytest
 import tiny_experts

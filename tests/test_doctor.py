@@ -246,7 +246,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's compil
 @needs_linux
 @pytest.mark.parametrize(("check", "name"), [(doctor.c_compiler, "cc"), (doctor.fused_kernels, "g++")])
 def test_a_compiler_that_cannot_compile_is_named(check, name, monkeypatch, tmp_path):
-    """It is there and tells its version, as one without its headers does."""
+    """It prints its version but cannot compile, like a compiler without headers."""
     script = '#!/bin/sh\ncase "$*" in --version) exit 0;; esac\necho "fatal error: cmath: none" >&2\nexit 1\n'
     (tmp_path / name).write_text(script)
     (tmp_path / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""The driver: it counts, stops and times whatever decodes."""
+"""The driver counts, stops and times any decoder."""
 
 import time
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ PROMPT = [5, 6, 7]
 
 
 class Told(Decoder):
-    """Emits what it is told, and notes what it is asked."""
+    """A decoder that emits given tokens and records its calls."""
 
     def __init__(self, *steps: Emitted):
         self.backbone, self.steps, self.asked, self.inside = tiny.backbone(), list(steps), [], []

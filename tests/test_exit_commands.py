@@ -79,7 +79,7 @@ def test_exits_are_chosen_and_risks_measured_after_training(tmp_path, little, mo
         assert len(known["thresholds"]) == len(known["means"]) and known["texts"] == 120
         assert 0 <= record["figures"]["promise"][way]["kept"] <= 1
         assert record["figures"]["free"][way] == known["free"] and known["free_tokens"] == 4
-        # the first token that differs stands after the same words, and it changes those after it
+        # the first token that differs changes all tokens after it
         assert all(0 <= free <= 1 for free in known["free"]) and len(known["free"]) == len(known["means"])
         assert np.allclose(np.mean(record["figures"]["losses"][way], axis=1), known["means"], atol=1e-4)
 
@@ -235,7 +235,7 @@ def test_generate_leaves_early_and_keeps_a_promise(everything, capsys, tmp_path,
 
 
 def curve(saved, agreement, texts=40, tokens=10.0, depth=10):
-    """A method whose texts are all alike but for one wrong token now and then."""
+    """A method whose texts are equal except for an occasional wrong token."""
     n = np.full(texts, tokens)
     right = np.array([np.full(texts, a * tokens) for a in agreement])
     blocks = np.array([np.full(texts, (1 - s) * depth * tokens) for s in saved])

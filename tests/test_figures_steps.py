@@ -1,4 +1,4 @@
-"""A step of drafting is drawn as it happened, and the signs alone tell it."""
+"""A drafting step is drawn as it happened, and readable without colours."""
 
 from itertools import pairwise
 

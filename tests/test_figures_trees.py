@@ -1,4 +1,4 @@
-"""A tree of drafts is drawn with its path, and a tree that cannot be is refused."""
+"""A tree of drafts is drawn with its path, and an impossible tree is refused."""
 
 import pytest
 

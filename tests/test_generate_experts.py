@@ -1,4 +1,4 @@
-"""`m2r2kit generate --experts`: what plain decoding says, or one sentence."""
+"""`m2r2kit generate --experts`: the text of plain decoding, or one error."""
 
 import argparse
 import json

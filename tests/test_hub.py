@@ -1,4 +1,4 @@
-"""Why a repository does not come: each cause has its own sentence, and its own way out."""
+"""A repository that cannot be downloaded: each cause has its own message and advice."""
 
 import errno
 import http.server

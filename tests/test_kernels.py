@@ -1,4 +1,4 @@
-"""MLX's compiled kernels: made where nobody else can write, whole, or not at all."""
+"""MLX's compiled kernels: written completely or not at all, where no other user can write."""
 
 import json
 import os

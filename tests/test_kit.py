@@ -149,7 +149,7 @@ def other(modules, monkeypatch, tmp_path):
 
 
 def make_folder(folder):
-    """A folder of the user's, with a file in it."""
+    """A user's folder with a file in it."""
     folder.mkdir()
     (folder / "thesis.txt").write_text("precious")
 
@@ -169,7 +169,7 @@ def test_nothing_behind_a_link_is_deleted_or_installed_into(other, tmp_path, mak
 
 
 def test_a_link_to_the_kits_own_environment_is_used(other, tmp_path):
-    """As where somebody moves `.venv` to a larger disk and leaves a link."""
+    """For example after moving `.venv` to a larger disk and leaving a link."""
     make_environment(tmp_path / ".venv")
     (tmp_path / ".venv" / "m2r2kit-stamp.json").write_text(json.dumps(other._wanted()))
     (tmp_path / ".venv").rename(tmp_path / "disk")

@@ -1,4 +1,4 @@
-"""Training what names experts: forced pass and decoding name the same, and recall rises."""
+"""Training expert predictors: training pass and decoding predict the same, and recall rises."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_the_teacher_runs_the_model_itself():
 @pytest.mark.parametrize("rate", [1.0, 2.0])
 @pytest.mark.parametrize("kind", ["stream", "deep", "carried", "adapter", "anew", "anew, carried", "direct"])
 def test_decoding_names_what_the_forced_pass_names(kind, rate):
-    """The same stream over whole sequences, as it learns, and token by token, as it is used."""
+    """The same stream over whole sequences, as in training, and token by token, as in decoding."""
     family = "mixtral"
     model = StreamedModel(tiny_experts.model(family), tiny_experts.store(family))
 

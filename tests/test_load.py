@@ -132,7 +132,7 @@ def test_what_is_no_language_model_is_refused():
 
 
 def sentence(folder) -> str:
-    """The one sentence with which a folder is refused, as the command line would print it."""
+    """The error for a folder, as the command line prints it."""
     with pytest.raises(UserError) as refusal:
         Backbone.load(folder)
     text = str(refusal.value)
@@ -342,7 +342,7 @@ def test_a_config_that_does_not_say_whether_the_head_is_tied(tmp_path, tied):
 
 @pytest.fixture
 def evil(folder, monkeypatch):
-    """A folder with code that leaves a trace if it is run, and a `y` for whoever asks."""
+    """A folder with code that leaves a trace if it is run, and a `y` on standard input."""
     trace = folder / "ran"
     (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Evil: pass\n")
     monkeypatch.setenv("HF_MODULES_CACHE", str(folder.parent / "modules"))

@@ -1,6 +1,6 @@
 """Inputs at the ends of what a model takes: the shortest, the longest, and answers of either kind.
 
-Every method says what plain decoding says, and no cache grows beyond the model's context.
+Every method gives the text of plain decoding, and no cache grows beyond the model's context.
 """
 
 from functools import cache as once
@@ -24,13 +24,13 @@ CONTEXT = 192  # several times what a cache grows by, and a multiple of it: not 
 
 @once
 def model(context: int = CONTEXT) -> WithEnds:
-    """A tiny model with room for a long text, which nothing ends."""
+    """A tiny model with a long context and no end token."""
     return WithEnds(tiny.backbone("llama", max_position_embeddings=context), ())
 
 
 @once
 def stream(view: WithEnds) -> AcceleratedStream:
-    """Right now and then."""
+    """A drafter that is right occasionally."""
     mx.random.seed(1)
     made = AcceleratedStream(view._view, StreamConfig(exits=(3,), rank=4, ffn_width=12))
     shaken = tree_map(lambda w: w + 0.1 * mx.random.normal(w.shape) * w.shape[0] ** -0.5, made.parameters())
@@ -87,7 +87,7 @@ def test_an_answer_up_to_the_end_of_the_context(drafter):
 
 @each_drafter
 def test_memory_of_a_thousand_tokens_is_flat(drafter):
-    """Where the cache has room for the text from the beginning, nothing grows that MLX holds."""
+    """If the cache fits the text from the start, MLX's memory does not grow."""
     prompt, view = tiny.prompt(9), model(17 * STEP)
     cache, held = view.new_cache(17 * STEP), []
     generate(
@@ -119,7 +119,7 @@ def test_an_end_of_text_comes_first(drafter):
 
 @each_drafter
 def test_costs_of_a_step_after_a_long_prompt(drafter):
-    """They are measured with up to 16 drafts, for which a prompt may leave no room."""
+    """They are measured with up to 16 drafts, which may not fit after a prompt."""
     for length in (1, 2, CONTEXT - 2, CONTEXT - 1):
         c, v = step_costs(model()._view, drafter(model()), 16, tiny.prompt(length), repeats=1)
         assert abs(c) < 1e9 and v > 0

@@ -1,4 +1,4 @@
-"""M2R2's tree: what is put on the chain, and nothing lost with any shape of it."""
+"""M2R2's tree: what is added to the chain; decoding is lossless with any shape."""
 
 from pathlib import Path
 
@@ -112,14 +112,14 @@ def test_the_cache_holds_the_accepted_path_only(room):
 
 
 def test_leaves_are_accepted():
-    """Else the tests of equality would see a chain only; and each step of the tree is as long at least."""
+    """Otherwise the tests of equality see only a chain; and each step of the tree is at least as long."""
     chain, _ = check_equal(m2r2_with_tree(0, 3, size=0), 3, max_tokens=30)
     grown, _ = check_equal(m2r2_with_tree(60, 3, size=0), 3, max_tokens=30)
     assert grown.steps < chain.steps and sum(grown.accepted) > sum(chain.accepted)
 
 
 def test_the_stream_is_told_the_last_states_of_the_accepted_path():
-    """Right after each step: the model's own state of the newest token but the pending one."""
+    """After each step: the model's own state of the last token before the pending one."""
     view, drafter = tiny.backbone(), m2r2_with_tree(60, 3, size=0, carry=True)
     lengths, told, learn = [], [], drafter.learn
     drafter.learn = lambda states: (told.append(states[:, -1:]), learn(states))

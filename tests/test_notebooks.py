@@ -1,4 +1,4 @@
-"""The notebook runner finds what papermill lets pass. Each test has a notebook that must fail."""
+"""The notebook runner finds what papermill misses. Each test has a notebook that must fail."""
 
 import json
 

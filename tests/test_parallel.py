@@ -1,4 +1,4 @@
-"""Several processes that train one model: the same steps as one process, one voice, whole files."""
+"""Several processes training one model: the steps of one process, output from one of them, complete files."""
 
 import json
 import os

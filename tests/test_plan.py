@@ -1,4 +1,4 @@
-"""The planner: its arithmetic against published sizes, its limits, and a trace in the place of a guess."""
+"""The planner: its arithmetic against published sizes, its limits, and a trace instead of an assumption."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The pocket mixture as it lies in data/: an ordinary quantised folder, which the kit decodes."""
+"""The pocket mixture in data/: an ordinary quantised folder, which the kit decodes."""
 
 import math
 import subprocess

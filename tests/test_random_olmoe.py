@@ -1,4 +1,4 @@
-"""A model larger than its budget, made as large as asked: the same path on tiny ones."""
+"""A model of a requested size, larger than its budget: the same path on tiny models."""
 
 import json
 import subprocess
@@ -133,7 +133,7 @@ def test_it_decodes_in_a_fresh_process_and_says_its_peak(made, tmp_path, monkeyp
 
 
 def test_texts_that_differ_are_a_failure(made, monkeypatch, capsys):
-    """The model in memory says something else, as if a wrong expert had been computed with."""
+    """The model in memory gives another text, as if streaming had used a wrong expert."""
     real = bench_memory.generate
 
     def generate(words):

@@ -1,4 +1,4 @@
-"""The reader: right bytes in the right place, what is needed first, and no error that is swallowed."""
+"""The reader: right bytes in the right place, demand reads first, and no swallowed error."""
 
 import errno
 import os
@@ -146,7 +146,7 @@ def test_what_was_cancelled_does_not_land():
 
 
 class Failing:
-    """`os.preadv`, which fails for one expert as often as it is told."""
+    """An `os.preadv` that fails for one expert a given number of times."""
 
     def __init__(self, monkeypatch, expert: int, times: int, how):
         self.left, self.real = times, os.preadv
@@ -276,7 +276,7 @@ def test_records_reach_the_slots_they_are_meant_for(mode):
         assert not np.array(array[:2]).any()
 
 
-# --- nobody waits for ever ------------------------------------------------------------------
+# --- no wait is endless ---------------------------------------------------------------------
 
 
 def raising(error: BaseException):
@@ -318,7 +318,7 @@ def test_no_thread_to_read_is_one_sentence_and_those_that_began_end(monkeypatch)
     assert not begun[0].is_alive()
 
 
-def test_whoever_waits_for_a_thread_that_ends_hears_of_it(monkeypatch):
+def test_a_thread_that_ends_raises_in_the_one_that_waits(monkeypatch):
     gate = threading.Event()
 
     def serve(self, request, buffer):
@@ -343,7 +343,7 @@ def test_a_closed_reader_says_so():
 
 
 def test_closing_does_not_wait_for_a_read_that_hangs(monkeypatch):
-    """As after Ctrl-C while a disk does not answer: what it brings later lands nowhere."""
+    """As after Ctrl-C while a disk does not answer: late reads are discarded."""
     gate, begun, landed, real = threading.Event(), threading.Event(), Landed(), os.preadv
 
     def hang(*args):

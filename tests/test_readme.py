@@ -1,4 +1,4 @@
-"""The README shows what the records say, and names what is there."""
+"""README.md and docs/api.md agree with the records, the files and the docstrings."""
 
 import re
 import sys

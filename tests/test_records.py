@@ -1,4 +1,4 @@
-"""Records: whole or not at all, without a machine's paths; and the table drawn from them."""
+"""Records: complete or absent, without a machine's paths; and the table made from them."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def add(subject="speculation", figures=None, prompts_sha256=None, **settings):
 
 
 def ours(subject="speculation", figures=None, **changes):
-    """A record as the rows of the table ask for."""
+    """A record that the rows of the table accept."""
     file = claims.load("claims.toml")
     asked = file["accepts"][subject]
     settings = {"model_sha256": file["models"][asked["models"][0]][0], **asked["least"]}

@@ -1,4 +1,4 @@
-"""The bookkeeping: each policy against a plain reading of its rule, pins, counts, traces and replay."""
+"""Bookkeeping: each policy compared with a plain version of its rule, pins, counts, traces and replay."""
 
 import itertools
 

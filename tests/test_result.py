@@ -1,4 +1,4 @@
-"""What was measured is kept where it was asked for, or somewhere else that is named; never lost."""
+"""A result is saved where requested, or elsewhere with a message; never lost."""
 
 import json
 import os

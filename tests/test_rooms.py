@@ -1,4 +1,4 @@
-"""The house: which room may import which, read from the source; each public name is defined once."""
+"""Which packages may import which, read from the source; each public name is defined once."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""Speculation loses nothing: the tokens and the cache are those of plain decoding."""
+"""Speculation is lossless: the tokens and the cache are those of plain decoding."""
 
 import mlx.core as mx
 import numpy as np
@@ -66,7 +66,7 @@ def test_every_exit_and_every_number_of_drafts(exit, kind):
 
 
 def test_drafts_are_sometimes_accepted():
-    """Else the tests of equality would only see rejections."""
+    """Otherwise the tests of equality would see only rejections."""
     accepted = {a for drafter in (EarlyExit(tiny.backbone(), 3), m2r2(3, size=0)) for a in found(drafter)}
     assert {0, 1} < accepted
 

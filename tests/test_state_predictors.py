@@ -1,4 +1,4 @@
-"""What names experts from states: which blocks when, and who says the same as whom."""
+"""Expert predictors that read states: which blocks they predict and when, and which predict the same."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""A command that is asked to stop leaves nothing behind: no process, no temporary or connection file."""
+"""A stopped command leaves nothing behind: no process, no temporary or connection file."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The store: what is packed is what the model has, whole or not there at all."""
+"""The store holds the model's experts, completely or not at all."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The accelerated stream: where it starts, what it may not touch, and that its two ways of running agree."""
+"""The accelerated stream: where it starts, what it must not change, and that its two modes agree."""
 
 import mlx.core as mx
 import numpy as np
@@ -303,7 +303,7 @@ def off_by_one(self, slow, rows):
 
 
 def test_keys_of_p_in_the_cache_are_noticed(monkeypatch):
-    """Keys that p writes beside the slow ones stand where the next token's should."""
+    """The keys that p writes beside the slow ones have the next token's position."""
 
     def writes(self, keys, values):
         return self.slow.update_and_fetch(keys, values)

@@ -1,4 +1,4 @@
-"""Text as it comes: the segments add up to the tokenizer's own decoding, whatever the tokens are."""
+"""Streamed text: the segments add up to the tokenizer's own decoding, for any tokens."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_segments_add_up_to_the_whole_text(tokenizer):
 
 @each_tokenizer
 def test_any_tokens_in_any_order(tokenizer):
-    """Most of them are no text at all; some have no piece, as those of a padded vocabulary."""
+    """Most of them are not valid text; some have no piece, as in a padded vocabulary."""
     assert tokenizer.decode([len(tokenizer) + 5]) == ""
     for seed in range(40):
         random = np.random.default_rng(seed)

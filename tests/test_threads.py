@@ -1,4 +1,4 @@
-"""The BLAS under MLX computes what NumPy computes, and every way to be without it works."""
+"""The BLAS under MLX computes what NumPy computes, and every way to do without it works."""
 
 import json
 import os

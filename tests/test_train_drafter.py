@@ -1,4 +1,4 @@
-"""`m2r2kit train drafter`: each kind trained, saved with its record, and found by its name."""
+"""`m2r2kit train drafter`: each kind is trained, saved, recorded and found by its name."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""`m2r2kit train stream`: trained, measured, saved with its record; resumed; begun from another."""
+"""`m2r2kit train stream`: trained, measured, saved and recorded; resumed; initialised from another."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A tree in one masked pass: each row as if it stood alone, the best path accepted, nothing lost."""
+"""A tree in one masked pass: each row as if alone, the best path accepted, decoding lossless."""
 
 import mlx.core as mx
 import numpy as np
@@ -203,7 +203,7 @@ def test_sampled_paths_have_the_model_s_distribution():
 
 
 def forgetful(made, p, sampler):
-    """Takes up p again, whole, for each further candidate and for the last draw."""
+    """Uses the full p again for each further candidate and for the last draw."""
 
     class Whole(np.ndarray):
         def __setitem__(self, key, value):
@@ -273,7 +273,7 @@ def test_each_row_of_the_window_sees_its_own_past():
 
 
 def test_lookahead_finds_what_the_model_will_say():
-    """Where the text runs in a circle its own n-grams come true."""
+    """In a text that repeats itself, its own n-grams are right."""
     view = tiny.backbone()
     prompt = next(p for p in (tiny.prompt(4, seed) for seed in range(40)) if circles(view, p))
     out, _ = check_equal(Lookahead(view), 3, prompt, 40)

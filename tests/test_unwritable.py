@@ -1,4 +1,4 @@
-"""What a command is to write is asked for before it begins: before the model is even looked for."""
+"""A command checks that it can write its output before it starts, even before it looks for the model."""
 
 import pytest
 

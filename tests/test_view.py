@@ -75,7 +75,7 @@ def test_nor_does_one_that_is_broken_off_while_it_is_traced(error, monkeypatch):
 
 
 def test_two_threads_trace_at_once():
-    """Both are inside their passes at the same time, and get what each gets alone."""
+    """Both run their passes at the same time, and get what each gets alone."""
     views, found, both = [loaded("llama"), loaded("qwen3")], {}, threading.Barrier(2, timeout=60)
     right = [passes(loaded(v.family)).tolist() for v in views]
     before = [everything(v.model) for v in views]

@@ -1,4 +1,4 @@
-"""The built wheel, used without a clone: what works, and what is said where something is missing."""
+"""The built wheel, used without a clone: what works, and the message when something is missing."""
 
 import json
 import os

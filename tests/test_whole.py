@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all, and what prevents it is said with its cause."""
+"""Files and folders are written completely or not at all; a failure reports its cause."""
 
 import errno
 import os

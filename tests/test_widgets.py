@@ -1,4 +1,4 @@
-"""`explore` draws at once, follows its controls, and lets no error pass in silence."""
+"""`explore` draws at once, follows its controls, and shows every error."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from m2r2kit.figures import widgets
 
 
 class Handle:
-    """Stands for the place of an output on a page."""
+    """Stands in for an output area of a page."""
 
     def __init__(self, data):
         self.data = [data]
