@@ -7,6 +7,7 @@ import pytest
 from m2r2kit import __main__ as cli
 from m2r2kit.cli import report
 from m2r2kit.common import UserError
+from m2r2kit.speculation.registry import METHODS
 
 
 @pytest.mark.parametrize("command", [(), *map(str.split, cli.COMMANDS)], ids=" ".join)
@@ -16,6 +17,14 @@ def test_help_describes_every_command(command, capsys):
     assert text.startswith(f"usage: m2r2kit {' '.join(command)}".rstrip())
     if not command:
         assert all(name in text for name in ("doctor", "notebooks", "generate", "bench", "train", "report"))
+
+
+@pytest.mark.parametrize("command", ["generate", "bench speculation", "train drafter"])
+def test_help_says_what_each_method_is(command, capsys):
+    assert cli.main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"eagle                 {METHODS['eagle'].about}\n" in text
+    assert all(len(line) < 130 for line in text.splitlines()[1:] if "{" not in line)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def arguments(parser):
     )
     shared.repeats(parser, 3)
     shared.result(parser)
+    shared.explain(parser, methods=METHODS)
 
 
 def run(args) -> int:

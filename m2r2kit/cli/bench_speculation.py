@@ -31,6 +31,7 @@ def arguments(parser):
     shared.drafting(parser)
     shared.repeats(parser, 5)
     shared.result(parser)
+    shared.explain(parser, methods=METHODS)
 
 
 def run(args) -> int:

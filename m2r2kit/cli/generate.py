@@ -19,6 +19,7 @@ from .. import api, driver
 from ..common import UserError, check_writable, peak_bytes
 from ..driver import Decoder, Generation
 from ..experts.opening import open_experts
+from ..experts.registry import POLICIES, PREDICTORS
 from ..model.backbone import Backbone
 from ..speculation import Sampler
 from ..speculation.registry import METHODS, drafters_folder, stream_folder
@@ -87,6 +88,7 @@ def arguments(parser):
         )
     )
     shared.experts(parser)
+    shared.explain(parser, methods=METHODS, policies=POLICIES, predictors=PREDICTORS)
 
 
 def exit_options(parser):

@@ -26,7 +26,7 @@ def arguments(parser):
         "--widen",
         type=number(int, 2),
         metavar="K",
-        help="no random weights: widen the experts of a trained model K times, with the same output",
+        help="widen the experts of a trained model K times instead, with the same output",
     )
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="model to widen with --widen (default: data/pocket-moe)"

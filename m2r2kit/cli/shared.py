@@ -1,15 +1,26 @@
 """Options that several commands share."""
 
 import argparse
+import textwrap
 from pathlib import Path
 
-from ..common import ROOT
+from ..common import ROOT, Entry
 from ..experts.registry import POLICIES, PREDICTORS
 from ..model.families import FAMILIES
 from .values import budget, count, natural, number, size
 
 MODEL = ROOT / "data" / "pocket-dense"
 MOE = ROOT / "data" / "pocket-moe"
+
+
+def explain(parser, **registries: dict[str, Entry]):
+    """List the names in registries after the options, with a sentence each."""
+    parts = []
+    for title, entries in registries.items():
+        parts += [f"{title}:", *(f"  {name:22}{entry.about}" for name, entry in entries.items()), ""]
+    parser.epilog = "\n".join(parts)
+    parser.description = textwrap.fill(parser.description, 79)  # the formatter below keeps all lines
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 # --- models and trained modules -------------------------------------------------------------

@@ -7,8 +7,8 @@ from mlx.utils import tree_flatten
 from ..bench.tune import tune_baseline
 from ..model.backbone import Backbone
 from ..speculation import trained as baselines
+from ..speculation.registry import METHODS, drafters_folder
 from ..speculation.registry import TRAINED as DRAFTERS
-from ..speculation.registry import drafters_folder
 from ..stream import train as distillation
 from ..text.rows import for_training, text
 from . import shared, training
@@ -32,6 +32,7 @@ def arguments(parser):
     shared.training_rows(parser)
     shared.tuning(parser)
     shared.record(parser)
+    shared.explain(parser, kinds={kind: METHODS[kind] for kind in DRAFTERS})
 
 
 def run(args) -> int:

@@ -52,6 +52,7 @@ def arguments(parser):
     )
     shared.training_rows(parser)
     shared.record(parser)
+    shared.explain(parser, kinds=EXIT_KINDS)
 
 
 def run(args) -> int:

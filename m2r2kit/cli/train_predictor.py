@@ -7,7 +7,7 @@ from tqdm import tqdm
 from ..common import UserError
 from ..experts import train as learn
 from ..experts import trained
-from ..experts.registry import TRAINED
+from ..experts.registry import PREDICTORS, TRAINED
 from ..experts.state_predictors import DirectMap
 from ..model.backbone import Backbone
 from ..stream import checkpoints
@@ -55,6 +55,7 @@ def arguments(parser):
     )
     shared.training_rows(parser, 480)  # the states of all blocks are kept: 6 MB per row of the pocket model
     shared.record(parser)
+    shared.explain(parser, kinds={kind: PREDICTORS[kind] for kind in TRAINED})
 
 
 def run(args) -> int:

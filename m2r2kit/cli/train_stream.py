@@ -81,6 +81,7 @@ def arguments(parser):
     )
     shared.processes(parser)
     shared.record(parser)
+    shared.explain(parser, forms=FORMS)
 
 
 def run(args) -> int:
