@@ -1,4 +1,4 @@
-"""Write docs/api.md from the docstrings of what `import m2r2kit` offers: `python ci/api_page.py`."""
+"""Write docs/api.md from the docstrings of the public API: `python ci/api_page.py`."""
 
 import inspect
 import re
@@ -20,7 +20,7 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# The API",
-        "Written by `python ci/api_page.py` from the docstrings; `help(m2r2kit.load)` says the same.",
+        "Generated from the docstrings by `python ci/api_page.py`; `help(m2r2kit.load)` shows the same text.",
     ]
     parts.append(prose(api.__doc__))
     for name in m2r2kit.__all__:
@@ -44,7 +44,7 @@ def described(name: str, thing) -> list[str]:
 
 
 def signature(name: str, function) -> str:
-    """The call with its types and defaults, a parameter a line if it is long."""
+    """The signature with types and defaults; a long one has one parameter on each line."""
     asked = inspect.signature(function)
     short = re.sub(r"\b(?:[a-z_]\w*\.)+(\w+)", r"\1", str(asked))
     if len(name) + len(short) < 90:
@@ -55,7 +55,7 @@ def signature(name: str, function) -> str:
 
 
 def prose(doc: str) -> str:
-    """A docstring as Markdown: its sections as headings in bold, their entries as lists."""
+    """A docstring as Markdown, with bold headings and lists for its sections."""
     out, section = [], None
     for line in inspect.cleandoc(doc).splitlines():
         head = line.rstrip(":")

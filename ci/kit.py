@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""The two commands of this project, on a bare machine with Python 3.11 or newer:
+"""The two commands of this project, for a machine with Python 3.11 or newer and nothing else:
 
     python3 ci/kit.py lab               set up, then open JupyterLab on the first notebook
     python3 ci/kit.py lab --headless    set up, execute the notebooks, print the table
     python3 ci/kit.py test              set up, then lint, unit tests and notebook checks
 
-What follows `lab` is passed on: to JupyterLab (`--no-browser --port 8899`), or with
+Arguments after `lab` are passed to JupyterLab (`--no-browser --port 8899`), or with
 `--headless` to `m2r2kit notebooks run` (names of notebooks).
 
-Only the standard library is used, and the syntax of Python 3.7, so that an old Python
-gets a sentence instead of a syntax error. Set-up itself is in ci/setup_venv.py.
+It uses only the standard library and the syntax of Python 3.7, so that an old Python
+prints a message and not a syntax error. The set-up is in ci/setup_venv.py.
 """
 
 import os
@@ -20,35 +20,35 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with PYTHONSAFEPATH
 
 from setup_venv import ROOT, VENV, VENV_PYTHON, SetupError, ensure
 
 FIRST_NOTEBOOK = os.path.join("notebooks", "00_start_here.ipynb")
 COUNTS = re.compile(r"(\d+) passed, (\d+) failed")
-PATIENCE = 20  # seconds that a step gets to clean up when it is asked to stop
+PATIENCE = 20  # seconds for an interrupted step to clean up
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which end this program as Ctrl-C does."""
+    """SIGTERM or SIGHUP, which stop this program like Ctrl-C."""
 
 
 def environment():
-    """The variables under which everything in the virtual environment runs."""
+    """The environment variables of all programs in the virtual environment."""
     env = dict(os.environ)
     for name in ("PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONOPTIMIZE", "MPLBACKEND"):
-        env.pop(name, None)  # they would bring in another Python's packages, or hide tests or figures
+        env.pop(name, None)  # they add another Python's packages, or disable assertions or inline figures
     env["VIRTUAL_ENV"] = VENV
     env["PATH"] = os.path.dirname(VENV_PYTHON) + os.pathsep + env.get("PATH", os.defpath)
     env["PYTHONNOUSERSITE"] = "1"
     env["JUPYTER_PLATFORM_DIRS"] = "1"
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # On a machine of many cores, small products only wait for each other: 8 threads are enough.
+    # small products do not get faster with more than 8 threads
     threads = str(min(8, os.cpu_count() or 1))
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         env.setdefault(name, threads)
     if not _writable_home(env):
-        env["HOME"] = _stand_in_for_home()
+        env["HOME"] = _temporary_home()
     return env
 
 
@@ -57,8 +57,8 @@ def _writable_home(env):
     return os.path.isabs(home) and os.access(home, os.W_OK | os.X_OK)
 
 
-def _stand_in_for_home():
-    """A private folder for the settings that Jupyter and others keep, where the user has no home."""
+def _temporary_home():
+    """A private folder for the settings of Jupyter and others, for a user without a home folder."""
     number = os.getuid()
     folder = os.path.join(tempfile.gettempdir(), f"m2r2kit-home-{number}")
     try:
@@ -66,13 +66,13 @@ def _stand_in_for_home():
     except FileExistsError:
         found = os.lstat(folder)
         if os.path.islink(folder) or found.st_uid != number or found.st_mode & 0o077:
-            folder = tempfile.mkdtemp(prefix="m2r2kit-home-")  # somebody else's
-    print(f"There is no home folder that can be written; {folder} stands in for it.", flush=True)
+            folder = tempfile.mkdtemp(prefix="m2r2kit-home-")  # it belongs to another user
+    print(f"There is no writable home folder; {folder} is used instead.", flush=True)
     return folder
 
 
 def call(command, **options):
-    """Run a step; one that is interrupted gets time to end its own children and remove its files."""
+    """Run a step; an interrupted step gets time to stop its children and remove its files."""
     process = subprocess.Popen(command, cwd=ROOT, **options)
     try:
         return process.wait()
@@ -82,16 +82,16 @@ def call(command, **options):
 
 
 def end(process, interrupt):
-    """Let a step end as by Ctrl-C, which a terminal sends to the step itself as well."""
-    told = not isinstance(interrupt, Stopped)
-    for patience in (5 if told else 0, PATIENCE):
+    """Interrupt a step, unless it got the Ctrl-C from the terminal itself, and wait for its end."""
+    informed = not isinstance(interrupt, Stopped)
+    for patience in (5 if informed else 0, PATIENCE):
         try:
             process.wait(patience)
             return
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
         except KeyboardInterrupt:
-            break  # asked twice
+            break  # a second Ctrl-C
     process.kill()
     process.wait()
 
@@ -112,20 +112,20 @@ def lab(arguments):
             return code
         return call(kit("report"), env=env)
     if not os.access(os.path.join(ROOT, "notebooks"), os.W_OK):
-        print(f"{ROOT} cannot be written: to keep what you change, save a notebook under another name "
-              "in a folder of your own.", flush=True)  # fmt: skip
+        print(f"{ROOT} cannot be written: to keep your changes, save a notebook in another folder.",
+              flush=True)  # fmt: skip
     command = [VENV_PYTHON, "-m", "jupyterlab", FIRST_NOTEBOOK, *arguments]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")  # in a container there is often nobody else
+        command.append("--allow-root")  # usual in a container
     os.chdir(ROOT)
-    os.execve(VENV_PYTHON, command, env)  # Ctrl-C then reaches JupyterLab alone
+    os.execve(VENV_PYTHON, command, env)  # so that only JupyterLab gets Ctrl-C
 
 
 # --- test -----------------------------------------------------------------------------------
 
 
 def test():
-    """Every step runs even if one before it failed, so that one run tells everything."""
+    """Run all steps, even after a failure, so that one run reports all failures."""
     env = environment()
     env["HF_HUB_OFFLINE"] = "1"  # a test never waits for the network
     passed = failed = 0
@@ -144,7 +144,7 @@ def test():
 
 
 def lint(env):
-    """Lint counts only when it fails: a clean file is not a test."""
+    """Lint counts as failed steps only; a clean run is not a passed test."""
     failed = 0
     for arguments in (["check"], ["format", "--check"]):
         command = [VENV_PYTHON, "-m", "ruff", *arguments, "."]
@@ -160,19 +160,19 @@ def unit_tests(env):
         try:
             suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
         except (OSError, ElementTree.ParseError):
-            suites = []  # pytest itself broke down
+            suites = []  # pytest crashed
     number = {
         key: sum(int(suite.get(key, 0)) for suite in suites)
         for key in ("tests", "failures", "errors", "skipped")
     }
     failed = number["failures"] + number["errors"]
     passed = max(0, number["tests"] - failed - number["skipped"])
-    # pytest's code 5, no test found, is a failure too
+    # a non-zero exit code, such as 5 (no test found), is a failure too
     return passed, max(failed, int(code != 0))
 
 
 def notebooks(env):
-    """`m2r2kit notebooks check` says how many notebooks passed in its last such line."""
+    """Run `m2r2kit notebooks check`; its last line with counts has the result."""
     process = subprocess.Popen(
         kit("notebooks", "check"),
         cwd=ROOT,
@@ -205,7 +205,7 @@ def main(arguments):
         print(__doc__.strip(), file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
     if arguments[0] == "test" and len(arguments) > 1:
-        print("`test` takes no arguments; for some of the tests run .venv/bin/pytest.", file=sys.stderr)
+        print("`test` takes no arguments; run single tests with .venv/bin/pytest.", file=sys.stderr)
         return 2
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
@@ -218,7 +218,7 @@ def main(arguments):
         sys.stdout.flush()
         print(f"\nkit: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as interrupt:
-        print("\nkit: stopped; the same command goes on from here.", file=sys.stderr, flush=True)
+        print("\nkit: stopped; run the same command to continue.", file=sys.stderr, flush=True)
         return 128 + (interrupt.args[0] if isinstance(interrupt, Stopped) else signal.SIGINT)
     if arguments[0] == "test":
         print("0 passed, 1 failed", flush=True)

@@ -1,6 +1,6 @@
-"""Draw the held-out figures in data/README.md from the newest record of each pocket model.
+"""Write the held-out figures in data/README.md from the newest record of each pocket model.
 
-`python ci/pretrain_table.py` rewrites what stands between a model's two marks, and nothing else.
+`python ci/pretrain_table.py` rewrites the text between each model's marks and nothing else.
 """
 
 import sys
@@ -20,10 +20,11 @@ END = "<!-- end of held-out figures -->\n"
 
 
 def table(record: dict | None, training: dict | None = None) -> str:
-    """What stands between the marks for a record; None where nothing was measured.
+    """The text between the marks of a model.
 
     Args:
-        training: the record of the training, where the weights were rounded after it.
+        record: None if nothing was measured.
+        training: the record of the training, if the weights were rounded after it.
     """
     if record is None:
         return "Not measured yet.\n"
@@ -56,7 +57,7 @@ def table(record: dict | None, training: dict | None = None) -> str:
 
 
 def rounding(tokens: int, agreement: float, before: dict, after: dict) -> str:
-    """What the rounding of the weights changed, in a sentence."""
+    """The effect of rounding the weights, as a sentence."""
     recalls = ", ".join(
         f"{kind} {of['1']:.2%} -> {after['recall'][kind]['1']:.2%}" for kind, of in before["recall"].items()
     )
@@ -68,7 +69,7 @@ def rounding(tokens: int, agreement: float, before: dict, after: dict) -> str:
 
 
 def draw(text: str, model: str, record: dict | None) -> str:
-    """The README's text with the table of this model's record."""
+    """The README's text with the table of a model's record."""
     begin = BEGIN.format(model)
     before, rest = text.split(begin)
     _, after = rest.split(END, 1)

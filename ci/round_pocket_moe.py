@@ -1,4 +1,4 @@
-"""Round a pocket mixture and its predictors to few bits, and measure what that changes.
+"""Round a pocket mixture and its predictors to few bits, and measure the effect.
 
 `python ci/round_pocket_moe.py FLOAT16 OUT` reads the folder that `m2r2kit train backbone` and `m2r2kit train
 predictor` wrote. OUT is an ordinary quantised folder of mlx-lm: experts in 5 bits, embedding and attention in
@@ -31,12 +31,13 @@ from m2r2kit.text import download  # noqa: E402
 from m2r2kit.text.corpus import documents  # noqa: E402
 from m2r2kit.text.rows import for_training, text  # noqa: E402
 
-EXPERTS, OTHERS, GROUP = 5, 8, 32  # bits, bits, weights that share a scale: 160 columns are no multiple of 64
+EXPERTS, OTHERS = 5, 8  # bits
+GROUP = 32  # weights that share a scale; the 160 columns are not a multiple of 64
 ROWS, BATCH = 64, 8  # `text` keeps 96 held-out rows beside these
 
 
 def rounded(folder: Path, out: Path) -> None:
-    """Write the quantised model, and beside it the predictors, bound to it and stored in 8 bits."""
+    """Write the quantised model, and its predictors in 8 bits, bound to the new weights."""
 
     def bits(path, module):
         if path.endswith("mlp.gate"):
@@ -57,8 +58,7 @@ def rounded(folder: Path, out: Path) -> None:
 
 
 def measure(folder: Path, held_out: np.ndarray) -> tuple[dict, np.ndarray]:
-    """On rows of token ids (B, T): the model's loss, each predictor's recall by distance, and the most likely
-    next token at each position, (B, T)."""
+    """({loss, recall of each predictor by distance}, likeliest next tokens (B, T)) on held-out text (B, T)."""
     backbone = for_training(folder)
     predictors = {
         kind: trained.predictor(backbone, folder, kind) for kind in (*trained.STREAMS, trained.DIRECT)

@@ -1,6 +1,6 @@
 """Make `.venv` in the project's folder and install the locked packages into it.
 
-`ensure()` does nothing when the stamp in `.venv` names the present lock file; the stamp is
+`ensure()` does nothing if the stamp in `.venv` matches the current lock file; the stamp is
 written last. An environment whose making was cut short, or which belongs to an older lock
 file, is brought up to date; one with a half-copied package in it, or without a working
 Python, is made again from nothing (pip keeps what it has downloaded). Only what this set-up

@@ -175,7 +175,7 @@ def no_rows_moved(cache, start, rows):
     [
         (Tree, "rows", shifted),
         (Tree, "rows", all_seen),
-        (tree, "keep_rows", no_rows_moved),
+        (tree, "keep_positions", no_rows_moved),
         (m2r2_tree, "crop", lambda cache, length: None),
     ],
     ids=["positions", "mask", "cache not compacted", "draft's rows left in the cache"],
@@ -216,7 +216,7 @@ def test_a_model_whose_positions_depend_on_length_is_refused():
     view = tiny.backbone("llama", rope_scaling=rope)
     stream = AcceleratedStream(view, StreamConfig(exits=(2,), rank=2, ffn_width=4))
     for make in (lambda: M2R2Tree(view, stream), lambda: Lookahead(view)):
-        with pytest.raises(UserError, match="rows beside it cannot be placed"):
+        with pytest.raises(UserError, match="cannot verify a tree"):
             make()
     check_equal(M2R2(view, stream), 3, view=view)  # the chain is served
 
@@ -238,4 +238,4 @@ def test_a_stream_without_a_tree_is_tuned_all_the_same(monkeypatch, capsys):
     stream = AcceleratedStream(view, StreamConfig(exits=(2,), rank=2, ffn_width=4))
     monkeypatch.setattr(tuning, "tune", lambda *found: Tuned(3, 0.2, 1.5))
     assert tuning.tune_stream(view, stream) == ({"drafts": 3, "threshold": 0.2}, 1.5)
-    assert "No tree: This model's positions" in capsys.readouterr().out
+    assert "No tree: This model's rotary positions" in capsys.readouterr().out

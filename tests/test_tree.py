@@ -126,12 +126,12 @@ def test_wrong_positions_and_a_wrong_mask_are_caught(broken):
 
 
 def test_keeping_the_rows_of_another_path_is_caught():
-    keep = masked_pass.keep_rows
+    keep = masked_pass.keep_positions
 
     def first(cache, start, kept):
         keep(cache, start, list(range(len(kept))))
 
-    with patched(tree, "keep_rows", first), pytest.raises(AssertionError):
+    with patched(tree, "keep_positions", first), pytest.raises(AssertionError):
         check_cache(Scripted(right_text()), 4)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..common import UserError
 from ..model.backbone import Backbone
-from ..model.tree_pass import keep_rows, masked_states
+from ..model.tree_pass import keep_positions, masked_states
 from .accept import Sampler
 
 
@@ -121,7 +121,7 @@ def accept_tree(
         emitted, path = best_path(tree, choices)
     else:
         emitted, path = sampled_path(tree, sampler.probabilities(logits[:first]), sampler)
-    keep_rows(cache, start, path)
+    keep_positions(cache, start, path)
     return emitted, path, choices[first:]
 
 

@@ -1,1 +1,1 @@
-"""What a CPU needs: a real BLAS, threads, vectorised math, several processes. Mac readers skip it."""
+"""CPU support: BLAS, threads, vectorised math and several processes. Readers on a Mac can skip it."""

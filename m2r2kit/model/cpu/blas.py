@@ -1,21 +1,19 @@
-"""Put a real BLAS under MLX's Linux CPU wheel, without root and without a compiler.
+"""Routes the BLAS calls of MLX's Linux CPU wheel to OpenBLAS, without root and without a compiler.
 
-The wheel links the reference BLAS, which multiplies float32 matrices 50-90 times slower
-than the machine can. The package index's `scipy-openblas32` holds OpenBLAS with every
-symbol prefixed `scipy_`. MLX calls BLAS through a table of addresses (the ELF "global
-offset table"); we write OpenBLAS's addresses into the entries that belong to BLAS and
-LAPACK. Nothing on disk changes, and only this process is affected; `uninstall()` writes the
-old addresses back.
+The wheel bundles the reference BLAS, which multiplies float32 matrices 50-90 times slower than the machine
+can. The package `scipy-openblas32` contains OpenBLAS with the prefix `scipy_` on every symbol. MLX calls BLAS
+through a table of addresses (the ELF global offset table, GOT). `install()` writes OpenBLAS's addresses into
+the BLAS and LAPACK entries of the table, and `uninstall()` writes the old ones back. Nothing on disk changes,
+and only this process is affected.
 
-The x86-64 and the arm64 wheel are alike in all that matters here: both bundle reference BLAS
-3.10 as a library of its own, and both call it through jump slots (R_X86_64_JUMP_SLOT,
-R_AARCH64_JUMP_SLOT) of the same 64-bit ELF layout. For arm64 this was read from the wheel
-and not run.
+The x86-64 and arm64 wheels both bundle reference BLAS 3.10 as a separate library, and call it through jump
+slots (R_X86_64_JUMP_SLOT, R_AARCH64_JUMP_SLOT) of the same 64-bit ELF layout. The arm64 wheel was inspected,
+but not run.
 
-Where a C compiler is found, `few_rows.c` goes in between: products with few rows, which decoding
-is made of, are several times faster there than in OpenBLAS's general routine. Products are shared out
-among threads by `pool.c`, and OpenBLAS computes each part in one: its own threads spin while they wait for
-one another, and on a busy machine a product then takes many times what one thread needs.
+If there is a C compiler, products with few rows, the bulk of decoding, go through `few_rows.c`, which is
+several times faster for them than OpenBLAS. `pool.c` divides products among threads, and OpenBLAS computes
+each part in one thread: OpenBLAS's own threads spin while they wait for each other, which makes products many
+times slower on a busy machine.
 """
 
 import ctypes
@@ -31,7 +29,7 @@ from pathlib import Path
 
 from ...common import UserError, cache_dir, private_folder, trusted, whole, write_whole
 
-# The LAPACK routines that MLX's linear algebra calls, in the types it calls them with.
+# The LAPACK routines that MLX's linear algebra calls, with their types.
 LAPACK = re.compile(
     r"^([sdcz](geev|gesdd|geqrf|getrf|getri|potrf|trtri)|[sd](syevd|orgqr)|[cz](heevd|ungqr))_$"
 )
@@ -40,10 +38,10 @@ SHIM = "".join(Path(__file__).with_name(name).read_text() for name in ("pool.c",
 
 
 class BlasError(RuntimeError):
-    """OpenBLAS could not be put under MLX; the message says why in one sentence."""
+    """OpenBLAS cannot be installed; the message gives the reason in one sentence."""
 
 
-# --- the ELF structures that name MLX's calls -------------------------------------------
+# --- ELF structures ---------------------------------------------------------------------
 
 
 class _Dyn(ctypes.Structure):
@@ -70,19 +68,19 @@ _LinkMap._fields_ = [
     ("next", ctypes.POINTER(_LinkMap)), ("previous", ctypes.POINTER(_LinkMap)),
 ]  # fmt: skip
 
-# Tags of the dynamic section (elf.h): where strings, symbols and jump relocations lie.
+# Tags of the dynamic section (elf.h): the tables of strings, symbols and jump relocations.
 _STRTAB, _SYMTAB, _PLTRELSZ, _JMPREL = 5, 6, 2, 23
 _RTLD_NOLOAD = 4
 
 
 def got_entries(library: Path) -> dict[str, int]:
-    """Address of the offset-table entry of every function that a loaded library calls."""
+    """The functions that a loaded library calls: name -> address of its GOT entry."""
     handle = ctypes.CDLL(str(library), mode=_RTLD_NOLOAD)._handle
     libc = ctypes.CDLL(None)
     link = ctypes.POINTER(_LinkMap)()
-    # RTLD_DI_LINKMAP = 2: glibc's own record of where it put the library
+    # RTLD_DI_LINKMAP = 2: glibc's record of the loaded library
     if libc.dlinfo(ctypes.c_void_p(handle), 2, ctypes.byref(link)) != 0:
-        raise BlasError(f"the loader does not say where {library.name} lies in memory")
+        raise BlasError(f"the loader does not tell where {library.name} is in memory")
     base, dynamic = link.contents.base, link.contents.dynamic
     tags = {}
     while (entry := _Dyn.from_address(dynamic)).tag != 0:
@@ -102,8 +100,8 @@ def got_entries(library: Path) -> dict[str, int]:
 def _write_pointer(address: int, value: int) -> None:
     page = os.sysconf("SC_PAGE_SIZE")
     libc = ctypes.CDLL(None, use_errno=True)
-    # PROT_READ | PROT_WRITE, for a library whose table the loader made read-only ("full RELRO");
-    # an entry is 8 bytes and aligned, so it never spans two pages
+    # 3 = PROT_READ | PROT_WRITE: with "full RELRO" the loader makes the table read-only;
+    # an entry is 8 aligned bytes, so it never spans two pages
     if libc.mprotect(ctypes.c_void_p(address // page * page), ctypes.c_size_t(page), 3) != 0:
         raise BlasError(f"the system refuses to make a page writable ({os.strerror(ctypes.get_errno())})")
     ctypes.c_uint64.from_address(address).value = value
@@ -113,22 +111,22 @@ def _write_pointer(address: int, value: int) -> None:
 
 
 def load_shim(openblas: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The compiled `SHIM`, or None; and what came of it, in words.
+    """(The compiled `SHIM` or None, a description of the result).
 
-    It is compiled once and kept beside its hash in the cache folder, or in the user's folder for temporary
-    files where others may write to the former. A library is loaded only if nobody but this user and root can
-    have changed it, and if it is whole; otherwise it is made again.
+    It is compiled once and kept with its hash in the cache folder, or in the user's temporary folder if other
+    users may write to the cache folder. A library is loaded only if it is complete and only this user and
+    root can have changed it; otherwise it is compiled again.
     """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     flags = ["-O3", "-pthread", *_vector_flags()]
-    # a home folder may be shared by machines of two kinds, hence machine and flags in the name
+    # machine and flags are in the key because different machines may share a home folder
     key = f"{SHIM}{openblas}{compiler}{platform.machine()}{flags}"
     name = f"blas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     reason = "no C compiler"
     for folder in (cache_dir, private_folder):
         try:
             path = folder() / name
-        except OSError:  # there is no place for temporary files
+        except OSError:  # no folder for temporary files
             continue
         if _is_whole(path) and (library := _loaded(path)):
             return library, "few rows through few_rows.c"
@@ -141,7 +139,7 @@ def load_shim(openblas: Path) -> tuple[ctypes.CDLL | None, str]:
 
 
 def _compile(target: Path, compiler: list[str], openblas: Path) -> str:
-    """Compile `SHIM` to `target`, whole or not at all; why that failed, or nothing."""
+    """Compile `SHIM` to `target` atomically; returns why it failed, or an empty text."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not trusted(target.parent):
@@ -152,7 +150,7 @@ def _compile(target: Path, compiler: list[str], openblas: Path) -> str:
                  f"-Wl,-rpath,{openblas.parent}", "-o", str(new)],
                 input=SHIM.encode(), check=True, capture_output=True, timeout=60,
             )  # fmt: skip
-            new.chmod(0o644)  # whatever the umask: nobody else may write it
+            new.chmod(0o644)  # not writable for others, whatever the umask
             digest = hashlib.sha256(new.read_bytes()).hexdigest()
         write_whole(target.with_suffix(".sha256"), digest)
         target.with_suffix(".sha256").chmod(0o644)
@@ -164,7 +162,7 @@ def _compile(target: Path, compiler: list[str], openblas: Path) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a library is as it was compiled, by this user or root."""
+    """Whether a library is complete and was compiled by this user or root."""
     digest = path.with_suffix(".sha256")
     try:
         if not trusted(path) or not trusted(digest):
@@ -177,12 +175,12 @@ def _is_whole(path: Path) -> bool:
 def _loaded(path: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # such as a folder that is mounted `noexec`
+    except OSError:  # for example, the folder is mounted `noexec`
         return None
 
 
 def _vector_flags() -> list[str]:
-    """What to tell the compiler of this machine's wide arithmetic; it assumes none on x86-64."""
+    """Compiler flags for this machine's AVX; by default compilers do not use it on x86-64."""
     try:
         known = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -191,11 +189,11 @@ def _vector_flags() -> list[str]:
     return [*flags, "-mavx512f", "-mprefer-vector-width=512"] if flags and "avx512f" in known else flags
 
 
-# --- the whole ----------------------------------------------------------------------------
+# --- installing ---------------------------------------------------------------------------
 
 
 def openblas_path() -> Path | None:
-    """The shared library of `scipy-openblas32`, or None if it is not installed."""
+    """The path of OpenBLAS in `scipy-openblas32`, or None if that is not installed."""
     try:
         import scipy_openblas32
     except ImportError:
@@ -204,18 +202,19 @@ def openblas_path() -> Path | None:
     return path if path.exists() else None
 
 
-_old: dict[int, int] = {}  # entry's address -> what stood there: the function, or the loader's stub
-_openblas: list[tuple[ctypes.CDLL, int]] = []  # the library in use, if any, and the threads that it had
+_old: dict[int, int] = {}  # address of a GOT entry -> its original value
+_openblas: list[tuple[ctypes.CDLL, int]] = []  # the library in use, if any, and its original thread count
 _pools: list[ctypes.CDLL] = []  # the shim in use, if any
 
 
 def install() -> str:
-    """Route MLX's BLAS and LAPACK calls to OpenBLAS; returns what was done, in words.
+    """Route MLX's BLAS and LAPACK calls to OpenBLAS; returns a description. May be called repeatedly.
 
-    Raises `BlasError` with one sentence where that is not possible. Calling it twice is harmless.
+    Raises:
+        BlasError: it is not possible; the message gives the reason in one sentence.
     """
     try:
-        import mlx.core  # libmlx.so must be loaded before its table can be found
+        import mlx.core  # loads libmlx.so, whose table is patched
     except ImportError as error:
         raise BlasError(f'MLX cannot be loaded ({error}); run `pip install "mlx[cpu]"`') from None
 
@@ -242,7 +241,7 @@ def install() -> str:
             if name == "cblas_sgemm" and shim is not None:
                 function = shim.m2r2kit_sgemm
             if function is None:
-                continue  # the reference routine stays: slower, and as right
+                continue  # keep the reference routine: slower, but correct
             _old.setdefault(address, ctypes.c_uint64.from_address(address).value)
             _write_pointer(address, ctypes.cast(function, ctypes.c_void_p).value)
     except BlasError:
@@ -259,10 +258,10 @@ def install() -> str:
 
 
 def uninstall() -> None:
-    """Give MLX its own BLAS back, in this process."""
+    """Restore MLX's own BLAS in this process."""
     while _old:
         address, value = _old.popitem()
-        ctypes.c_uint64.from_address(address).value = value  # its page is writable by now
+        ctypes.c_uint64.from_address(address).value = value  # `install` made the page writable
     while _openblas:
         library, threads = _openblas.pop()
         library.scipy_openblas_set_num_threads(threads)
@@ -271,7 +270,7 @@ def uninstall() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread a product for a while, where `pool.c` is in use."""
+    """Compute products in one thread inside the context, if `pool.c` is in use."""
     with ExitStack() as stack:
         for pool in _pools:
             stack.callback(pool.m2r2kit_set_threads, pool.m2r2kit_set_threads(1))

@@ -1,19 +1,19 @@
-"""What training spends its time in, written so that a CPU does it in vector instructions.
+"""Vectorised functions for a CPU: exp, and softmax, SwiGLU and cross-entropy made of it.
 
-MLX evaluates `exp` on a CPU one element at a time, and attention, SiLU and cross-entropy are
-made of it. Here they stand on `fast_exp`, each with its gradient by hand: what autodiff would
-keep between the passes is large, and comes fresh from the system every step.
+On a CPU MLX evaluates `exp` one element at a time. The functions for training use `fast_exp` and have
+hand-written gradients, because autodiff would keep large intermediate arrays, whose memory is allocated anew
+in every step.
 """
 
 import mlx.core as mx
 
 
 def fast_exp(x: mx.array) -> mx.array:
-    """e^x = (e^(x/128))^128 with four terms of the series; relative error < 2e-5 for |x| < 10.
+    """e^x = (e^(x/128))^128, with four terms of the series; relative error < 2e-5 for |x| < 10.
 
-    Only products and sums, so the compiler turns it into vector instructions: 1.5 ns an
-    element where `mx.exp` takes 17. Larger |x| are less exact (e^20 to 2e-4), and below -80
-    it stays at e^-80, before numbers become denormal and slow.
+    It has only products and sums, which the compiler vectorises: 1.5 ns an element, where `mx.exp` takes
+    17 ns. For larger |x| it is less exact (2e-4 at x = 20). x is clamped at -80, because denormal results
+    would be slow.
     """
     y = mx.maximum(x, -80.0) * (1 / 128)
     p = 1 + y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24))))
@@ -22,16 +22,16 @@ def fast_exp(x: mx.array) -> mx.array:
     return p
 
 
-FEW_NUMBERS = 1024  # up to which one kernel that takes e^x one by one is the quickest
+FEW = 1024  # up to this many elements, the scalar `mx.exp` is the fastest
 
 
 def falling_exp(x: mx.array) -> mx.array:
-    """e^x for x <= 0 = (e^(x/16))^16 with six terms, for decoding; error < 1e-6, relative to e^0 = 1.
+    """e^x = (e^(x/16))^16 for x <= 0, with six terms, for decoding; absolute error < 1e-6.
 
-    Softmax and the logistic function need no more: they add e^x to a 1. Below -32 it stays near e^-32.
-    Of few numbers `mx.exp` is the faster one: the terms take three kernels and it takes part of one.
+    That suffices for softmax and the logistic function, which add e^x to 1. x is clamped at -32. For few
+    elements `mx.exp` is faster, because it is part of one kernel and the series takes three.
     """
-    if x.size <= FEW_NUMBERS:
+    if x.size <= FEW:
         return mx.exp(x)
     y = mx.maximum(x, -32.0) * (1 / 16)
     y2 = y * y
@@ -42,19 +42,19 @@ def falling_exp(x: mx.array) -> mx.array:
 
 
 def logistic(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x), from `falling_exp`."""
-    if x.size <= FEW_NUMBERS:
+    """1 / (1 + e^-x), with `falling_exp`."""
+    if x.size <= FEW:
         return mx.sigmoid(x)
     e = falling_exp(-mx.abs(x))
     return mx.where(x > 0, 1.0, e) / (1 + e)
 
 
 def row_exp(x: mx.array) -> mx.array:
-    """e^(x - the largest of its row): softmax over the last axis, not yet divided by the sum.
+    """Softmax over the last axis without its division: e^(x - max(x)).
 
-    The largest is subtracted because scores and logits grow beyond 88 in training, where e^x overflows.
-    No result is below e^-40: times a small gradient it would be denormal, which makes products on Intel's
-    processors three times slower, and beside the row's largest it is nothing.
+    The maximum is subtracted because scores and logits exceed 88 in training, where e^x overflows. Results
+    are at least e^-40, which is negligible beside the maximum: smaller ones times a small gradient would be
+    denormal, which makes products three times slower on Intel processors.
     """
     return fast_exp(mx.maximum(x - x.max(-1, keepdims=True), -40.0))
 
@@ -67,7 +67,7 @@ def attention_weights(scores, bias):
 
 @attention_weights.vjp
 def _(primals, cotangent, output):
-    # the row's largest cancels in the division by the sum, so it may be taken as a constant
+    # the maximum cancels when the caller divides by the sum, so it is treated as a constant
     return cotangent * output, mx.zeros_like(primals[1])
 
 
@@ -85,7 +85,7 @@ def _(primals, cotangent, output):
     return cotangent * up * (s + silu * (1.0 - s)), cotangent * silu
 
 
-ROWS = 1024  # of logits at a time: 4,096 x 4,096 numbers would come fresh from the system each time
+ROWS = 1024  # of logits at once; larger arrays would be allocated from the system each time
 
 
 @mx.custom_function
@@ -106,7 +106,7 @@ def _(primals, cotangent, output):
     d_hidden = []
     for i in range(0, hidden.shape[0], ROWS):
         h, c = hidden[i : i + ROWS], cotangent[i : i + ROWS]
-        e = row_exp(h @ embedding.T)  # again: cheaper than keeping the numbers
+        e = row_exp(h @ embedding.T)  # recomputed, which is cheaper than keeping the logits
         weight = (c / e.sum(-1))[:, None]
         d_hidden.append((e @ embedding) * weight)
         d_embedding = d_embedding + e.T @ (h * weight)
@@ -116,8 +116,8 @@ def _(primals, cotangent, output):
 
 @mx.custom_function
 def _soft_cross_entropy(hidden, embedding, targets, taught, head, share):
-    """The loss and its gradients at once: the logits are too many to keep, and two sets of them to
-    compute again."""
+    """(loss, its gradients by `hidden` and `embedding`), in one pass: the logits of student and teacher are
+    too large to keep and too expensive to compute twice."""
     n = hidden.shape[0]
     losses, d_hidden, d_embedding = [], [], mx.zeros_like(embedding)
     for i in range(0, n, ROWS):
@@ -142,14 +142,15 @@ def _(primals, cotangents, outputs):
 
 
 def soft_cross_entropy(hidden, embedding, targets, taught, head, share) -> mx.array:
-    """Mean cross-entropy against 1 - `share` of the right token and `share` of a teacher's distribution.
+    """Mean cross-entropy with a mixture of the correct tokens (1 - `share`) and a teacher (`share`).
 
     Args:
-        hidden, embedding: the student's states (n, D) and output matrix (V, D); gradients go to these.
-        targets: (n,) the right tokens.
+        hidden, embedding: the student's states (n, D) and output matrix (V, D), which get gradients.
+        targets: (n,), the correct tokens.
         taught, head: the teacher's states (n, D') and output matrix (V, D').
+        share: 0..1, weight of the teacher's distribution.
 
     Returns:
-        a number, in nats.
+        a scalar, in nats.
     """
     return _soft_cross_entropy(hidden, embedding, targets, taught, head, mx.array(share))[0]

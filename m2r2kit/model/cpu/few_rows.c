@@ -1,10 +1,10 @@
-/* Products with few rows, for MLX on Linux (compiled and put in place by blas.py).
+/* Products with few rows, for MLX on Linux (compiled and installed by blas.py).
 
    Decoding multiplies 1 row by a weight matrix, and verifying K drafts multiplies K + 1 rows.
-   OpenBLAS's `sgemm` first copies the matrix into another order, which pays for many rows but
-   takes most of the time for few. So 1..32 rows times a matrix, or times its transpose (how a
-   linear layer stores it), are computed here, reading the matrix once; only 1 row times a
-   transpose goes to `sgemv`. */
+   OpenBLAS's `sgemm` first repacks the matrix, which pays off for many rows but takes most of
+   the time for few. So products of 2..32 rows with a matrix or a transpose (as a linear layer
+   stores it), and of 1 row with a matrix, are computed here and read the matrix once; 1 row
+   times a transpose goes to `sgemv`. */
 
 typedef int blasint;
 #define MATRIX const float *, blasint
@@ -15,7 +15,7 @@ void scipy_cblas_sgemv(int, int, blasint, blasint, float, MATRIX, MATRIX, float,
 enum { ROW = 101, PLAIN = 111, TRANSPOSED = 112 };
 enum { LANES = 8, FEW = 32 };
 
-/* A block of c that the registers hold: up to TALL rows two vectors wide, or up to HALF four wide. */
+/* The block of c in registers: up to TALL rows two vectors wide, or up to HALF rows four wide. */
 #ifdef __AVX512F__
 enum { WIDE = 16, TALL = 8, HALF = 6 };
 #define HALVES CASE(4, 4) CASE(5, 4) CASE(6, 4)
@@ -37,7 +37,7 @@ typedef int ints __attribute__((vector_size(4 * LANES)));
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 #define LOAD(p) (*(const vec *)(p))
 
-/* Three of these add the lanes of eight vectors: lane i of the last holds the sum of vector i. */
+/* These three steps sum eight vectors: lane i of the result is the sum of vector i. */
 static inline vec neighbours(vec x, vec y) {
   return PICK(x, y, 0, 8, 2, 10, 4, 12, 6, 14) + PICK(x, y, 1, 9, 3, 11, 5, 13, 7, 15);
 }
@@ -48,7 +48,7 @@ static inline vec halves(vec x, vec y) {
   return PICK(x, y, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-/* Eight numbers of c: m rows of a meet 8 / m rows of b; each is loaded once. */
+/* Eight elements of c, from m rows of a and 8 / m rows of b; each row is loaded once. */
 static inline __attribute__((always_inline)) void dots(const int m, blasint k, const float *a, long lda,
                                                        const float *b, long ldb, float *c, long ldc) {
   const int w = 8 / m;
@@ -93,8 +93,8 @@ static void few_rows(blasint m, blasint n, blasint k, const float *a, long lda, 
     }
 }
 
-/* m rows of c meet w vectors of its columns: a number of a is loaded for all columns at once, and
-   nothing has to be added up across a vector. */
+/* A block of c, m rows by w vectors: an element of a is loaded once for all columns, and there are
+   no sums across a vector. */
 static inline __attribute__((always_inline)) void columns(const int m, const int w, blasint k, const float *a,
                                                           long lda, const float *b, long ldb, float *c,
                                                           long ldc) {
@@ -102,7 +102,7 @@ static inline __attribute__((always_inline)) void columns(const int m, const int
   for (int t = 0; t < k; t++) {
     wide y[4];
     EACH(j, w) y[j] = *(const wide *)(b + t * ldb + j * WIDE);
-    EACH(j, w) __builtin_prefetch(b + t * ldb + (w + j) * WIDE); /* the columns that come next */
+    EACH(j, w) __builtin_prefetch(b + t * ldb + (w + j) * WIDE); /* the next columns */
     EACH(i, m) EACH(j, w) s[i][j] += a[i * lda + t] * y[j];
   }
   EACH(i, m) EACH(j, w) *(wide *)(c + i * ldc + j * WIDE) = s[i][j];
@@ -123,7 +123,7 @@ static void few_rows_plain(blasint m, blasint n, blasint k, const float *a, long
     for (; left >= 2 * WIDE; left -= 2 * WIDE, b += 2 * WIDE, c += 2 * WIDE)
       switch (m) { CASE(1, 2) CASE(2, 2) CASE(3, 2) TALLER(2) }
     for (; left > 0 && n >= WIDE; left -= WIDE, b += WIDE, c += WIDE) {
-      if (left < WIDE) b += left - WIDE, c += left - WIDE; /* the last ones overlap, and come out alike */
+      if (left < WIDE) b += left - WIDE, c += left - WIDE; /* the last vectors overlap, with the same result */
       switch (m) { CASE(1, 1) CASE(2, 1) CASE(3, 1) TALLER(1) }
     }
     for (int j = 0; j < left; j++) /* a narrow matrix */
@@ -136,11 +136,11 @@ static void few_rows_plain(blasint m, blasint n, blasint k, const float *a, long
   }
 }
 
-/* --- the whole product, in parts -------------------------------------------------------------- */
+/* --- a product in parts ----------------------------------------------------------------------- */
 
 typedef struct {
   Work work;
-  int order, ta, tb, rows; /* whether a part is some rows of c, or some columns */
+  int order, ta, tb, rows; /* rows: whether parts are rows of c, not columns */
   blasint m, n, k, step, lda, ldb, ldc;
   float alpha, beta;
   const float *a, *b;
@@ -170,7 +170,7 @@ static void part_of_product(const Work *w, int i) {
   }
 }
 
-/* A part takes 100 us and more: a thread that sleeps needs some 50 us to begin. */
+/* A part takes 100 us or more, because a sleeping thread needs some 50 us to wake up. */
 enum { MOST_PARTS = 4 * MOST_THREADS, MULTIPLE = 64, ENOUGH = 1 << 22, READ = 1 << 19 };
 
 void m2r2kit_sgemm(int order, int ta, int tb, blasint m, blasint n, blasint k, float alpha,
@@ -179,7 +179,7 @@ void m2r2kit_sgemm(int order, int ta, int tb, blasint m, blasint n, blasint k, f
   const int rows = m > n;
   const blasint size = rows ? m : n;
   Product p = {{part_of_product, 1, 0}, order, ta, tb, rows, m, n, k, size, lda, ldb, ldc, alpha, beta, a, b, c};
-  if (order == ROW) { /* as many parts as have enough products, or enough of the matrix to read */
+  if (order == ROW) { /* each part needs enough multiplications, or enough of the matrix to read */
     const long by_products = (long)m * n * k / ENOUGH, by_reading = (long)n * k / READ;
     long parts = by_products > by_reading ? by_products : by_reading;
     if (parts > MOST_PARTS) parts = MOST_PARTS;

@@ -1,9 +1,9 @@
-"""The kernels that MLX compiles on Linux: where they lie, and whether they can be made.
+"""Makes the kernels that MLX compiles on Linux safe to load.
 
-For a compiled function MLX writes C++, has `g++` make a library of it in $TMPDIR/mlx/VERSION/cpu, and loads
-what lies there: for all users of the machine, whoever made it, whole or cut short. `prepare` gives each user
-a folder that nobody else can write to, removes what is not whole, and lets MLX compute unfused where `g++`
-does not work.
+For a compiled function MLX writes C++, compiles it with `g++` to a library in $TMPDIR/mlx/VERSION/cpu and
+loads the library. The folder is shared by all users of the machine, and MLX loads a library without checking
+who made it or whether it is complete. `prepare` gives each user a folder that no other user can write to,
+removes incomplete libraries, and turns compilation off if `g++` does not work.
 """
 
 import fcntl
@@ -27,13 +27,16 @@ extern "C" float f(float x) { return std::exp(x); }
 """
 
 
-_before: dict[str, str | None] = {}  # variables as they were
+_before: dict[str, str | None] = {}  # original environment variables
 _disabled = False
 
 
 def prepare() -> str:
-    """Make MLX's compiled kernels safe to load, before the first is; returns why MLX does not fuse small
-    operations here, or nothing if it does."""
+    """Make MLX's compiled kernels safe, before the first one is loaded.
+
+    Returns:
+        why MLX cannot compile kernels here; empty if it can.
+    """
     global _disabled
     if os.environ.get("MLX_DISABLE_COMPILE"):
         return "MLX_DISABLE_COMPILE is set"
@@ -42,10 +45,10 @@ def prepare() -> str:
         return "there is no g++"
     if not _ours(kernels_folder()):
         _before.setdefault("TMPDIR", os.environ.get("TMPDIR"))
-        os.environ["TMPDIR"] = str(private_folder())  # MLX asks for it at each kernel
+        os.environ["TMPDIR"] = str(private_folder())  # MLX reads it for each kernel
     folder = kernels_folder()
     if not _ours(folder):
-        reason = f"others may write to {folder}, or nobody"
+        reason = f"{folder} is not writable for you alone"
     else:
         for library in folder.glob("*.so"):
             remove_damaged(library)
@@ -57,7 +60,7 @@ def prepare() -> str:
 
 
 def undo() -> None:
-    """Undo `prepare` in this process; what it removed from the folder stays removed."""
+    """Undo `prepare` in this process; removed libraries stay removed."""
     global _disabled
     while _before:
         name, value = _before.popitem()
@@ -71,13 +74,13 @@ def undo() -> None:
 
 
 def kernels_folder() -> Path:
-    """Where MLX keeps its kernels at present: among the temporary files, as C++ finds them."""
+    """MLX's current folder of kernels, in C++'s folder for temporary files."""
     given = (os.environ.get(name) for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))
     return Path(next((folder for folder in given if folder), "/tmp"), "mlx", mx.__version__, "cpu")
 
 
 def _ours(folder: Path) -> bool:
-    """Whether a folder is there (it is made) for this user to write to, and for nobody else but root."""
+    """Create a folder if it is missing; returns whether only this user and root can write to it."""
     try:
         missing = [each for each in (folder, *folder.parents[:2]) if not each.exists()]
         for each in reversed(missing):
@@ -89,7 +92,7 @@ def _ours(folder: Path) -> bool:
 
 
 def is_whole_library(library: Path) -> bool:
-    """Whether an ELF file of 64 bits is as long as its header says; others are taken as they are."""
+    """Whether a 64-bit ELF file is as long as its header says; True for 32-bit files."""
     try:
         with library.open("rb") as file:
             header = file.read(64)
@@ -97,7 +100,7 @@ def is_whole_library(library: Path) -> bool:
             return False
         if header[4] != 2:
             return True
-        sections = int.from_bytes(header[40:48], sys.byteorder)  # where their table begins (elf.h)
+        sections = int.from_bytes(header[40:48], sys.byteorder)  # offset of the section table (elf.h)
         size, count = (int.from_bytes(header[i : i + 2], sys.byteorder) for i in (58, 60))
         return library.stat().st_size >= sections + size * count
     except OSError:
@@ -108,15 +111,15 @@ def remove_damaged(library: Path) -> None:
     """Delete a library that was cut short, unless it is still being written."""
     if is_whole_library(library):
         return
-    with suppress(OSError):  # somebody else was quicker
-        with library.open("rb") as file:  # the lease is refused while it is open for writing anywhere
+    with suppress(OSError):  # in use, or already deleted
+        with library.open("rb") as file:  # a lease is refused while any process writes the file
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         library.unlink()
 
 
 def _works(compiler: str, folder: Path) -> bool:
-    """Whether `g++` compiles what MLX gives it; one that did is asked only once."""
+    """Whether `g++` compiles the kind of program that MLX gives it; success is remembered in a file."""
     state = os.stat(compiler)
     asked = f"{os.path.realpath(compiler)} {state.st_size} {state.st_mtime_ns}"
     note = folder / f"m2r2kit-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.ok"

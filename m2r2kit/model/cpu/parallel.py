@@ -1,9 +1,10 @@
-"""Training on several cores: processes that each take a share of every batch and average gradients.
+"""Data-parallel training on several cores: processes that each compute a share of every batch and average
+their gradients.
 
-MLX computes on a CPU in one thread. Two processes with a core each train this kit's models
-nearly twice as fast as one. `train backbone` reads the same batches either way, only its sums
-are taken in another order; in `train stream` each process brings text of its own. They talk
-through MLX's ring over loopback.
+MLX computes on a CPU in one thread. Two processes with a core each train this kit's models nearly twice as
+fast as one. `train backbone` uses the same batches for any number of processes; only the order of summation
+differs. In `train stream` each process has its own text. The processes communicate through MLX's ring backend
+over loopback.
 """
 
 import ctypes
@@ -21,11 +22,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-PATIENCE = 5.0  # seconds that the others get to leave once one process has failed
+PATIENCE = 5.0  # seconds for the other processes to exit after one has failed
 
 
 class Alone:
-    """The group of a process that trains by itself."""
+    """The group of a process that trains alone."""
 
     def size(self) -> int:
         return 1
@@ -40,29 +41,29 @@ def started() -> bool:
 
 
 def group():
-    """The processes that train together: `size()` and `rank()`."""
+    """The group of processes that train together, with `size()` and `rank()`."""
     return mx.distributed.init(backend="ring") if started() else Alone()
 
 
 def average(tree):
-    """Arrays averaged over the processes; all of them must ask, at the same place."""
+    """Average a tree of arrays over the processes; a collective call."""
     return nn.average_gradients(tree, group()) if started() else tree
 
 
 def largest(value: float) -> float:
-    """The largest of the processes' values; all of them must ask, at the same place."""
+    """The maximum of the processes' values; a collective call."""
     if not started():
         return value
     return mx.distributed.all_max(mx.array(float(value)), group=group(), stream=mx.cpu).item()
 
 
 def any_of(yes: bool) -> bool:
-    """Whether any process says yes; all of them must ask, at the same place."""
+    """Whether the value is true in any process; a collective call."""
     return largest(yes) > 0
 
 
 def launch(processes: int, arguments: list[str]) -> int:
-    """Run `m2r2kit ARGUMENTS` in several processes that train together; only the first one speaks.
+    """Run `m2r2kit ARGUMENTS` in several processes that train together; only the first one prints.
 
     Returns:
         0, or the exit code of the process that failed first.
@@ -74,14 +75,14 @@ def launch(processes: int, arguments: list[str]) -> int:
         environment = {**os.environ, "MLX_HOSTFILE": str(hosts), "OPENBLAS_NUM_THREADS": "1"}
         children: list[subprocess.Popen] = []
 
-        def stop(*_):  # the first process saves on an interrupt, and none of them may miss it
+        def stop(*_):  # all processes must get the interrupt, on which the first one saves
             for child in children:
                 child.send_signal(signal.SIGINT)
 
         previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             for rank in range(processes):
-                # a core each, where they fill the machine: moved about they lose a third of their speed
+                # one core each if they fill the machine: migration would cost a third of the speed
                 pin = {cores[rank]} if processes == len(cores) else set()
                 with Path(folder, f"{rank}.log").open("w") as log:
                     children.append(
@@ -104,7 +105,7 @@ def launch(processes: int, arguments: list[str]) -> int:
 
 
 def _begin(pin: set[int]) -> None:
-    """In a child before it starts: keep to some cores, and stop when the process that launched it is gone."""
+    """Before a child starts: pin it to cores, and let it stop when its parent ends."""
     if pin:
         os.sched_setaffinity(0, pin)
     if sys.platform == "linux":
@@ -113,7 +114,7 @@ def _begin(pin: set[int]) -> None:
 
 
 def _wait(children: list[subprocess.Popen], folder: Path) -> int:
-    """Wait for all; once one has failed, end those that would wait for it in vain."""
+    """Wait for all processes; after one has failed, kill the others, which would wait for it forever."""
     failed, since = None, 0.0
     while any(child.poll() is None for child in children):
         time.sleep(0.1)
@@ -128,7 +129,7 @@ def _wait(children: list[subprocess.Popen], folder: Path) -> int:
     if failed is None:
         return 0
     log = folder / f"{failed}.log"
-    if children[0].returncode != 2:  # 2: bad input, which all of them refuse, and the first one has said so
+    if children[0].returncode != 2:  # 2: bad input, which the first process has reported
         sys.stderr.write(log.read_text()[-2000:])
     return max(1, children[failed].returncode)
 

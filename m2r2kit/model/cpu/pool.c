@@ -1,10 +1,10 @@
-/* Threads that share out one product, for MLX on Linux (compiled with few_rows.c).
+/* A thread pool for one product at a time, for MLX on Linux (compiled with few_rows.c).
 
-   OpenBLAS's own threads exchange packed blocks many times within a product and spin while they wait. On a
-   machine whose cores have other work, or with MLX's own thread beside them, each of these waits lasts until
-   the system takes turns: a product then costs many times what one thread needs. Here a product is cut into
-   parts that need nothing of one another. Whoever is awake takes the next part; the caller waits once, at
-   the end, asleep, and never for a thread that has not begun. */
+   OpenBLAS's own threads exchange packed blocks many times within a product and spin while they wait. If other
+   threads, such as MLX's, use the cores, each wait lasts a time slice of the scheduler, and a product takes
+   many times as long as with one thread. Here a product is split into independent parts. Each thread that is
+   awake takes the next part; the caller sleeps once, at the end, and never waits for a thread that has not
+   started. */
 
 #include <pthread.h>
 
@@ -16,10 +16,10 @@ typedef struct Work {
 enum { MOST_THREADS = 64 };
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER, door = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t begun = PTHREAD_COND_INITIALIZER, ended = PTHREAD_COND_INITIALIZER;
-static Work *work;               /* what may be joined */
-static unsigned long count;      /* of works so far: a thread joins each once */
-static int inside;               /* threads that are at it, the caller not counted */
-static int allowed = 1, started; /* threads for a product, the caller among them; those that wait for work */
+static Work *work;               /* the current product */
+static unsigned long count;      /* products so far: a thread joins each once */
+static int inside;               /* threads working on it, without the caller */
+static int allowed = 1, started; /* most threads for a product, with the caller; threads of the pool */
 
 static void take(Work *w) {
   for (int i; (i = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->parts;) w->part(w, i);
@@ -41,14 +41,14 @@ static void *helper(void *argument) {
   return 0;
 }
 
-/* After a fork only the calling thread is left, and the locks may be held by threads that are gone. */
+/* After a fork only the calling thread exists, and vanished threads may hold the locks. */
 static void forget(void) {
   busy = door = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
   begun = ended = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
   work = 0, started = inside = 0;
 }
 
-/* Threads that may compute a product from now on; returns how many might before. */
+/* Set the number of threads for a product; returns the old number. */
 int m2r2kit_set_threads(int threads) {
   static int forks;
   pthread_mutex_lock(&door);
@@ -60,7 +60,7 @@ int m2r2kit_set_threads(int threads) {
 }
 
 static void share_out(Work *w) {
-  /* one product at a time is shared out; another thread of MLX's computes its own alone */
+  /* one product at a time uses the pool; other threads of MLX compute theirs alone */
   if (w->parts < 2 || allowed < 2 || pthread_mutex_trylock(&busy)) {
     take(w);
     return;
@@ -77,7 +77,7 @@ static void share_out(Work *w) {
   pthread_mutex_unlock(&door);
   take(w);
   pthread_mutex_lock(&door);
-  work = 0; /* who wakes up now finds nothing */
+  work = 0; /* threads that wake up later find no work */
   while (inside) pthread_cond_wait(&ended, &door);
   pthread_mutex_unlock(&door);
   pthread_mutex_unlock(&busy);

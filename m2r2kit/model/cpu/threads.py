@@ -1,11 +1,11 @@
-"""What Linux needs before anything is computed on it.
+"""Makes MLX fast on Linux: BLAS, compiled kernels, allocator, scheduler and cores.
 
-`prepare()` runs where computing begins: when a model is opened, a training starts, a machine is measured. On
-Linux it puts OpenBLAS under MLX (`blas.py`), sees to the kernels that MLX compiles (`kernels.py`), asks the
-allocator to keep freed memory, and the scheduler for fewer interruptions. On macOS, and where conda built
-MLX, the BLAS stays as it is. Importing the kit changes nothing, and `restore()` undoes it all.
+`prepare()` runs when a model is loaded, a training starts or a machine is measured. On Linux it routes BLAS
+calls to OpenBLAS (`blas.py`), checks the kernels that MLX compiles (`kernels.py`), lets the allocator keep
+freed memory and uses batch scheduling. macOS and conda's MLX keep their own BLAS. Importing the kit changes
+nothing, and `restore()` undoes all changes.
 
-Environment: `M2R2KIT_BLAS=stock` leaves BLAS, allocator and scheduler alone.
+Environment: `M2R2KIT_BLAS=stock` leaves BLAS, allocator and scheduler unchanged.
 """
 
 import ctypes
@@ -24,7 +24,12 @@ from . import blas
 
 @dataclass(frozen=True)
 class BlasState:
-    """Which BLAS computes MLX's products: `kind` is openblas, stock or native."""
+    """The BLAS that MLX uses.
+
+    Attributes:
+        kind: `openblas`, `stock` (the wheel's own) or `native` (macOS, conda).
+        detail: version, or why OpenBLAS is not used.
+    """
 
     kind: str
     detail: str
@@ -36,8 +41,10 @@ _preparing = threading.Lock()
 
 
 def prepare() -> BlasState:
-    """Make MLX fast on this machine, once a process. It never raises: whatever cannot be had, MLX computes
-    the same without it, and the state says why."""
+    """Make MLX fast on this machine, once in a process.
+
+    It never raises: without any of its parts MLX computes the same results, and the state gives the reason.
+    """
     global _state, _unfused
     with _preparing:
         if _state is None:
@@ -45,15 +52,17 @@ def prepare() -> BlasState:
             if sys.platform == "linux":
                 if not stock:
                     _keep_freed_memory()
-                    _take_turns_less_often()
+                    _use_batch_policy()
                 _unfused = _prepare_kernels()
             _state = _prepare_blas()
     return _state
 
 
 def restore() -> None:
-    """Give MLX its own BLAS back and undo all else that `prepare` changed in this process, until it is called
-    again (as when another model is opened)."""
+    """Restore MLX's own BLAS and undo all other changes that the kit has made to this process.
+
+    They are made again when the next model is loaded.
+    """
     global _state
     with _preparing:
         if sys.platform == "linux" and _state is not None:
@@ -62,40 +71,40 @@ def restore() -> None:
                 kernels.undo()
             if os.environ.get("M2R2KIT_BLAS") != "stock":
                 _give_freed_memory_back()
-            _take_turns_as_before()
+            _use_default_policy()
         _state = None
 
 
 def unfused() -> str:
-    """Why MLX does not fuse small operations here, in words; empty if it does."""
+    """Why MLX cannot compile and fuse small operations here; empty if it can."""
     prepare()
     return _unfused
 
 
 def _prepare_kernels() -> str:
     try:
-        from . import kernels  # imports MLX, which may not be there
+        from . import kernels  # imports MLX, which may be missing
 
         return kernels.prepare()
-    except Exception as error:  # the promise of `prepare`
+    except Exception as error:  # `prepare` never raises
         return f"kernels cannot be compiled ({type(error).__name__}: {error})"
 
 
 def _prepare_blas() -> BlasState:
     if sys.platform != "linux":
-        return BlasState("native", "Accelerate and Metal, as MLX ships them")
+        return BlasState("native", "Accelerate and Metal, as in MLX")
     if os.environ.get("M2R2KIT_BLAS") == "stock":
-        return BlasState("stock", "left alone, because M2R2KIT_BLAS=stock")
-    # pip inside conda installs the wheel with the slow BLAS: only conda's own MLX is left alone
+        return BlasState("stock", "left unchanged, because M2R2KIT_BLAS=stock")
+    # pip inside conda installs the wheel with the slow BLAS, so look for conda's own MLX
     if any(Path(sys.prefix, "conda-meta").glob("mlx-[0-9]*.json")):
         return BlasState("native", "conda's own BLAS")
     try:
         detail = blas.install()
     except blas.BlasError as error:
         return BlasState("stock", str(error))
-    except Exception as error:  # the promise of `prepare`
+    except Exception as error:  # `prepare` never raises
         blas.uninstall()
-        return BlasState("stock", f"OpenBLAS cannot be put under MLX ({type(error).__name__}: {error})")
+        return BlasState("stock", f"OpenBLAS cannot be installed ({type(error).__name__}: {error})")
     if not _product_is_right():
         blas.uninstall()
         return BlasState("stock", "OpenBLAS gave wrong products on this machine, so MLX uses its own BLAS")
@@ -106,7 +115,7 @@ def _product_is_right() -> bool:
     import mlx.core as mx
 
     numbers = np.random.default_rng(0)
-    # one, few and many rows take paths of their own, and large products are shared out
+    # one, few and many rows take different paths, and large products use several threads
     for rows, inner, columns in ((1, 33, 21), (7, 33, 21), (33, 33, 21), (40, 300, 900)):
         a = numbers.standard_normal((rows, inner), dtype=np.float32)
         b = numbers.standard_normal((inner, columns), dtype=np.float32)
@@ -121,13 +130,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc reuse what was freed. By default glibc gives large blocks back to the system
-    at once, and each new array then pays a page fault for every 4 KiB (2-3x for large ones)."""
+    """Let malloc keep freed memory. By default glibc returns large blocks to the system at once, and each new
+    array then costs a page fault for every 4 KiB (large arrays take 2-3 times as long)."""
     _mallopt({M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 1 << 30})
 
 
 def _give_freed_memory_back() -> None:
-    _mallopt({M_ARENA_MAX: 0, M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10})  # glibc's own
+    _mallopt({M_ARENA_MAX: 0, M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10})  # glibc's defaults
 
 
 def _mallopt(settings: dict[int, int]) -> None:
@@ -137,26 +146,29 @@ def _mallopt(settings: dict[int, int]) -> None:
             mallopt(name, value)
 
 
-_batch: list[int] = []  # native ids of the threads whose policy was changed
+_batch: list[int] = []  # native ids of the threads with a changed policy
 
 
-def _take_turns_less_often() -> None:
-    """Use the batch scheduling policy (SCHED_BATCH) for this thread, and for those that are not Python's:
-    MLX hands every operation to a thread of its own, and on one core the two would change places at each."""
+def _use_batch_policy() -> None:
+    """Use the batch scheduling policy (SCHED_BATCH) for this thread and for those not started by Python.
+
+    MLX passes every operation to a thread of its own; with the default policy the two threads would preempt
+    each other at each operation on one core.
+    """
     pythons = {thread.native_id for thread in threading.enumerate()} - {threading.get_native_id()}
     for thread in _threads() - pythons:
         if _change_policy(thread, os.SCHED_OTHER, os.SCHED_BATCH):
             _batch.append(thread)
 
 
-def _take_turns_as_before() -> None:
+def _use_default_policy() -> None:
     while _batch:
         _change_policy(_batch.pop(), os.SCHED_BATCH, os.SCHED_OTHER)
 
 
 def _change_policy(thread: int, before: int, after: int) -> bool:
-    """Give a thread (0: this one) another policy, if it has the one before; a container may forbid it, and
-    everything is right without."""
+    """Change the scheduling policy of a thread (0: this one) from `before` to `after`; returns whether it was
+    changed. A container may forbid it."""
     with suppress(OSError):
         if os.sched_getscheduler(thread) == before:
             os.sched_setscheduler(thread, after, os.sched_param(0))
@@ -165,7 +177,7 @@ def _change_policy(thread: int, before: int, after: int) -> bool:
 
 
 def _threads() -> set[int]:
-    """Native ids of this process's threads."""
+    """Native ids of all threads of this process."""
     try:
         return {int(name) for name in os.listdir("/proc/self/task")}
     except OSError:
@@ -174,15 +186,17 @@ def _threads() -> set[int]:
 
 # --- while tokens are decoded ---
 
-SMALL = 4 << 20  # bytes of a matrix whose product one thread ends before two have agreed on it
+SMALL = 4 << 20  # bytes of a matrix; up to this size one thread is faster than two
 _answering: set[int] = set()  # native ids of the threads that are `answering`
 _decoding = threading.Lock()
 
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """For a thread that waits for a disk: it has little to compute, and should begin the moment it is asked,
-    also where all cores are busy. So `_take_turns_less_often` is not for it."""
+    """Use the default scheduling policy for a thread that waits for a disk.
+
+    It computes little, and should start at once when it is needed, even if all cores are busy.
+    """
     me = threading.get_native_id()
     with suppress(AttributeError):  # macOS has none
         _change_policy(0, os.SCHED_BATCH, os.SCHED_OTHER)
@@ -195,16 +209,15 @@ def answering() -> Iterator[None]:
 
 @contextmanager
 def decoding(matrix: int, apart: bool = False) -> Iterator[None]:
-    """While one token after the other is computed and reads go on beside it, keep the two off each other.
+    """Run decoding and background reads on different cores.
 
-    What computes keeps to one core, with one thread a product, and the readers keep off it; whoever only
-    waits for them lets them have all cores. Nothing is done where no reads go on, where the system places no
-    threads (macOS) or has one core only, inside another `decoding`, and where matrices are large enough to be
-    shared out.
+    Decoding uses one core, with one thread for each product; reader threads use the others. Nothing is
+    done without background reads, with one core, where threads cannot be pinned (macOS), inside another
+    `decoding`, and for matrices large enough for several threads.
 
     Args:
-        matrix: bytes of the largest matrix that a token is multiplied by.
-        apart: whether reads go on beside the computing.
+        matrix: bytes of the largest weight matrix.
+        apart: whether there are background reads.
     """
     cores = _cores()
     if not apart or len(cores) < 2 or matrix > SMALL or not _decoding.acquire(blocking=False):
@@ -221,7 +234,7 @@ def decoding(matrix: int, apart: bool = False) -> Iterator[None]:
 
 
 def _cores() -> set[int]:
-    """Cores on which this thread may run; none where the system does not say."""
+    """Cores on which this thread may run; empty where the system does not tell (macOS)."""
     try:
         return os.sched_getaffinity(0)
     except AttributeError:
@@ -229,7 +242,7 @@ def _cores() -> set[int]:
 
 
 def _core(cores: set[int]) -> int:
-    """The core on which this thread runs: where the system found room for it."""
+    """The core on which this thread runs now."""
     try:
         here = ctypes.CDLL(None).sched_getcpu()
     except AttributeError:
@@ -238,7 +251,7 @@ def _core(cores: set[int]) -> int:
 
 
 def _place(computing: set[int], answering: set[int]) -> None:
-    """The cores on which this process's threads may run."""
+    """Set the cores of this process's threads, for those that compute and those that are `answering`."""
     for thread in _threads():
-        with suppress(OSError):  # it may have ended, or a container forbid it
+        with suppress(OSError):  # it may have ended, or a container may forbid it
             os.sched_setaffinity(thread, answering if thread in _answering else computing)

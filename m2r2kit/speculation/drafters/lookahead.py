@@ -4,7 +4,7 @@ import numpy as np
 
 from ...common import UserError
 from ...model.backbone import Backbone
-from ...model.tree_pass import check_rows
+from ...model.tree_pass import check_positions
 from ..tree import Tree
 from .base import Drafter
 
@@ -29,7 +29,7 @@ class Lookahead(Drafter):
     def __init__(self, backbone: Backbone, window: int = 5, ngram: int = 4, candidates: int = 5):
         if window < 1 or ngram < 2 or candidates < 1:
             raise UserError("Lookahead needs a window and a pool of at least 1, and n-grams of at least 2.")
-        check_rows(backbone)
+        check_positions(backbone)
         self.context = backbone.context
         self.window, self.ngram, self.candidates = window, ngram, candidates
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from ...common import UserError
 from ...model.backbone import Backbone, crop
-from ...model.tree_pass import check_rows
+from ...model.tree_pass import check_positions
 from ...stream.stream import AcceleratedStream
 from ..accept import Sampler
 from ..tree import Tree
@@ -43,7 +43,7 @@ class M2R2Tree(M2R2):
         super().__init__(backbone, stream, exit, threshold)
         if leaves < 0:
             raise UserError(f"The number of leaves must be at least 0; got {leaves}.")
-        check_rows(backbone)
+        check_positions(backbone)
         self.leaves = leaves
 
     def _read(self, token, cache, verified, position):
