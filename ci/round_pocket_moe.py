@@ -58,7 +58,7 @@ def rounded(folder: Path, out: Path) -> None:
 
 
 def measure(folder: Path, held_out: np.ndarray) -> tuple[dict, np.ndarray]:
-    """({loss, recall of each predictor by distance}, likeliest next tokens (B, T)) on held-out text (B, T)."""
+    """({loss, recall of each predictor by distance}, likeliest next tokens (B, T)) on token ids (B, T)."""
     backbone = for_training(folder)
     predictors = {
         kind: trained.predictor(backbone, folder, kind) for kind in (*trained.STREAMS, trained.DIRECT)

@@ -1,13 +1,12 @@
 """Make `.venv` in the project's folder and install the locked packages into it.
 
 `ensure()` does nothing if the stamp in `.venv` matches the current lock file; the stamp is
-written last. An environment whose making was cut short, or which belongs to an older lock
-file, is brought up to date; one with a half-copied package in it, or without a working
-Python, is made again from nothing (pip keeps what it has downloaded). Only what this set-up
-made is ever emptied: a `.venv` of the user's own is used as it is or refused.
+written last. An unfinished or outdated environment is updated. One with a half-copied
+package or without a working Python is made again (pip keeps its downloads). Only an
+environment that this set-up made is ever deleted; another one is used or refused.
 
-pip does the work, because its own configuration (index mirrors, proxies, certificates) is
-then honoured. Measured on two busy cores: 80 s with an empty cache; uv needs 20 s, but does
+It uses pip, because pip reads the user's configuration (index mirrors, proxies,
+certificates). Measured on two busy cores: 80 s with an empty cache; uv takes 20 s, but does
 not read pip's configuration.
 """
 
@@ -26,7 +25,7 @@ import time
 
 try:
     import fcntl
-except ImportError:  # Windows; check_machine says the rest
+except ImportError:  # Windows, which check_machine refuses
     fcntl = None
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
@@ -37,19 +36,23 @@ STAMP = os.path.join(VENV, "m2r2kit-stamp.json")
 INSTALLED = os.path.join(glob.escape(VENV), "lib", "python*", "site-packages", "*.dist-info")
 LOG = os.path.join(VENV, "m2r2kit-setup.log")
 OLDEST, NEWEST = (3, 11), (3, 13)
-OLDEST_PIP = (21, 3)  # the first that installs a folder in editable mode without a setup.py
-NEEDED_BYTES = 2 << 30  # 0.7 GB installed, as much again in passing, and room for the work
+OLDEST_PIP = (21, 3)  # the oldest with editable installs without setup.py
+NEEDED_BYTES = 2 << 30  # 0.7 GB installed, as much again for temporary files, and a margin
 
 
 class SetupError(Exception):
-    """The machine cannot be set up; the message is one sentence for the person in front of it."""
+    """The machine cannot be set up; the message is one sentence for the user."""
 
 
-# --- what the machine must be ---------------------------------------------------------------
+# --- requirements ---------------------------------------------------------------------------
 
 
 def check_machine():
-    """Say at once what would otherwise fail after a minute of downloading."""
+    """Refuse an unsupported machine before anything is downloaded.
+
+    Raises:
+        SetupError: MLX has no packages for this machine.
+    """
     system, machine = platform.system(), platform.machine()
     if system == "Darwin":
         if machine != "arm64":
@@ -72,7 +75,7 @@ def check_machine():
 
 
 def find_python():
-    """A Python of a supported version that can make virtual environments, this one first."""
+    """A supported Python that can make virtual environments; this one is preferred."""
     names = [f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1)] + ["python3"]
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     folders += ["/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", os.path.expanduser("~/.local/bin")]
@@ -91,17 +94,17 @@ def find_python():
         if _runs([without_ensurepip, "-c", "import venv, pip"]):
             return without_ensurepip
         raise SetupError(
-            f"{without_ensurepip} cannot make virtual environments: install its venv package "
+            f"{without_ensurepip} cannot make virtual environments; install its venv package "
             "(Debian and Ubuntu: python3-venv), or put another Python 3.11-3.13 on PATH."
         )
     raise SetupError(
-        f"Python {platform.python_version()} is not one this kit runs on, and no other was found; "
-        "install Python 3.11, 3.12 or 3.13."
+        f"Python {platform.python_version()} is not supported, and no other was found; install Python 3.11, "
+        "3.12 or 3.13."
     )
 
 
 def _supported(python):
-    """Whether this interpreter starts (pyenv's stand-ins may not) and has a version we lock for."""
+    """Whether an interpreter starts (pyenv's shims may not) and has a supported version."""
     test = f"import sys; sys.exit(not {OLDEST} <= sys.version_info[:2] <= {NEWEST})"
     return _runs([python, "-c", test])
 
@@ -126,7 +129,11 @@ def _runs(command):
 
 
 def ensure():
-    """Make or update `.venv` so that it is what the lock file says; quick when it already is."""
+    """Make or update `.venv` according to the lock file; quick if it is up to date.
+
+    Raises:
+        SetupError: it is not possible (the cause, and what to do).
+    """
     check_machine()
     if _stamp() == _wanted():
         return
@@ -138,15 +145,15 @@ def ensure():
         if error.errno == errno.EROFS:
             raise SetupError(_unwritable(error.filename or VENV)) from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SetupError("the disk is full; make room (2 GB) and run the same command again.") from None
+            raise SetupError("the disk is full; free 2 GB and run the same command again.") from None
         where = f" ({error.filename})" if error.filename else ""
-        raise SetupError(f"set-up cannot go on: {error.strerror or error}{where}.") from None
+        raise SetupError(f"the set-up fails: {error.strerror or error}{where}.") from None
 
 
 def _unwritable(path):
     return (
         f"set-up writes into {VENV}, and {path} cannot be written: let the owner of this folder run the "
-        "command once (then it may be read-only), or copy the folder to a place of your own."
+        "command once (afterwards it may be read-only), or copy the folder to a place of your own."
     )
 
 
@@ -160,7 +167,7 @@ def _ensure_alone():
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX)
             except OSError:
-                pass  # some network folders cannot lock; then only the user sees to it
+                pass  # some network folders have no locks; continue without
         if _stamp() != _wanted():
             _make(folder)
     finally:
@@ -172,12 +179,12 @@ def _wanted():
     for path in (LOCK, os.path.join(ROOT, "pyproject.toml"), os.path.realpath(__file__)):
         with open(path, "rb") as file:
             digest.update(file.read())
-    # a virtual environment does not survive that its folder is moved, hence the path
+    # the path, because a virtual environment does not work after its folder is moved
     return {"sha256": digest.hexdigest(), "folder": ROOT}
 
 
 def _stamp():
-    """What `.venv` was finished for, or None if it is missing, unfinished or broken."""
+    """The stamp of `.venv`, or None if it is missing, unfinished or broken."""
     try:
         with open(STAMP, encoding="utf-8") as file:
             stamp = json.load(file)
@@ -193,7 +200,7 @@ def _make(folder):
         if not os.access(VENV if os.path.exists(VENV) else ROOT, os.W_OK):
             raise SetupError(_unwritable(VENV if os.path.exists(VENV) else ROOT))
         if shutil.disk_usage(ROOT).free < NEEDED_BYTES:
-            raise SetupError(f"{ROOT} needs 2 GB of free disk space for the packages; make room there.")
+            raise SetupError(f"the packages need 2 GB of free disk space in {ROOT}; free some space.")
         python = find_python()
         print(f"Making .venv with {python} ...", flush=True)
         _make_empty(python)
@@ -214,7 +221,7 @@ def _make(folder):
 
 
 def _remove():
-    """Rename `.venv`, then delete it: what is left when this is cut short never passes for the user's."""
+    """Rename `.venv`, then delete it, so that an interruption never leaves a half-deleted `.venv`."""
     for old in glob.glob(os.path.join(glob.escape(ROOT), ".m2r2kit-old-venv-*")):
         shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(VENV):
@@ -227,13 +234,13 @@ def _make_empty(python):
     _remove()
     if _runs([python, "-c", "import ensurepip"]):
         commands = [[python, "-m", "venv", "--clear", VENV]]
-    else:  # another Python's pip can put a pip into it
+    else:  # without ensurepip, this Python's pip installs pip into it
         commands = [
             [python, "-m", "venv", "--clear", "--without-pip", VENV],
             [python, "-m", "pip", "--python", VENV_PYTHON, "install", "pip"],
         ]
     for command in commands:
-        # a group of its own: venv starts another Python, which would go on writing after an interrupt
+        # in its own process group: venv starts another Python, which must stop too after an interrupt
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -245,30 +252,30 @@ def _make_empty(python):
             raise
         if process.returncode != 0:
             lines = output.decode(errors="replace").strip().splitlines() or ["no reason given"]
-            raise SetupError(f".venv could not be made: {lines[-1]}")
+            raise SetupError(f".venv cannot be made: {lines[-1]}")
 
 
 def _sound():
-    """Whether pip can go on in `.venv`: it runs, and no package in it is half copied."""
+    """Whether pip can install into `.venv`: its Python works, and no package is half copied."""
     if not _supported(VENV_PYTHON):
         return False
     if os.path.islink(VENV) and not _ours():
-        return False  # somebody's environment, linked to: nothing is installed into it
-    # pip writes INSTALLER when all other files of a package are there
+        return False  # a link to another environment, which is not changed
+    # pip writes INSTALLER after all other files of a package
     if not all(os.path.exists(os.path.join(folder, "INSTALLER")) for folder in glob.glob(INSTALLED)):
         return False
-    # the first package, pip, may be cut short before its own description is there
+    # pip itself may be cut short before its dist-info exists
     for folder in glob.glob(os.path.dirname(INSTALLED)):
         described = glob.glob(os.path.join(glob.escape(folder), "pip-*.dist-info"))
         if os.path.isdir(os.path.join(folder, "pip")) and not described:
             return False
-    # the command line that made it ends with its folder: a moved or copied .venv does not work
+    # the command that made it ends with its folder; a moved or copied .venv does not work
     made = _made_by()
     return made is not None and (not made or made.endswith(VENV))
 
 
 def _made_by():
-    """The command line that made `.venv`, empty where it is not told, or None where it is no environment."""
+    """The command that made `.venv`; empty if unknown, None if `.venv` is not an environment."""
     try:
         with open(os.path.join(VENV, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
             command = re.search(r"^command = .*$", file.read(), re.MULTILINE)
@@ -278,28 +285,28 @@ def _made_by():
 
 
 def _ours():
-    """Whether this set-up made what `.venv` holds, or has installed into it."""
+    """Whether this set-up made `.venv` or has installed into it."""
     return any(os.path.exists(path) for path in (STAMP, LOG)) or "-m venv --clear" in (_made_by() or "")
 
 
 def _refuse_to_empty():
-    """A `.venv` that cannot be used is emptied and made again: only where nothing of the user's is lost."""
+    """Refuse to delete an unusable `.venv` that this set-up did not make, unless it has no files."""
     if os.path.islink(VENV):
         raise SetupError(
-            f"{VENV} is a link to {os.path.realpath(VENV)}, which does not hold this kit's environment, and "
-            "nothing behind a link is deleted; remove the link and run the same command again."
+            f"{VENV} is a link to {os.path.realpath(VENV)}, which is not this kit's environment; remove the "
+            "link and run the same command again."
         )
     if not os.path.lexists(VENV) or _ours():
         return
     if not os.path.isdir(VENV) or any(files for _, _, files in os.walk(VENV)):
         raise SetupError(
-            f"{VENV} holds what this set-up did not make and cannot use, so it stays as it is; "
-            "move it away and run the same command again."
+            f"{VENV} is not a usable environment, and was not made by this set-up; move it away and run the "
+            "same command again."
         )
 
 
 def _renew_pip():
-    """An environment may bring an old pip, or none: Python's own copy of pip, or the newest, replaces it."""
+    """Replace a missing or old pip by Python's bundled pip, or else by the newest."""
     version = "tuple(int(n) for n in pip.__version__.split('.')[:2])"
     ask = f"import sys, pip; sys.exit({version} < {OLDEST_PIP})"
     if _runs([VENV_PYTHON, "-c", ask]):
@@ -309,27 +316,27 @@ def _renew_pip():
         _runs([VENV_PYTHON, "-m", "pip", "install", "--upgrade", "pip"])
     if not _runs([VENV_PYTHON, "-c", ask]):
         raise SetupError(
-            "the pip of .venv is too old, or missing, and cannot be renewed; move .venv away and run the "
-            "same command again."
+            "the pip in .venv is missing or too old and cannot be upgraded; move .venv away and run the same "
+            "command again."
         )
 
 
 def _quiet_jupyterlab():
-    """No question about news and updates at JupyterLab's first start."""
+    """Turn off JupyterLab's questions about news and updates."""
     settings = os.path.join(VENV, "share", "jupyter", "lab", "settings")
     os.makedirs(settings, exist_ok=True)
     quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
     path = os.path.join(settings, "overrides.json")
-    if not os.path.exists(path):  # it may be an environment with settings of its own
+    if not os.path.exists(path):  # keep existing settings
         with open(path, "w", encoding="utf-8") as file:
             json.dump(quiet, file)
 
 
 def _prefer_own_kernel():
-    """Notebooks start this environment's Python, also where the user has a kernel of the same name.
+    """Let notebooks start this environment's Python, even if the user has a kernel of the same name.
 
-    Jupyter looks there first only for the owner of the environment; this asks it to do so for
-    everybody, however Jupyter is started. A variable that the user sets still decides.
+    Jupyter prefers the environment's kernels only for its owner; this extends it to all users.
+    A variable that the user sets has priority.
     """
     line = "import os; os.environ.setdefault('JUPYTER_PREFER_ENV_PATH', '1')\n"
     for folder in glob.glob(os.path.dirname(INSTALLED)):
@@ -341,7 +348,7 @@ def _prefer_own_kernel():
 
 
 def _locked_packages():
-    """How many lines of the lock file are meant for this machine; pip's own parser decides."""
+    """The number of locked packages for this machine, according to pip's own parser."""
     count = (
         "import sys; from pip._vendor.packaging.requirements import Requirement\n"
         "lines = [l.split(' \\\\')[0] for l in open(sys.argv[1]) if l[0].isalnum()]\n"
@@ -355,16 +362,16 @@ def _locked_packages():
 
 
 def _pip(arguments, folder, total):
-    """Install; a package with another hash than the locked one is downloaded once more.
+    """Install with pip; if a hash is wrong, try once more.
 
-    A download that was cut gives another hash each time, a package that differs the same one.
+    A download that was cut short has another hash each time; a package that differs has the same one.
     """
     text = _pip_once(arguments, folder, total)
     if text is None:
         return
     before = _wrong_hashes(text)
     if before:
-        print("A package came with another hash than the locked one; downloading it again.", flush=True)
+        print("A package has another hash than the locked one; downloading it again.", flush=True)
         text = _pip_once(arguments, folder, total)
         if text is None:
             return
@@ -372,13 +379,13 @@ def _pip(arguments, folder, total):
 
 
 def _pip_once(arguments, folder, total):
-    """Run pip; returns None, or its output if it failed."""
+    """Run pip; returns its output if it failed, else None."""
     env = dict(os.environ, PIP_USER="0", PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
     for name in ("PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"):
         env.pop(name, None)
     with open(LOG, "ab") as log:
         log_start = log.tell()
-        # pip holds our lock on the folder too: killed alone, we leave it held until pip ends
+        # pip inherits the lock on the folder, so it is held until pip ends even if this process is killed
         process = subprocess.Popen(
             [VENV_PYTHON, "-u", "-m", "pip", "install", *arguments],
             cwd=ROOT,
@@ -398,7 +405,7 @@ def _pip_once(arguments, folder, total):
 
 
 def _show_progress(process, log_start, total):
-    """A line that is drawn over on a terminal, and a new line every 10 s elsewhere."""
+    """Show progress: one line that is updated on a terminal, or a new line every 10 s."""
     started, shown = time.monotonic(), 0.0
     on_terminal = sys.stdout.isatty()
     while process.poll() is None:
@@ -414,7 +421,7 @@ def _show_progress(process, log_start, total):
         else:
             what, done = "downloading", found
         if "Retrying (" in text[-600:]:
-            what = "the package index does not answer, trying again"
+            what = "the package index does not answer, retrying"
         done = min(done, total)
         bar = ("#" * (24 * done // max(1, total))).ljust(24, ".")
         line = f"[{bar}] {done}/{total} packages, {now - started:3.0f} s, {what}"
@@ -430,20 +437,25 @@ def _read_log(start):
 
 
 def _wrong_hashes(text):
-    """Hashes of what was downloaded in place of a locked package."""
+    """The hashes of downloads that differ from the locked ones."""
     if "DO NOT MATCH THE HASHES" not in text:
         return set()
     return set(re.findall(r"^\s+Got\s+([0-9a-f]{64})", text, re.MULTILINE))
 
 
 def _reason(text, before=frozenset()):
-    """pip's failure in one sentence; `before`: wrong hashes of the try before."""
-    where = f"the whole output is in {os.path.relpath(LOG, ROOT)}"
+    """pip's failure as one sentence.
+
+    Args:
+        text: pip's output.
+        before: wrong hashes of the first try.
+    """
+    where = f"the complete output is in {os.path.relpath(LOG, ROOT)}"
     cut = f"a download was cut short; check the network and run the same command again ({where})."
     if re.search(r"No space left on device|Errno 28|Disk quota exceeded", text):
-        return "the disk is full; make room (2 GB) and run the same command again."
+        return "the disk is full; free 2 GB and run the same command again."
     if re.search(r"Permission denied|Errno 13|Read-only file system|Errno 30", text):
-        return f"pip cannot write where it must; {_unwritable(os.path.join(VENV, 'lib'))}"
+        return f"pip cannot write its files; {_unwritable(os.path.join(VENV, 'lib'))}"
     if re.search(r"IncompleteRead|[Ii]ncomplete.?[Dd]ownload|not enough bytes were received"
                  r"|Connection broken", text):  # fmt: skip
         return cut
@@ -456,6 +468,6 @@ def _reason(text, before=frozenset()):
     if "DO NOT MATCH THE HASHES" in text:
         if before and not before & _wrong_hashes(text):
             return cut
-        return f"a package differs from the one that requirements.lock names, so it was refused ({where})."
+        return f"a package differs from the one in requirements.lock, so it was refused ({where})."
     errors = re.findall(r"^ERROR: (.*)$", text, re.MULTILINE)
     return f"pip could not install the packages: {errors[-1] if errors else 'no reason given'} ({where})."

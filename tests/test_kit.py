@@ -329,7 +329,7 @@ def test_a_download_that_is_cut_each_time_is_called_so(other, index, tmp_path):
 
 
 def test_a_package_that_differs_is_called_so(other, index, tmp_path):
-    assert "differs from the one that requirements.lock names" in install(other, index, tmp_path, "0" * 64)
+    assert "differs from the one in requirements.lock" in install(other, index, tmp_path, "0" * 64)
 
 
 # --- as others start it ---------------------------------------------------------------------
