@@ -11,6 +11,8 @@
 `model` and `tokenizer` are what `mlx_lm.load` returns; neither is changed. Instead of a model object, each
 function also takes a folder or a Hugging Face repository, with None as the tokenizer; it then loads the model
 for this one call.
+
+Early exits are not part of this API; they are on the command line (`m2r2kit generate --method exits`).
 """
 
 import time
@@ -157,8 +159,8 @@ def stream_generate(
             dicts of `role` and `content`, which are put into the model's chat template.
         max_tokens: the most tokens to generate; the model's context is a limit too.
         stream: the accelerated stream that drafts, from `train_stream` or `load_stream`, or its folder.
-        method: the decoding method, by its name in `m2r2kit generate --help`; by default `m2r2` with a
-            stream and `plain` without one.
+        method: the decoding method, by its name under `methods` in `m2r2kit generate --help`; by default
+            `m2r2` with a stream and `plain` without one.
         drafts: number of tokens drafted in a step, 0..16; by default the tuned number.
         exit: block after which to draft; by default the stream's first exit.
         drafters: folder of trained drafters, for the methods that need one.

@@ -1,4 +1,4 @@
-"""The door: what `mlx_lm.load` returns goes in, and mlx-lm's own tokens and responses come out."""
+"""The public API: what `mlx_lm.load` returns goes in, and mlx-lm's own tokens and responses come out."""
 
 import copy
 import gc
@@ -43,7 +43,7 @@ def stream_folder(tmp_path):
     return tmp_path / "stream"
 
 
-# --- the three uses of the door -------------------------------------------------------------
+# --- the three uses of the API -------------------------------------------------------------
 
 
 def test_train_a_stream_and_generate_with_it(written, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Benching the experts wing: what is counted, and that a wrong arm gets no speed. No speed is asserted."""
+"""`bench experts`: what is counted, and that a wrong arm gets no speed. No speed is asserted."""
 
 import json
 

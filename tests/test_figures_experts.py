@@ -1,4 +1,4 @@
-"""Pictures of the experts wing show what they are given, and their sentences say it."""
+"""Figures about experts show their data, and their captions state it."""
 
 import numpy as np
 import pytest

@@ -89,7 +89,7 @@ def test_sizes_that_cannot_be_are_one_sentence(tmp_path, size, width, sentence, 
 def test_a_disk_too_small_or_a_folder_in_use_are_one_sentence_and_leave_nothing(tmp_path, monkeypatch):
     config = LargeConfig(width=32, experts=4)
     monkeypatch.setattr(new_model, "SPARE", 1 << 60)
-    with pytest.raises(UserError, match="are free; make room"):
+    with pytest.raises(UserError, match="are free; free some space"):
         write(config, tmp_path / "m", MODEL)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="exists already"):

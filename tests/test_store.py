@@ -102,7 +102,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "SPARE", 1 << 60)
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free some space"):
         packing.pack(tiny_experts.model(), tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
@@ -253,7 +253,7 @@ def test_a_folder_of_the_users_own_is_neither_used_nor_deleted(tmp_path):
 
 def test_a_packing_that_fails_at_once_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "SPARE", 1 << 60)
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free some space"):
         packing.pack(tiny_experts.model(), tmp_path / "store")
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ import tokenize
 import nbformat
 
 MOST_CELLS, MOST_LINES, MEDIAN_LINES = 60, 40, 8
-MOST_NAMES = 8  # of this package that a notebook imports: rooms, and what is used again and again
+MOST_NAMES = 8  # of this package that a notebook imports: subpackages, and what is used again and again
 WORDS = (1200, 2500)
 MOST_BYTES = 1_000_000
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|home|root|tmp|Users)\b[^\s\"'<>)]*")
@@ -36,7 +36,7 @@ def structure(nb: nbformat.NotebookNode, size: int) -> list[str]:
     if len(names) > MOST_NAMES:
         problems.append(
             f"{len(names)} names are imported from m2r2kit ({', '.join(names)}); at most {MOST_NAMES}, "
-            "so import a room and write experts.Clock"
+            "so import a subpackage and write experts.Clock"
         )
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:

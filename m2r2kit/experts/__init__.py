@@ -1,4 +1,4 @@
-"""Wing 3: experts of a mixture-of-experts model, read from disk ahead of time (AoT).
+"""The experts of a mixture-of-experts model, read from disk ahead of time (AoT).
 
     store.py, packing.py           the experts of a model as records on disk
     reader.py                      threads that read records past the page cache

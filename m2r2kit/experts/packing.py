@@ -250,7 +250,7 @@ def _write(experts: dict, facts: dict, folder: Path, out: Path, report, seen: li
     if free < missing + SPARE:
         raise UserError(
             f"The experts take {missing / 1e9:.2f} GB more on the disk of {out} and "
-            f"{free / 1e9:.2f} GB are free; make room."
+            f"{free / 1e9:.2f} GB are free; free some space."
         )
     for l in list(experts):
         switch = experts.pop(l)  # frees its weights after writing

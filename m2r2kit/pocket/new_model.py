@@ -32,7 +32,7 @@ def new_model(out: Path, nbytes: int, like: Path) -> Iterator[Path]:
         if (free := shutil.disk_usage(folder).free) < nbytes + SPARE:
             raise UserError(
                 f"The model takes {nbytes / 1e9:.2f} GB on the disk of {out} and {free / 1e9:.2f} GB are "
-                "free; make room, or ask for a smaller one."
+                "free; free some space, or ask for a smaller one."
             )
         for name in TOKENIZER:
             shutil.copy(like / name, folder)

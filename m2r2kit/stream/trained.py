@@ -23,7 +23,7 @@ class TrainedStream:
             process.
     """
 
-    module: AcceleratedStream
+    module: AcceleratedStream = field(repr=False)  # MLX prints every layer
     facts: dict = field(default_factory=dict)
     base_sha256: str | None = None
 

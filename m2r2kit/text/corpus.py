@@ -105,7 +105,9 @@ def code_documents(every: int = 1) -> list[Document]:
 def _records(path: Path, *fields: str) -> list[dict]:
     """The objects of a JSON Lines file, with text in each of `fields`."""
     if not path.exists():
-        raise UserError(f"{path} is missing; give the folder that holds {GSM8K} and {TLDR} with --corpus")
+        raise UserError(
+            f"{path} is missing; give the folder that holds {GSM8K} and {TLDR} as the corpus (--corpus)"
+        )
     records = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):

@@ -32,7 +32,7 @@ GSM8K_SHA256 = "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465
 TLDR_URL = "https://github.com/tldr-pages/tldr/releases/download/v2.2/tldr-pages.en.zip"
 
 LIMIT = 64 << 20  # bytes; both files together are under 10 MB
-ELSEWHERE = f"or give a folder that holds {GSM8K} and {TLDR} with --corpus"
+ELSEWHERE = f"or give a folder that holds {GSM8K} and {TLDR} as the corpus (--corpus)"
 
 
 def corpus_folder(gsm8k: str = GSM8K_URL, tldr: str = TLDR_URL) -> Path:

@@ -99,7 +99,7 @@ def disk_space() -> Check:
     except FileNotFoundError:
         return Check("disk space", "unknown", False, "the folder you are in was deleted: `cd` to another one")
     ok = free >= LEAST_DISK
-    advice = "" if ok else "make room: trained modules and expert stores need 1 GB"
+    advice = "" if ok else "free some space: trained modules and expert stores need 1 GB"
     return Check("disk space", f"{free / 2**30:.1f} GB free here", ok, advice)
 
 
@@ -108,7 +108,7 @@ def disk_reads() -> Check:
     try:
         rate, way = _read_rate(64 << 20)
     except OSError as error:  # full, or not to be written
-        advice = "make room in the cache folder, or set M2R2KIT_CACHE to one that can be written"
+        advice = "free some space in the cache folder, or set M2R2KIT_CACHE to one that can be written"
         return Check("disk reads", f"not measured ({error.strerror or error})", False, advice)
     return Check("disk reads", f"{rate:.0f} MB/s ({way})", True, "", {"disk_read_mb_s": round(rate, 1)})
 

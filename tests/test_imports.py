@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "m2r2kit"
-WINGS = ("exits", "speculation", "experts")
-MAY = {  # a room, and the rooms that it may import
+USES = ("exits", "speculation", "experts")
+MAY = {  # a subpackage or module, and those that it may import
     "common": (),
     "model": ("common",),
     "text": ("common", "model"),
@@ -22,11 +22,11 @@ MAY = {  # a room, and the rooms that it may import
     "exits": ("common", "model", "stream", "driver", "text"),
     "speculation": ("common", "model", "stream", "driver"),
     "experts": ("common", "model", "stream", "driver"),
-    "bench": ("common", "model", "text", "stream", "driver", *WINGS),
+    "bench": ("common", "model", "text", "stream", "driver", *USES),
     "figures": ("common", "stream", "experts", "bench"),
 }
-OUTSIDE = ("__init__", "__main__", "api", "cli")  # the doors: they may import every room
-TWICE = {  # names that two rooms use for their own kind of the same thing, told apart by the module
+OUTSIDE = ("__init__", "__main__", "api", "cli")  # the entry points may import all
+TWICE = {  # names for the same thing in two subpackages
     *("load", "save", "read", "write", "new", "train", "measure", "compare", "newest", "table", "run"),
     *("loss", "mean_loss", "hf_config", "new_parameters", "hidden_states", "attend", "predictor_of"),
     *("teacher_batch",),
@@ -37,7 +37,7 @@ TWICE = {  # names that two rooms use for their own kind of the same thing, told
 
 
 def imports():
-    """(file, room, imported room) of every import inside the package."""
+    """(file, its subpackage, the imported one) of every import inside the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -45,34 +45,34 @@ def imports():
                 continue
             base = list(parts[: len(parts) - node.level])
             full = base + (node.module.split(".") if node.module else [])
-            for room in [full[0]] if full else [alias.name for alias in node.names]:
-                if room not in (parts[0], "__version__"):
-                    yield str(path.relative_to(PACKAGE)), parts[0], room
+            for package in [full[0]] if full else [alias.name for alias in node.names]:
+                if package not in (parts[0], "__version__"):
+                    yield str(path.relative_to(PACKAGE)), parts[0], package
 
 
-def test_every_room_imports_only_what_stands_below_it():
+def test_every_subpackage_imports_only_what_stands_below_it():
     wrong = [
-        f"{file} imports {room}"
-        for file, own, room in imports()
-        if own not in OUTSIDE and room not in MAY.get(own, ())
+        f"{file} imports {package}"
+        for file, own, package in imports()
+        if own not in OUTSIDE and package not in MAY.get(own, ())
     ]
     assert not wrong
 
 
-def test_the_order_of_rooms_has_no_circle():
+def test_the_order_of_subpackages_has_no_circle():
     done = set()
     while rest := MAY.keys() - done:
-        floor = {room for room in rest if set(MAY[room]) <= done}
+        floor = {package for package in rest if set(MAY[package]) <= done}
         assert floor, f"a circle among {sorted(rest)}"
         done |= floor
 
 
-def test_there_are_few_rooms_and_few_arrows():
-    rooms = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")} - {"__init__.py"}
-    arrows = {(own, room) for _, own, room in imports() if own != "__init__"}
-    assert len(rooms) <= 17 and len(arrows) <= 70
+def test_there_are_few_subpackages_and_few_imports_between_them():
+    packages = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")} - {"__init__.py"}
+    pairs = {(own, package) for _, own, package in imports() if own != "__init__"}
+    assert len(packages) <= 17 and len(pairs) <= 70
     known = {*MAY, *OUTSIDE}
-    assert {room.removesuffix(".py") for room in rooms} <= known
+    assert {package.removesuffix(".py") for package in packages} <= known
 
 
 def test_a_public_name_is_defined_once():
@@ -87,7 +87,7 @@ def test_a_public_name_is_defined_once():
     assert not twice
 
 
-@pytest.mark.parametrize("module", ["m2r2kit.__main__", *(f"m2r2kit.{wing}.registry" for wing in WINGS)])
+@pytest.mark.parametrize("module", ["m2r2kit.__main__", *(f"m2r2kit.{use}.registry" for use in USES)])
 def test_names_and_help_are_read_without_the_libraries(module):
     """`--help` answers at once, because nothing that it reads imports MLX."""
     code = "import sys, m2r2kit; before = set(sys.modules); "
@@ -97,21 +97,21 @@ def test_names_and_help_are_read_without_the_libraries(module):
     assert not {"mlx.core", "mlx_lm", "numpy", "transformers"} & set(run.stdout.split())
 
 
-ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+SUBPACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_opens_its_files_and_names_on_demand(room):
-    """Importing the room is light; a name that it gives is the file's own, and hides none of its files."""
-    code = f"import sys; from m2r2kit import {room} as m; assert not {{'mlx', 'numpy'}} & set(sys.modules); "
-    code += "print(*(name for name in dir(m) if name[0] != '_' and name != 'on_demand'))"
+@pytest.mark.parametrize("name", SUBPACKAGES)
+def test_a_subpackage_opens_its_files_and_names_on_demand(name):
+    """Importing it is light; a name that it gives is the file's own, and hides none of its files."""
+    code = f"import sys; from m2r2kit import {name} as m; assert not {{'mlx', 'numpy'}} & set(sys.modules); "
+    code += "print(*(n for n in dir(m) if n[0] != '_' and n != 'on_demand'))"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    module = importlib.import_module(f"m2r2kit.{room}")
-    files = {path.stem for path in (PACKAGE / room).glob("[!_]*.py")}
-    files |= {path.parent.name for path in (PACKAGE / room).glob("*/__init__.py")}
+    module = importlib.import_module(f"m2r2kit.{name}")
+    files = {path.stem for path in (PACKAGE / name).glob("[!_]*.py")}
+    files |= {path.parent.name for path in (PACKAGE / name).glob("*/__init__.py")}
     assert files <= set(names.stdout.split())
-    for name in names.stdout.split():
-        found = getattr(module, name)
-        assert (name in files) == inspect.ismodule(found), name
+    for each in names.stdout.split():
+        found = getattr(module, each)
+        assert (each in files) == inspect.ismodule(found), each
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         module.nothing  # noqa: B018
