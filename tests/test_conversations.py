@@ -103,6 +103,23 @@ def test_rows_are_kept_and_gone_on_with(chat, tmp_path):
     assert len(questions) == len(set(questions))
 
 
+def test_damaged_rows_are_generated_again(chat, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    c.write(chat, 3, LENGTH, 3, file)
+    good = file.read_bytes().splitlines(keepends=True)
+    row = json.loads(good[1])
+    for bad in (
+        good[1].replace(b'"tokens"', b'"tok\xe5ns"'),  # one flipped bit, not UTF-8 any more
+        json.dumps({"tokens": row["tokens"]}).encode() + b"\n",
+        json.dumps(row | {"asked": [1]}).encode() + b"\n",
+        json.dumps(row | {"tokens": ["1"] * LENGTH}).encode() + b"\n",
+    ):
+        file.write_bytes(good[0] + bad + good[2])
+        assert len(c.load(file, 10)) == 2
+        c.write(chat, 3, LENGTH, 3, file)
+        assert c.load(file, 10).shape == (3, LENGTH)
+
+
 def test_a_model_that_asks_the_same_again_and_again_is_told(chat, tmp_path, monkeypatch):
     monkeypatch.setattr(c, "asked", lambda text: "the same")
     with pytest.raises(UserError, match="1 of 3 rows"):

@@ -154,6 +154,8 @@ def without(line: dict, field: str) -> dict:
             "line 2 is not a JSON object with 'id', 'instruction' and 'instances'.",
         ),
         (TASK | {"instruction": 5}, "line 2 is not a JSON object with 'id', 'instruction' and 'instances'."),
+        ({"id": "a", "prompt": "half \ud83d"}, "line 2 is not valid Unicode; write the whole character."),
+        ({"id": "\ud83d", "prompt": "Why?"}, "line 2 is not valid Unicode; write the whole character."),
         ({"id": "first", "prompt": "Again?"}, "gives two prompts the same id."),
     ],
     ids=str,

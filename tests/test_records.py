@@ -85,7 +85,20 @@ def test_numpy_scalars_are_stored_and_what_is_not_a_number_is_not():
     assert len(records.read("speculation")) == 1
 
 
-@pytest.mark.parametrize("broken", ['{"settings": {}, "fig', "[1]", '{"figures": {}}', ""])
+FACTS = '"date": "2026-01-01T00:00:00+00:00", "machine": {"chip": "c", "cores": 2}'
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"settings": {}, "fig',
+        "[1]",
+        '{"figures": {}}',
+        "",
+        f'{{{FACTS}, "settings": 1, "figures": {{}}}}',
+        f'{{{FACTS}, "settings": {{}}, "figures": []}}',
+    ],
+)
 def test_a_broken_line_is_named_and_nothing_is_added_to_it(broken, folder):
     add()
     with open(folder / "speculation.jsonl", "a") as stream:

@@ -96,7 +96,9 @@ def _parse(file: Path, content: bytes) -> list[dict]:
         try:
             record = parse_json(line, parse_constant=_refuse)
             # fields that all readers rely on
-            record["settings"], record["figures"], record["machine"]["chip"], record["machine"]["cores"]
+            record["machine"]["chip"], record["machine"]["cores"]
+            if not isinstance(record["settings"], dict) or not isinstance(record["figures"], dict):
+                raise ValueError("settings or figures without names")
             if datetime.fromisoformat(record["date"]).tzinfo is None:
                 raise ValueError("a date without its time zone")
         except (ValueError, KeyError, TypeError):

@@ -164,17 +164,21 @@ def kept_file(backbone: Backbone, length: int) -> Path:
 
 
 def read(file: Path) -> Iterator[dict]:
-    """The rows of a file; broken lines are skipped."""
+    """The rows of a file; broken lines are skipped: their rows are generated again."""
     if not file.exists():
         return
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 row = parse_json(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and isinstance(row.get("tokens"), list):
+            if isinstance(row, dict) and _all(int, row.get("tokens")) and _all(str, row.get("asked")):
                 yield row
+
+
+def _all(kind: type, values) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def asked(text: str) -> str:
@@ -201,10 +205,10 @@ def write(
     """
     file = kept_file(backbone, length) if file is None else file
     known, count = set(), 0
-    for row in read(file):
-        known |= set(row["asked"])
-        count += 1
     try:
+        for row in read(file):
+            known |= set(row["asked"])
+            count += 1
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a+", encoding="utf-8") as out:
             if cut_short(file):
