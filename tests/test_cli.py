@@ -68,6 +68,8 @@ def test_defaults_are_those_that_programs_rely_on():
     assert generate.model.endswith("data/pocket-dense")
     bench = cli.parser().parse_args(["bench", "speculation", "--methods", "plain, m2r2"])
     assert (bench.methods, bench.repeats, bench.max_tokens) == (["plain", "m2r2"], 5, 128)
+    for command in (["bench", "experts"], ["bench", "memory", "--experts", "a"], ["train", "predictor"]):
+        assert cli.parser().parse_args(command).model.endswith("data/pocket-moe")  # a mixture
 
 
 def test_the_trained_drafters_of_the_registry_are_those_that_can_be_made():

@@ -18,7 +18,7 @@ from .values import shares
 
 
 def arguments(parser):
-    shared.model(parser)
+    shared.model(parser, shared.MOE)
     shared.store(parser)
     parser.add_argument(
         "--budgets",

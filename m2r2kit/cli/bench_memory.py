@@ -9,7 +9,7 @@ from .values import size
 
 
 def arguments(parser):
-    shared.model(parser)
+    shared.model(parser, shared.MOE)
     shared.store(parser, required=True)
     shared.memory(parser, 0.1)
     parser.add_argument(

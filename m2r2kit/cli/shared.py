@@ -26,13 +26,13 @@ def explain(parser, **registries: dict[str, Entry]):
 # --- models and trained modules -------------------------------------------------------------
 
 
-def model(parser):
+def model(parser, default: Path = MODEL):
     parser.add_argument(
         "--model",
-        default=str(MODEL),
+        default=str(default),
         metavar="DIR_OR_REPO",
         help="model that mlx_lm loads: a folder, a LoRA adapter's folder or a Hugging Face repository "
-        f"(default: data/pocket-dense); families: {', '.join(FAMILIES)}",
+        f"(default: data/{default.name}); families: {', '.join(FAMILIES)}",
     )
 
 

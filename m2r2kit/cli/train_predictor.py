@@ -18,7 +18,7 @@ from .values import count, counts, natural, number, some_of
 
 
 def arguments(parser):
-    shared.model(parser)
+    shared.model(parser, shared.MOE)
     parser.add_argument(
         "--kind",
         type=some_of(TRAINED),
