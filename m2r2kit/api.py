@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from weakref import finalize
 
@@ -340,13 +341,21 @@ def _segments(
 
 
 def _ids(backbone: Backbone, prompt) -> list[int]:
-    """Token ids of a prompt in any form."""
+    """Token ids of a prompt in any form.
+
+    Raises:
+        UserError: it is not one of these forms, or an id is not in the model's vocabulary, which MLX does not
+            check: it would read memory that is not the model's.
+    """
     if isinstance(prompt, str):
         return backbone.encode(prompt, chat=False)
     ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
     if ids and isinstance(ids[0], dict):
         return backbone.encode_turns(ids)
-    return ids
+    vocabulary = backbone.config["vocab_size"]
+    if not all(isinstance(id, Integral) and 0 <= id < vocabulary for id in ids):
+        raise UserError(f"The ids of a prompt must be whole numbers from 0 to {vocabulary - 1}.")
+    return [int(id) for id in ids]
 
 
 def _view(model: nn.Module | str | Path, tokenizer=None) -> View:

@@ -84,6 +84,12 @@ def test_a_system_prompt_stands_before_all_turns(chatty, capsys):
         Backbone.load(chatty).encode_turns([{"role": "tool", "content": "x"}])
 
 
+@pytest.mark.parametrize("turn", [{"role": "user"}, {"content": "x"}, "x"], ids=str)
+def test_a_turn_without_role_or_content_is_one_sentence(chatty, turn):
+    with pytest.raises(UserError, match="not a dict of role and content"):
+        Backbone.load(chatty).encode_turns([{"role": "user", "content": "a"}, turn])
+
+
 @pytest.mark.parametrize("text", ["caf\udce9", "half \ud83d"], ids=["Latin-1", "half a surrogate"])
 @pytest.mark.parametrize("raw", [[], ["--raw"]])
 def test_text_that_is_no_unicode_is_one_sentence(chatty, capsys, tmp_path, text, raw):

@@ -307,13 +307,16 @@ class Backbone:
             turns: dicts of `role` (system, user or assistant) and `content`.
 
         Raises:
-            UserError: the chat template is missing or fails, or the conversation is not valid Unicode or too
-                long.
+            UserError: the chat template is missing or fails, a turn lacks its role or content, or the
+                conversation is not valid Unicode or too long.
         """
         if not self.tokenizer.has_chat_template:
             raise UserError("A conversation needs a chat template, which this tokenizer does not have.")
         for turn in turns:
-            check_unicode(turn["content"])
+            if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+                raise UserError("A turn of the conversation is not a dict of role and content; give both.")
+            if isinstance(turn["content"], str):  # some templates also take a list of parts
+                check_unicode(turn["content"])
         try:
             ids = self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's author, which may raise anything
