@@ -72,6 +72,22 @@ def test_every_record_lands_as_it_was_packed(mode):
         assert landed[l, e] == store.path(l).read_bytes()[e * size : (e + 1) * size]
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"mode": "mapped"}, "no mapped reads; choose direct or buffered"),
+        ({"threads": 0}, "threads must be at least 1; got 0"),
+        ({"threads": 1.5}, "threads must be at least 1; got 1.5"),
+        ({"link": 0}, "link must be above 0 bytes/s; got 0"),
+        ({"link": -1.0}, "link must be above 0 bytes/s; got -1.0"),
+    ],
+    ids=str,
+)
+def test_settings_with_which_nothing_would_be_read_are_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Reader(tiny_experts.store(), **settings)
+
+
 def test_what_is_needed_now_overtakes_what_may_be_needed_later():
     order = []
 

@@ -84,12 +84,19 @@ class Reader:
     retried once; then `wait` raises, and the record is not stored in its slot.
 
     Raises:
-        UserError: a file cannot be opened in this mode, or memory or threads are exhausted.
+        UserError: a setting is out of range, a file cannot be opened in this mode, or memory or threads are
+            exhausted.
     """
 
     def __init__(self, store: Store, mode: str = "direct", threads: int = 2, link: float | None = None):
+        if mode not in MODES:
+            raise UserError(f"There are no {mode} reads; choose {' or '.join(MODES)}.")
+        if type(threads) is not int or threads < 1:  # without a thread, every wait would last forever
+            raise UserError(f"The number of reading threads must be at least 1; got {threads}.")
+        if link is not None and not link > 0:
+            raise UserError(f"The rate of a simulated link must be above 0 bytes/s; got {link}.")
         self.store, self.mode = store, mode
-        self.link = Link(link) if link else None
+        self.link = None if link is None else Link(link)
         self.size = store.manifest.record_bytes  # of the largest record
         self.bytes_read = self.reads = self.retries = 0
         self._changed = threading.Condition()
