@@ -17,7 +17,7 @@ from m2r2kit.experts import packing
 from m2r2kit.model import load
 from m2r2kit.model.backbone import Backbone
 from m2r2kit.model.families import DENSE, MOE
-from m2r2kit.model.folder import trained_folder
+from m2r2kit.model.folder import model_folder, trained_folder
 from m2r2kit.model.hashes import parameters_sha256, weights_sha256
 
 FAMILIES = DENSE + MOE
@@ -414,3 +414,12 @@ def test_parts_of_a_folder_lie_in_it_and_those_of_a_repository_in_the_cache(fold
     assert trained_folder("some-org/tiny", "stream") == wanted
     os.rename(folder, "some-org/tiny/model")
     assert str(trained_folder("some-org/tiny/model", "exits")) == "some-org/tiny/model/exits"
+
+
+def test_parts_of_a_fetched_model_lie_in_its_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("M2R2KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    fetched = tmp_path / "cache" / "models" / "smollm2"
+    shutil.copytree(folder, fetched)
+    assert model_folder("smollm2") == fetched
+    assert trained_folder("smollm2", "stream") == fetched / "stream"

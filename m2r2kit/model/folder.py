@@ -50,10 +50,14 @@ def fetched(name: str) -> Path:
     Raises:
         UserError: it is not downloaded yet.
     """
-    folder = cache_dir() / "models" / name
+    folder = _fetched_folder(name)
     if not (folder / "config.json").exists():
         raise UserError(f"The model {name} is not downloaded yet; run `m2r2kit fetch {name}` once (93 MB).")
     return folder
+
+
+def _fetched_folder(name: str) -> Path:
+    return cache_dir() / "models" / name
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -93,7 +97,7 @@ def trained_folder(model: str | Path, kind: str) -> Path:
     Args:
         kind: `stream`, `drafters`, `exits` or `predictors`.
     """
-    folder = Path(model)
+    folder = _fetched_folder(str(model)) if str(model) in FETCHED else Path(model)
     if any((folder / name).exists() for name in ("config.json", ADAPTER[0])):
         return folder / kind
     if looks_like_repository(str(model)):
