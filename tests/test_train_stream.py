@@ -150,6 +150,14 @@ def test_an_interrupted_training_goes_on_with_nothing_else(tmp_path, written, in
     assert (tmp_path / "unfinished" / "stream.json").exists() and not written
 
 
+def test_a_resumed_training_leaves_the_files_of_others(tmp_path, written, interrupted):
+    interrupted(arguments(tmp_path))
+    other = tmp_path / "unfinished" / ".DS_Store"
+    other.touch()
+    assert train_stream.run(arguments(tmp_path)) == 0
+    assert written and list((tmp_path / "unfinished").iterdir()) == [other]
+
+
 def test_an_interrupted_tuning_keeps_what_was_trained(tmp_path, written, monkeypatch):
     def stop(*found):
         raise KeyboardInterrupt

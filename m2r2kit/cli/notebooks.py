@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
-from ..common import ROOT, UserError, missing_advice
+from ..common import ROOT, UserError, missing_advice, whole
 from .notebook_rules import outputs, parameters, structure
 
 FOLDER = ROOT / "notebooks"
@@ -203,9 +203,8 @@ def build(names=()) -> int:
         nb, problems, seconds = execute(path, bar=sys.stderr.isatty())
         problems = problems or outputs(clean(nb))
         if not problems:
-            temporary = path.with_name(f".{path.name}.tmp")
-            nbformat.write(nb, temporary)
-            temporary.replace(path)
+            with whole(path) as new:
+                nbformat.write(nb, new)
         return problems, seconds
 
     return _each(find(names), work)

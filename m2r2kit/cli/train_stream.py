@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +136,8 @@ def run(args) -> int:
                 backbone, config, batches, validation, resumed, training.limit(args), report, stream
             )
         except KeyboardInterrupt:
+            if group.rank():  # by SIGTERM: two processes must not write the same files
+                return 1
             took = round(before + time.perf_counter() - begun, 1)
             facts = {"steps": step, "train_seconds": took, "asked": asked}
             checkpoints.save(stream, config, backbone.sha256, unfinished, "stream", **facts)
@@ -231,7 +234,7 @@ def delete_unfinished(folder: Path) -> None:
     """Delete the state of an interrupted run."""
     for name in ("stream.json", "stream.safetensors"):
         (folder / name).unlink(missing_ok=True)
-    if folder.exists():
+    with suppress(OSError):  # it is missing, or holds a file of the user or of the system (.DS_Store)
         folder.rmdir()
 
 
