@@ -1,6 +1,7 @@
 """From a name to a loaded model, and from a model object to the same view."""
 
 import json
+import math
 import os
 import shutil
 
@@ -190,6 +191,33 @@ def test_a_family_that_is_not_served_is_named_before_its_weights_are_read(folder
 def test_a_config_of_impossible_values(folder, changes):
     change_config(folder, **changes)
     assert "config.json" in sentence(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "values"),
+    [
+        ("llama", "rms_norm_eps", [math.nan, -1e-5]),
+        ("llama", "rope_theta", [-5.0, math.inf, math.nan]),
+        ("llama", "max_position_embeddings", [0, -4]),
+        ("gemma2", "query_pre_attn_scalar", [-1, 0]),
+        ("gemma2", "final_logit_softcapping", [0.0, -30.0]),
+        ("olmoe", "num_experts_per_tok", [0, -1, 5]),
+        ("mixtral", "num_experts_per_tok", [0, 5]),
+        ("qwen3_moe", "num_experts_per_tok", [0, 5]),
+    ],
+)
+def test_a_number_that_no_model_can_have(tmp_path, family, name, values):
+    """mlx-lm accepts them: the logits are then NaN or of other experts, or the first pass raises."""
+    folder = tiny.make_folder(family, tmp_path / "model")
+    for value in values:
+        change_config(folder, **{name: value})
+        assert f"has no usable {name};" in sentence(folder)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -2, 0])
+def test_a_scaling_by_a_number_that_is_none(folder, factor):
+    change_config(folder, rope_scaling={"rope_type": "linear", "factor": factor})
+    assert "without a usable factor" in sentence(folder)
 
 
 def test_an_auto_map_of_another_form(folder):

@@ -29,18 +29,22 @@ HARMLESS = """
 
 ACTIVATIONS = dict.fromkeys(("gemma", "gemma2"), ("gelu", "gelu_pytorch_tanh"))  # all others: silu
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
+POSITIVE = (
+    *("rope_theta", "rms_norm_eps", "max_position_embeddings", "original_max_position_embeddings"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+)
 
 
 def translate(config: dict) -> dict:
     """The config.json of a supported family as mlx-lm needs it; keys for mlx-lm to ignore are None.
 
     Raises:
-        UserError: a size is missing, or mlx-lm does not support the effect of a key.
+        UserError: a value is missing or impossible, or mlx-lm does not support the effect of a key.
     """
     family, made = FAMILIES[config["model_type"]], dict(config)
     for name in SIZES:
         if type(config.get(name)) is not int or config[name] < 1:
-            raise UserError(f"The model's config.json has no usable {name}; get its config.json again.")
+            raise without(name)
     if family.name == "qwen3_moe" and made.get("num_experts") is None:  # renamed by transformers 5
         made["num_experts"] = made.get("num_local_experts")
     if family.name in ("qwen3", "qwen3_moe") and made.get("head_dim") is None:
@@ -65,7 +69,28 @@ def translate(config: dict) -> dict:
         if name not in known and not neutral and not any(fnmatch(name, each) for each in HARMLESS):
             if value != _default(family.name, name):
                 raise refused(name, value)
+    _check_numbers(made, known)
     return made
+
+
+def _check_numbers(made: dict, known: set[str]) -> None:
+    """Refuse numbers that mlx-lm accepts but cannot compute with: logits would be NaN, or need more experts
+    than there are."""
+    for name in known:
+        value = made.get(name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise without(name)
+        if name in POSITIVE and isinstance(value, int | float) and not value > 0:
+            raise without(name)
+    experts = made.get("num_experts") or made.get("num_local_experts")
+    top = made.get("num_experts_per_tok")
+    if "num_experts_per_tok" in known and type(top) is type(experts) is int and not 1 <= top <= experts:
+        raise without("num_experts_per_tok")
+
+
+def without(name: str) -> UserError:
+    """The error for a value that is missing or impossible."""
+    return UserError(f"The model's config.json has no usable {name}; get its config.json again.")
 
 
 def refused(name: str, value) -> UserError:
@@ -184,8 +209,9 @@ def _complete(kind: str, rope: dict, config: dict) -> None:
         rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
     needed = ROPE_KEYS[kind] if kind != "yarn" else ("factor", "original_max_position_embeddings")
     for name in needed:
-        wanted = (list,) if name in ("short_factor", "long_factor") else (int, float)
-        if type(rope.get(name)) not in wanted or not rope[name]:
+        value = rope.get(name)
+        numbers = value if name in ("short_factor", "long_factor") else [value]
+        if not isinstance(numbers, list) or not numbers or not all(map(_is_positive, numbers)):
             raise unusable(kind, name)
     if "factor" in rope:
         rope["factor"] = float(rope["factor"])
@@ -199,6 +225,11 @@ def _complete(kind: str, rope: dict, config: dict) -> None:
             del rope[name]
     if unknown := sorted(rope.keys() - set(ROPE_KEYS[kind])):
         raise refused(unknown[0], rope[unknown[0]])
+
+
+def _is_positive(value) -> bool:
+    """Whether a value is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def unusable(kind: str, name: str) -> UserError:
