@@ -65,7 +65,7 @@ def run(args) -> int:
     training.check(args, files)
     backbone = for_training(args.model)
     if not backbone.is_moe:
-        raise UserError(f"{args.model} is not a mixture of experts; it has no experts to predict.")
+        raise UserError(f"{args.model} is not a mixture of experts; use one, such as data/pocket-moe.")
     modules = {kind: new(kind, backbone, args) for kind in args.kind}
     train, held_out = text(backbone, args.corpus, args.rows, args.seed)
     batches, validation = (teacher_batches(backbone, rows, args.batch) for rows in (train, held_out))

@@ -62,7 +62,7 @@ def load_without_experts(
     experts: dict[int, nn.Module] = {}
     backbone = Backbone.load(model, dtype, lambda m: experts.update(take_experts(m)), sha256, decode)
     if not experts:
-        raise UserError(f"{model} is not a mixture of experts; there is nothing to pack or to stream.")
+        raise UserError(f"{model} is not a mixture of experts; use one, such as data/pocket-moe.")
     return backbone, experts
 
 
