@@ -118,7 +118,8 @@ def experts(figures: dict) -> list[Table]:
         rows = [(name, *_reading(arm)) for name, arm in budget["arms"].items()]
         caption = (
             f"budget {budget['share']:.1%} ({budget['slots']} slots per block), "
-            f"reading / computing time (I/C) {budget['io_over_compute']:.2f}, bound over LRU {budget['bound']:.2f}x"
+            f"reading / computing time (I/C) {budget['io_over_compute']:.2f}, "
+            f"bound over LRU {budget['bound']:.2f}x"
         )
         tables.append(Table(READING, rows, caption))
     return tables
