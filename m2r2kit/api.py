@@ -231,7 +231,8 @@ def train_stream(
         a stream that drafts for `stream_generate`; `save(folder)` writes it.
 
     Raises:
-        UserError: the exits or settings do not fit the model, or there is too little text.
+        UserError: the exits or settings do not fit the model, a number is out of range, or there is too
+            little text.
     """
     from .bench.tune import tune_stream
     from .stream import train as distillation
@@ -241,6 +242,8 @@ def train_stream(
     backbone = _in_float32(_view(model, tokenizer).backbone)
     if unknown := config.keys() - {field.name for field in fields(StreamConfig)}:
         raise UserError(f"A stream has no setting '{sorted(unknown)[0]}'; see help(m2r2kit.StreamConfig).")
+    if steps < 1 or batch < 1:
+        raise UserError(f"Training needs at least 1 step and 1 row a batch; got {steps} and {batch}.")
     if rows < batch:
         raise UserError(f"{rows} rows of text do not fill one batch; use at least {batch}.")
     if backbone.is_moe:

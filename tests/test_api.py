@@ -191,6 +191,12 @@ def test_other_models_and_settings_are_refused(stream_folder, tmp_path):
         m2.train_stream(other, tokenizer, exits=(2,), speed=3)
     with pytest.raises(UserError, match="Exits must increase"):
         m2.train_stream(other, tokenizer, exits=(99,))
+    for number in ({"steps": 0}, {"batch": 0}):
+        with pytest.raises(UserError, match="at least 1 step and 1 row a batch"):
+            m2.train_stream(other, tokenizer, exits=(2,), **number)
+    own, tokenizer = mlx_lm.load(folder())
+    with pytest.raises(UserError, match="no exit 0"):
+        m2.generate(own, tokenizer, PROMPT, stream=m2.load_stream(stream_folder, own, tokenizer), exit=0)
     with pytest.raises(UserError, match="give an expert store too"):
         m2.load(folder(), policy="lru")
     with pytest.raises(UserError, match="leave out the adapter"):

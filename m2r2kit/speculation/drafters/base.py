@@ -151,7 +151,7 @@ class M2R2(EarlyExit):
         self, backbone: Backbone, stream: AcceleratedStream, exit: int | None = None, threshold: float = 0.0
     ):
         self.backbone, self.stream, self.threshold = backbone, stream, threshold
-        self.read_at = exit or stream.config.exits[0]
+        self.read_at = stream.config.exits[0] if exit is None else exit
         stream.interval(self.read_at)  # raises for an exit that it was not trained for
         self.exit = stream.slow_depth(self.read_at)
         self.learns = backbone.depth if stream.config.carry else None
