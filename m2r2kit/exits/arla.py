@@ -6,10 +6,10 @@ state read at its exit) is projected to a small latent vector. The newest latent
 a small layer predicts from both how likely the head is right at this exit.
 
 The router has two scores (the first and second look in notebook 03). The first needs no head; for the
-pocket model (vocabulary 4,096) the head costs as much as three blocks, and the router a tenth of one. If
-the first score is high enough, the head is evaluated, which an exiting token needs in any case, and the
-second score combines its logits with the trajectory. The head is wasted only when the second score rejects
-what the first accepted.
+pocket model (vocabulary 4,096) the head costs almost as much as three blocks, and the first score a fifth
+to a third of one. If the first score is high enough, the head is evaluated, which an exiting token needs in
+any case, and the second score combines its logits with the trajectory. The head is wasted only when the
+second score rejects what the first accepted.
 """
 
 import copy
