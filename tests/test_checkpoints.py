@@ -87,6 +87,8 @@ def test_a_damaged_json(tmp_path, bytes_):
         ({"config": {"exits": ["3"]}}, "is damaged"),
         ({"config": {"rate": True}}, "is damaged"),
         ({"config": {"exits": [9]}}, "Exits must increase"),
+        ({"config": {"rank": 2.5}}, "is damaged"),
+        ({"config": {"ffn_width": 2.5}}, "is damaged"),
         ({"config": {}}, "does not match its JSON"),  # the defaults ask for other shapes
         ({"base_sha256": None}, "is damaged"),
         ({"weights_sha256": 3}, "is damaged"),

@@ -1,5 +1,6 @@
 """`m2r2kit train drafter`: each kind is trained, saved, recorded and found by its name."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -83,3 +84,20 @@ def test_several_kinds_learn_from_the_same_rows(tmp_path, written, monkeypatch):
     assert [record["settings"]["kind"] for _, record in written] == ["medusa", "deed"]
     with pytest.raises(UserError, match="one kind at a time"):
         train_drafter.run(arguments(tmp_path, kind=["medusa", "deed"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("draft-model", {"ffn_width": 0}), ("draft-model", {"blocks": -1}),
+        ("medusa", {"heads": -1}), ("deed", {"hidden": -1}),
+    ],
+)  # fmt: skip
+def test_settings_that_no_drafter_can_have_are_named(kind, setting, tmp_path):
+    backbone = tiny.backbone()
+    baselines.save(baselines.new(backbone, kind), backbone, tmp_path)
+    file = tmp_path / "drafter.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"config": facts["config"] | setting}))
+    with pytest.raises(UserError, match=r"drafter\.json is damaged"):
+        baselines.load(backbone, kind, tmp_path)

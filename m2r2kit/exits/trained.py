@@ -258,6 +258,6 @@ def load(backbone: Backbone, folder: str | Path, kind: str = "m2r2") -> tuple[nn
     made = MODULES[type(config)]
     if text.get("kind") != made.__name__ or getattr(config, "reader", kind) != kind:
         raise UserError(f"{folder} holds no {kind}; give the folder of a trained {kind}.")
-    module = made(backbone, config)
+    module = checkpoints.build(made, backbone, config, folder, "exits")
     checkpoints.load_weights(module, text, backbone.sha256, folder, "exits")
     return module, text

@@ -59,7 +59,7 @@ def direct(backbone: Backbone, folder: str | Path, width: int | None = None) -> 
     """
     there(folder, DIRECT)
     config, text = checkpoints.read_settings(folder, DIRECT, DirectConfig)
-    made = DirectMap(backbone, config, width)
+    made = checkpoints.build(DirectMap, backbone, config, folder, DIRECT, width)
     checkpoints.load_weights(made, text, backbone.sha256, folder, DIRECT)
     return made
 

@@ -93,6 +93,6 @@ def load(backbone: Backbone, kind: str, folder: str | Path) -> tuple[nn.Module, 
         raise UserError(
             f"{folder} holds a {text.get('kind')} and no {kind}; give the folder of a trained {kind}."
         )
-    module = KINDS[kind].module(backbone, config)
+    module = checkpoints.build(KINDS[kind].module, backbone, config, folder, "drafter")
     checkpoints.load_weights(module, text, backbone.sha256, folder, "drafter")
     return module, text

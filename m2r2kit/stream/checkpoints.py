@@ -8,6 +8,7 @@ writes is detected when they are loaded. Neither file contains code.
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..common import UserError, parse_json, whole, write_whole
+from ..common import UserError, in_short, parse_json, whole, write_whole
 
 FORMAT = 1
 GROUP = 32  # quantisation group: neighbouring weights that share a scale
@@ -72,6 +73,19 @@ def read_settings(folder: str | Path, name: str, config_type: type):
         return config, text
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again or train again.") from error
+
+
+def build(module_type: Callable, backbone, config, folder: str | Path, name: str, *more) -> nn.Module:
+    """Build a module from the settings that `read_settings` returned.
+
+    Raises:
+        UserError: no module can have these settings, such as a negative width.
+    """
+    try:
+        return module_type(backbone, config, *more)
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        path = Path(folder) / f"{name}.json"
+        raise UserError(f"{path} is damaged ({in_short(error)}); copy it again or train again.") from error
 
 
 def note(folder: str | Path, name: str, **facts) -> None:

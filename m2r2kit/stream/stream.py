@@ -318,6 +318,6 @@ def load_stream(backbone: Backbone, folder) -> AcceleratedStream:
         UserError: there is none, it is damaged, or it belongs to another model.
     """
     config, text = checkpoints.read_settings(folder, "stream", StreamConfig)
-    stream = AcceleratedStream(backbone, config)
+    stream = checkpoints.build(AcceleratedStream, backbone, config, folder, "stream")
     checkpoints.load_weights(stream, text, backbone.sha256, folder, "stream")
     return stream

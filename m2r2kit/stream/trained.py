@@ -38,7 +38,8 @@ class TrainedStream:
             UserError: there is none, it is damaged, or it belongs to another model.
         """
         config, text = checkpoints.read_settings(folder, "stream", StreamConfig)
-        module, base = AcceleratedStream(backbone, config), text["base_sha256"]
+        module = checkpoints.build(AcceleratedStream, backbone, config, folder, "stream")
+        base = text["base_sha256"]
         checkpoints.load_weights(module, text, backbone.sha256 if check else base, folder, "stream")
         return cls(module, {k: v for k, v in text.items() if k not in OF_THE_FILE}, base)
 
