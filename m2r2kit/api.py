@@ -40,7 +40,7 @@ from .model.mlxlm import GenerationResponse, TokenizerWrapper
 from .speculation import Sampler, Speculation
 from .speculation.reference import MlxLm
 from .speculation.registry import ready
-from .stream.stream import AcceleratedStream, StreamConfig, check
+from .stream.stream import AcceleratedStream, StreamConfig, check, default_form
 from .stream.trained import TrainedStream
 from .text.rows import SMALL
 
@@ -246,9 +246,7 @@ def train_stream(
         raise UserError(f"Training needs at least 1 step and 1 row a batch; got {steps} and {batch}.")
     if rows < batch:
         raise UserError(f"{rows} rows of text do not fill one batch; use at least {batch}.")
-    if backbone.is_moe:
-        config = {"form": "attention"} | config  # other forms would need experts of their own
-    asked = StreamConfig(exits=tuple(exits), **config)
+    asked = StreamConfig(exits=tuple(exits), **{"form": default_form(backbone)} | config)
     check(backbone, asked)
     mx.random.seed(seed)
     module = AcceleratedStream(backbone, asked)

@@ -77,6 +77,14 @@ def test_a_stream_is_trained_saved_and_recorded(tmp_path, written):
     assert not (tmp_path / "unfinished").exists()
 
 
+def test_a_mixture_gets_the_form_that_needs_no_experts(tmp_path):
+    for family, form in (("llama", "block"), ("olmoe", "attention")):
+        asked = train_stream.settings(arguments(tmp_path, form=None), tiny.backbone(family))
+        assert asked.form == form
+    asked = train_stream.settings(arguments(tmp_path, form="adapter"), tiny.backbone("olmoe"))
+    assert asked.form == "adapter"
+
+
 def test_a_cache_that_cannot_be_written_does_not_stop_a_training(
     tmp_path, written, untuned, monkeypatch, capsys
 ):

@@ -19,7 +19,7 @@ from ..stream import checkpoints
 from ..stream import train as distillation
 from ..stream.distil import DistilConfig, TeacherBatch, needs
 from ..stream.registry import FORMS
-from ..stream.stream import AcceleratedStream, StreamConfig, check, tau
+from ..stream.stream import AcceleratedStream, StreamConfig, check, default_form, tau
 from ..text.rows import for_training, text
 from . import shared, training
 from .result import check_result, keep
@@ -30,7 +30,9 @@ def arguments(parser):
     shared.model(parser)
     shared.trained(parser, "--out", "where to save the stream", "stream")
     parser.add_argument(
-        "--form", choices=FORMS, default="block", help="what an accelerated block computes (default: block)"
+        "--form",
+        choices=FORMS,
+        help="what an accelerated block computes (default: block; attention for a mixture of experts)",
     )
     parser.add_argument("--exit", type=count, metavar="E", help="block after which the stream is read")
     parser.add_argument(
@@ -98,7 +100,7 @@ def run(args) -> int:
     if group.rank():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process saves and stops the others
     backbone = for_training(args.model)
-    config = settings(args)
+    config = settings(args, backbone)
     check(backbone, config)
     distil = training.settings(args)
     seed = args.seed + 1000 * group.rank()  # each process trains on its own rows
@@ -159,11 +161,11 @@ def run(args) -> int:
     return 0
 
 
-def settings(args) -> StreamConfig:
-    """The stream's settings from the arguments, with the defaults of `StreamConfig`."""
+def settings(args, backbone: Backbone) -> StreamConfig:
+    """The stream's settings from the arguments, with the defaults of `StreamConfig` and of the model."""
     default = StreamConfig()
     return StreamConfig(
-        form=args.form,
+        form=args.form or default_form(backbone),
         exits=(args.exit,) if args.exit else default.exits,
         rate=args.rate,
         rank=default.rank if args.rank is None else args.rank,

@@ -285,6 +285,13 @@ def places(module) -> list[tuple[dict, str]]:
     return found
 
 
+def default_form(backbone: Backbone) -> str:
+    """The default form of a stream: `block`, but `attention` for a mixture, where `block` would need experts
+    of its own.
+    """
+    return "attention" if backbone.is_moe else "block"
+
+
 def check(backbone: Backbone, config: StreamConfig) -> None:
     """Raise UserError for settings that the model cannot have."""
     if config.form not in FORMS:
