@@ -44,6 +44,16 @@ def test_a_folder_is_no_file_and_is_refused_before_anything_is_read(subject, fol
     assert "there is a folder of that name" in said.err and said.out == ""
 
 
+def test_the_prompts_are_not_replaced_by_the_result(folder, capsys):
+    line = '{"id": "a", "prompt": "Hello"}\n'
+    (folder / "prompts.jsonl").write_text(line)
+    (folder / "link").symlink_to(folder / "prompts.jsonl")
+    words = ["bench", "speculation", "--model", "nowhere", "--prompts", str(folder / "prompts.jsonl")]
+    assert main([*words, "--json", str(folder / "link")]) == 2
+    assert "would replace the prompts" in capsys.readouterr().err
+    assert (folder / "prompts.jsonl").read_text() == line
+
+
 def test_damaged_records_are_found_before_the_work(folder, capsys):
     records.RESULTS.mkdir()
     (records.RESULTS / "stream.jsonl").write_text("{}\n")

@@ -27,6 +27,9 @@ def check_result(args, *subjects: str) -> None:
         if not file.absolute().parent.exists():
             raise UserError(f"There is no folder {file.parent}; make it first, or give another file.")
         check_writable(file)
+        prompts = getattr(args, "prompts", None)
+        if prompts and file.exists() and Path(prompts).exists() and file.samefile(prompts):
+            raise UserError(f"--json would replace the prompts in {prompts}; give another file.")
     for subject in subjects if args.record else ():
         records.read(subject)
         check_writable(records.path(subject))
