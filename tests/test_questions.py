@@ -1,6 +1,7 @@
 """What a run asks: later turns after plain decoding's own answer, and what is left out."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def view(folder):
     return Backbone.load(folder)
+
+
+def test_a_chat_template_that_fails_is_no_prompt_that_is_too_long(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "model")
+    settings = json.loads((broken / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception('no') }}"
+    (broken / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="chat template fails"):
+        questions(Backbone.load(broken), [Prompt("a", "One?")], 5)
 
 
 # --- turns --------------------------------------------------------------------------------

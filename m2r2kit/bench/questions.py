@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..common import UserError
-from ..model.backbone import Backbone
+from ..model.backbone import Backbone, TooLong
 from ..speculation import generate
 from ..text.prompts import Prompt
 
@@ -49,7 +49,7 @@ def questions(backbone: Backbone, prompts: Iterable[Prompt], max_tokens: int) ->
         max_tokens: of each answer before a later turn.
 
     Raises:
-        UserError: no prompt fits.
+        UserError: no prompt fits, or the chat template fails.
     """
     kept, ids, too_long, no_template = [], [], 0, 0
     for prompt in prompts:
@@ -60,7 +60,7 @@ def questions(backbone: Backbone, prompts: Iterable[Prompt], max_tokens: int) ->
                 break
             try:
                 asked = backbone.encode(turn, before=said)
-            except UserError:  # too long, and so are all later turns; files have no empty prompts
+            except TooLong:  # and so are all later turns
                 too_long += len(turns) - n + 1
                 break
             kept.append(Prompt(prompt.id if n == 1 else f"{prompt.id}.{n}", turn, prompt.kind))

@@ -24,6 +24,10 @@ from .objects import object_config, object_sha256
 from .view import follow, private
 
 
+class TooLong(UserError):
+    """The prompt fills the model's context."""
+
+
 class Backbone:
     """An mlx-lm model as `embed -> blocks -> head`.
 
@@ -336,7 +340,7 @@ class Backbone:
         if not prompt:
             raise UserError("The prompt is empty; give a text to continue.")
         if len(prompt) >= self.context:
-            raise UserError(
+            raise TooLong(
                 f"The prompt has {len(prompt)} tokens and the model's context is {self.context}; shorten it."
             )
         return self.context - len(prompt)
