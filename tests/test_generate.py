@@ -76,6 +76,15 @@ def test_several_prompts_are_the_turns_of_a_conversation(chatty, capsys):
     assert "chat template" in refused(capsys, *asked(chatty, "--prompt", "a", "--system", "b", "--raw"))
 
 
+@pytest.mark.parametrize(
+    "mode", [["--method", "exits"], ["--method", "plain", "--experts", "store"]], ids=str
+)
+@pytest.mark.parametrize("option", ["--exit", "--draft"])
+def test_options_of_drafting_are_refused_without_drafts(chatty, capsys, mode, option):
+    said = refused(capsys, "generate", "--model", str(chatty), "--prompt", "a", *mode, option, "2")
+    assert "--exit and --draft are for drafting" in said
+
+
 def test_a_system_prompt_stands_before_all_turns(chatty, capsys):
     (found,) = answers(capsys, *asked(chatty, "--prompt", "one", "--system", "be brief"))
     (whole,) = answers(capsys, *asked(chatty, "--prompt", "s:be brief;u:one;a:", "--raw"))
@@ -96,7 +105,8 @@ def test_text_that_is_no_unicode_is_one_sentence(chatty, capsys, tmp_path, text,
     assert "not valid Unicode at character" in refused(capsys, *asked(chatty, "--prompt", text, *raw))
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"id": "a", "prompt": text}))
-    assert "not valid Unicode at character" in refused(capsys, *asked(chatty, "--prompts", str(file), *raw))
+    said = refused(capsys, *asked(chatty, "--prompts", str(file), *raw))
+    assert "prompts.jsonl, line 1 is not valid Unicode" in said
 
 
 def test_a_byte_order_mark_before_prompts(chatty, capsys, tmp_path):

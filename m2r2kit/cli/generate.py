@@ -223,6 +223,8 @@ def _turns(backbone: Backbone, prompt: Prompt, first: list[int], args) -> Iterat
 
 def _method(args, sampler: Sampler, stack: ExitStack) -> Method:
     """The method that the arguments choose; the stack closes what it opens."""
+    if (args.experts or args.method == "exits") and (args.exit, args.draft) != (None, None):
+        raise UserError("--exit and --draft are for drafting; leave them out (early exits take --exits).")
     if args.experts:
         if args.method not in (None, "plain"):
             raise UserError(f"--experts does not work with --method {args.method}; leave out one of them.")
