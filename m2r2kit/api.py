@@ -16,7 +16,7 @@ Early exits are not part of this API; they are on the command line (`m2r2kit gen
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -350,7 +350,10 @@ def _ids(backbone: Backbone, prompt) -> list[int]:
     """
     if isinstance(prompt, str):
         return backbone.encode(prompt, chat=False)
-    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(ids, bytes) or not isinstance(ids, Iterable):  # bytes would be taken for ids
+        raise UserError("A prompt is a text, token ids or the turns of a conversation; give one of these.")
+    ids = list(ids)
     if ids and isinstance(ids[0], dict):
         return backbone.encode_turns(ids)
     vocabulary = backbone.config["vocab_size"]

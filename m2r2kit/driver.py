@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 from .common import UserError
@@ -128,9 +129,11 @@ def drive(
         the output of each step.
 
     Raises:
-        UserError: the prompt is empty or too long, `max_tokens` is below 1, or this decoder has begun
-            another text meanwhile.
+        UserError: the prompt is empty or too long, `max_tokens` is not a whole number from 1, or this
+            decoder has begun another text meanwhile.
     """
+    if not isinstance(max_tokens, Integral):
+        raise UserError(f"max_tokens must be a whole number; got {max_tokens!r}.")
     if max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1; got {max_tokens}.")
     backbone, out = decoder.backbone, Generation() if out is None else out

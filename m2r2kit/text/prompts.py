@@ -64,10 +64,12 @@ def read(path: str | Path) -> list[Prompt]:
             texts = [prompt.prompt, *prompt.more_turns]
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError
-            "".join([prompt.id, prompt.kind, *texts]).encode()
-        except UnicodeEncodeError:  # half a surrogate pair, written as an escape such as \ud83d
+            for text in (prompt.id, prompt.kind, *texts):
+                text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, written as an escape such as \ud83d
             raise UserError(
-                f"{path}, line {number} is not valid Unicode; write the whole character."
+                f"{path}, line {number} has text that is not valid Unicode at character {error.start + 1}; "
+                "write it in UTF-8."
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             *names, last = (f"'{field}'" for field in form)
