@@ -68,7 +68,7 @@ def read(path: str | Path) -> list[Prompt]:
                 text.encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, written as an escape such as \ud83d
             raise UserError(
-                f"{path}, line {number} has text that is not valid Unicode at character {error.start + 1}; "
+                f"{path}, line {number} is not valid Unicode at character {error.start + 1} of a text; "
                 "write it in UTF-8."
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
