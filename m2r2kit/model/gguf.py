@@ -100,7 +100,7 @@ def check_types(gguf: Path) -> None:
             types = tensor_types(file)
     except OSError as error:
         raise UserError(f"{gguf} cannot be read ({error.strerror}); give the path of a GGUF file.") from error
-    except (struct.error, KeyError, OverflowError, MemoryError) as error:
+    except (struct.error, KeyError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(f"{gguf} is not a GGUF file, or cut short; download it again.") from error
     if unknown := sorted({t for t in types if t not in SUPPORTED}):
         raise UserError(
@@ -226,8 +226,14 @@ def rename(tensors: dict[str, mx.array], config: dict) -> dict[str, mx.array]:
         count = heads.get(module.rpartition(".")[2])
         if count:
             x = apart(x, count)
-        weights[f"{module}.{what}"] = x.astype(mx.float16) if x.dtype == mx.float32 else x
+        weights[f"{module}.{what}"] = halved(x)
     return weights
+
+
+def halved(x: mx.array) -> mx.array:
+    """Float32 values as float16 where it holds them exactly; anything else as it is."""
+    half = x.astype(mx.float16)
+    return half if x.dtype == mx.float32 and mx.array_equal(half.astype(mx.float32), x) else x
 
 
 def apart(x: mx.array, heads: int) -> mx.array:
