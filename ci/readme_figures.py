@@ -106,7 +106,7 @@ def experts() -> tuple | None:
 
 def large() -> tuple | None:
     """A mixture larger than its memory budget."""
-    record = records.latest("experts-large")
+    record = records.latest("experts-large", model="large")
     if not record:
         return None
     f = record["figures"]

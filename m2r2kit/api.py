@@ -96,8 +96,9 @@ def load(
             range.
     """
     if experts is None:
-        if reading:
-            raise UserError(f"{sorted(reading)[0]} needs experts on disk; give an expert store too.")
+        given = dict(budget=budget != 0.5, predictor=predictor != "next-router", **reading)
+        if unused := sorted(name for name, value in given.items() if value):
+            raise UserError(f"{unused[0]} needs experts on disk; give an expert store too.")
         backbone, decoder = Backbone.load(path_or_repo, adapter=adapter), None
     else:
         if adapter is not None:

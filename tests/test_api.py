@@ -261,3 +261,10 @@ def test_importing_it_is_light_and_help_is_worth_reading():
 
 def api_types():
     return ("Generation", "Manifest", "StreamConfig", "TrainedStream")
+
+
+def test_settings_of_experts_on_disk_need_a_store():
+    for settings in ({"budget": "25%"}, {"predictor": "nothing"}, {"threads": 1}):
+        (name,) = settings
+        with pytest.raises(UserError, match=f"{name} needs experts on disk"):
+            m2.load(tiny.folder("olmoe"), **settings)

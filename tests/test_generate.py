@@ -212,3 +212,16 @@ def test_a_closed_or_full_output_gives_no_traceback(output):
     command = f"{sys.executable} -m m2r2kit report --json {output}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == OUTPUTS[output] and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--risk", "0.1"], "--risk has no effect without --method exits"),
+        (["--skipped", "linear"], "--skipped has no effect without --method exits"),
+        (["--budget", "25%"], "--budget has no effect without --experts STORE"),
+        (["--method", "exits", "--policy", "lfu"], "--policy has no effect without --experts STORE"),
+    ],
+)
+def test_options_of_another_method_are_refused(chatty, capsys, more, sentence):
+    assert sentence in refused(capsys, *asked(chatty, "--prompt", "hello", *more))

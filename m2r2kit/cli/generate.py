@@ -28,6 +28,9 @@ from . import shared
 from .printer import Printer
 from .values import counts, natural, number
 
+EXITS = ("trained", "risk", "confidence", "threshold", "exits", "skipped")  # options of --method exits
+EXPERTS = ("budget", "policy", "predictor", "known", "reads", "threads", "link", "distance", "width")
+
 
 def arguments(parser):
     shared.model(parser)
@@ -88,6 +91,7 @@ def arguments(parser):
         )
     )
     shared.experts(parser)
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in (*EXITS, *EXPERTS)})
     shared.explain(parser, methods=METHODS, policies=POLICIES, predictors=PREDICTORS)
 
 
@@ -223,6 +227,10 @@ def _turns(backbone: Backbone, prompt: Prompt, first: list[int], args) -> Iterat
 
 def _method(args, sampler: Sampler, stack: ExitStack) -> Method:
     """The method that the arguments choose; the stack closes what it opens."""
+    if args.method != "exits":
+        _check_unused(args, EXITS, "--method exits")
+    if not args.experts:
+        _check_unused(args, EXPERTS, "--experts STORE")
     if (args.experts or args.method == "exits") and (args.exit, args.draft) != (None, None):
         raise UserError("--exit and --draft are for drafting; leave them out (early exits take --exits).")
     if args.experts:
@@ -241,6 +249,13 @@ def _method(args, sampler: Sampler, stack: ExitStack) -> Method:
 
         return with_exits(args)
     return _drafting(args)
+
+
+def _check_unused(args, options: tuple[str, ...], needed: str) -> None:
+    """Refuse options that would have no effect without `needed`."""
+    for name in options:
+        if getattr(args, name) != args.defaults[name]:
+            raise UserError(f"--{name} has no effect without {needed}; add that, or leave --{name} out.")
 
 
 def _drafting(args) -> Method:
